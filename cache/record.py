@@ -1,0 +1,165 @@
+"""What a cache says about itself: how its features were made, and whose captions it carries."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import CapError
+
+
+class CacheError(CapError):
+    """A cache is missing, damaged, unfinished, in use, or not what was asked for. One line."""
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """The identity of the frozen network and its preprocessing. Equal records, equal features.
+
+    `weights` is what the user named (a torchvision name, a path, or `random`); what counts when two
+    records are compared is `weights_sha256`, so a moved weights file is still the same encoder.
+    """
+
+    backbone: str
+    weights: str
+    weights_sha256: str
+    feature_dim: int
+    image_size: int  # pixels, both sides
+    views: tuple[str, ...]
+    preprocessing: str
+    precision: str  # float32, bfloat16 or float16: the arithmetic, not the storage
+
+    def difference(self, other: EncoderRecord) -> str | None:
+        """The first field in which the two differ, as `field mine, not theirs`; None if equal."""
+        if self.backbone != other.backbone:
+            return f"backbone {self.backbone}, not {other.backbone}"
+        if self.weights_sha256 != other.weights_sha256:
+            if self.weights != other.weights:
+                return f"weights {self.weights}, not {other.weights}"
+            return f"weights {self.weights_sha256[:12]}…, not {other.weights_sha256[:12]}…"
+        for field in ("feature_dim", "image_size", "views", "preprocessing", "precision"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                if field == "views":
+                    mine, theirs = ",".join(mine), ",".join(theirs)
+                return f"{field} {mine}, not {theirs}"
+        return None
+
+
+class Strings(Sequence[str]):
+    """Immutable strings in two arrays, so that a million of them cost no million objects.
+
+    text: (K,) uint8 UTF-8 bytes, one string after the other; offsets: (N + 1,) int64 into it.
+    """
+
+    def __init__(self, text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self.text = text
+        self.offsets = offsets
+
+    @classmethod
+    def pack(cls, items: Iterable[str]) -> Strings:
+        encoded = [item.encode("utf-8", "surrogateescape") for item in items]
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(item) for item in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.text[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        data = self.text.tobytes()
+        bounds = self.offsets.tolist()
+        for start, stop in pairwise(bounds):
+            yield data[start:stop].decode("utf-8", "surrogateescape")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Strings):
+            return NotImplemented
+        return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.text, other.text)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def update(self, digest: hashlib._Hash) -> None:
+        digest.update(np.ascontiguousarray(self.offsets).tobytes())
+        digest.update(np.ascontiguousarray(self.text).tobytes())
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """The captions of N photos: M raw texts, and their tokens numbered by frequency.
+
+    Word 0 of `words` is the most frequent token (ties in alphabetical order), so a vocabulary for
+    any minimum count is a prefix of `words`, and a token number is valid for every such prefix.
+    """
+
+    texts: Strings  # M raw captions
+    rows: NDArray[np.int32]  # (M,) the photo row of each caption, ascending
+    tokens: NDArray[np.int32]  # (K,) indices into `words`, caption after caption
+    token_offsets: NDArray[np.int64]  # (M + 1,)
+    words: Strings  # W distinct tokens
+    counts: NDArray[np.int64]  # (W,) how often each occurs, descending
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def by_row(self, row_count: int) -> list[list[str]]:
+        """The raw captions of every photo row: a list of `row_count` lists."""
+        grouped: list[list[str]] = [[] for _ in range(row_count)]
+        for row, text in zip(self.rows.tolist(), self.texts, strict=True):
+            grouped[row].append(text)
+        return grouped
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        self.texts.update(digest)
+        self.words.update(digest)
+        for array in (self.rows, self.tokens, self.token_offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def no_captions() -> CaptionTable:
+    return CaptionTable(
+        texts=Strings.pack([]),
+        rows=np.zeros(0, np.int32),
+        tokens=np.zeros(0, np.int32),
+        token_offsets=np.zeros(1, np.int64),
+        words=Strings.pack([]),
+        counts=np.zeros(0, np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Everything in a cache that is known before the first photo is decoded.
+
+    image_ids, paths: N each; a path is relative to the image folder. batch_rows: the encoder's
+    batch; rows k·batch_rows … are always computed together, at the same places of the batch, so a
+    resumed extraction computes exactly what an unbroken one does.
+    """
+
+    image_ids: Strings
+    paths: Strings
+    captions: CaptionTable
+    encoder: EncoderRecord
+    batch_rows: int
+
+    def photos_sha256(self) -> str:
+        digest = hashlib.sha256()
+        self.image_ids.update(digest)
+        self.paths.update(digest)
+        return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Is a cache what it was? Its own checksums, and its photos' digests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.store import DONE, PENDING, FeatureCache
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found; lists hold `path: what is wrong`."""
+
+    rows: int
+    pending: int
+    damaged: list[str] = field(default_factory=list)
+    sampled: int = 0  # photos compared with their files
+    changed: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged and not self.changed
+
+
+def verify(
+    cache: FeatureCache,
+    digest_of: Callable[[Path], NDArray[np.uint8]] | None = None,
+    images: Path | None = None,
+    *,
+    sample: int = 64,
+    seed: int = 0,
+) -> tuple[VerifyReport, NDArray[np.int64]]:
+    """Check every finished row's checksum, and a seeded sample of photos against their digests.
+
+    digest_of: reads a photo and returns its (16,) uint8 digest, raising OSError if it cannot.
+    Returns the report and the sampled rows whose photos are unchanged. Opening the cache has
+    already checked its seal: names, captions and structure.
+    """
+    finished = np.flatnonzero(cache.status != PENDING)
+    damaged = [
+        f"{cache.paths[row]}: row {row} does not match its checksum"
+        for row in finished.tolist()
+        if not cache.row_is_intact(row)
+    ]
+    changed: list[str] = []
+    same: list[int] = []
+    done = cache.rows_with(DONE)
+    chosen = np.random.default_rng(seed).permutation(done)[:sample] if images else done[:0]
+    for row in np.sort(chosen).tolist():
+        assert images is not None
+        assert digest_of is not None
+        path = cache.paths[row]
+        try:
+            if np.array_equal(digest_of(images / path), cache.digests[row]):
+                same.append(row)
+            else:
+                changed.append(f"{path}: the photo has changed since its features were extracted")
+        except OSError as error:
+            changed.append(f"{path}: {error.strerror or error}")
+    report = VerifyReport(
+        rows=len(cache),
+        pending=len(cache) - len(finished),
+        damaged=damaged,
+        sampled=len(chosen),
+        changed=changed,
+    )
+    return report, np.array(same, np.int64)

@@ -1,0 +1,41 @@
+"""Every default of extraction. Imports nothing heavy: `--help` shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What `cap extract-features` does by default, and everything it can be told."""
+
+    images: Path
+    out: Path
+    captions: Path | None = None
+    split: str | None = None
+    only: Path | None = None
+    backbone: str = "resnet152"
+    weights: str = "IMAGENET1K_V1"
+    views: tuple[str, ...] = ("full",)
+    image_size: int = 224
+    batch_size: int = 32  # photos
+    workers: int | None = None  # decoding threads; None: one per core
+    device: str = "auto"
+    precision: str = "auto"
+    limit: int | None = None
+    overwrite: bool = False
+    retry_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `cap demo` does by default, and everything it can be told."""
+
+    out: Path = Path("demo")
+    backbone: str = "shufflenet_v2_x0_5"
+    weights: str | None = None  # None: the demo's own, or ImageNet's for another backbone
+    train_scenes: int = 600
+    test_scenes: int = 150
+    epochs: int = 20
+    device: str = "auto"

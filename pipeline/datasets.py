@@ -1,0 +1,241 @@
+"""Photos and their captions, from the formats people have: COCO, Karpathy, Flickr, a plain folder.
+
+Every reader returns `Photo` records in a fixed order. A photo is identified by its own id (COCO's
+number, otherwise its path), never by its place in a list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from cache.errors import CapError
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".avif")
+)
+
+
+class DatasetError(CapError):
+    """A photo folder or captions file cannot be used. One line, file first."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo: `path` is relative to the image folder, with `/` between its parts."""
+
+    image_id: str
+    path: str
+    captions: tuple[str, ...] = ()
+
+
+def read_photos(
+    images: Path,
+    captions: Path | None = None,
+    *,
+    split: str | None = None,
+    only: Path | None = None,
+    limit: int | None = None,
+) -> list[Photo]:
+    """The photos to work on, in the captions file's order, or sorted by path without one.
+
+    captions: COCO captions JSON, Karpathy JSON, Flickr8k `captions.txt` (CSV), Flickr `token.txt`
+    or Flickr30k `results.csv`; None takes every photo below `images`. split: comma-separated
+    splits of a Karpathy file. only: a file of photo names, one a line. limit: the first so many.
+
+    Raises DatasetError if nothing can be read, nothing is left, or the arguments do not fit.
+    """
+    if not images.is_dir():
+        raise DatasetError(f"{images}: no such folder")
+    if captions is None:
+        if split is not None:
+            raise DatasetError("--split needs a Karpathy JSON as --captions")
+        photos = _folder_photos(images)
+    else:
+        photos = read_captions(captions, split=split, images=images)
+    if only is not None:
+        photos = _keep_listed(photos, only)
+    if limit is not None:
+        photos = photos[:limit]
+    if not photos:
+        raise DatasetError(f"{images}: no photos found")
+    if captions is not None and not any((images / photo.path).exists() for photo in photos[:1000]):
+        raise DatasetError(
+            f"{images}: none of the photos of {captions} is here (looked for {photos[0].path})"
+        )
+    return photos
+
+
+def read_captions(
+    captions: Path, *, split: str | None = None, images: Path | None = None
+) -> list[Photo]:
+    """The photos of a captions file, whatever its format. `images` helps to find COCO's subfolders.
+
+    Raises DatasetError if the file is none of the known formats or names no photo.
+    """
+    try:
+        with captions.open("rb") as file:
+            start = file.read(4096)
+    except OSError as error:
+        raise DatasetError(f"{captions}: cannot read ({error.strerror})") from None
+    if start.lstrip()[:1] in (b"{", b"["):
+        photos = _json_photos(captions, split, images)
+    else:
+        if split is not None:
+            raise DatasetError(f"{captions}: has no splits; use --only with a list of photo names")
+        photos = _flickr_photos(captions)
+    if not photos:
+        raise DatasetError(f"{captions}: names no photo")
+    for photo in photos:
+        parts = PurePosixPath(photo.path)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in photo.path:
+            raise DatasetError(f"{captions}: names a photo outside the folder ({photo.path!r})")
+    return photos
+
+
+def _folder_photos(images: Path) -> list[Photo]:
+    found: list[str] = []
+    for folder, subfolders, names in os.walk(images):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found.extend(
+            (Path(folder) / name).relative_to(images).as_posix()
+            for name in names
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        )
+    return [Photo(path, path) for path in sorted(found)]
+
+
+def _keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
+    try:
+        lines = only.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{only}: cannot read ({error})") from None
+    wanted = {line.strip() for line in lines if line.strip()}
+    kept = [p for p in photos if p.path in wanted or PurePosixPath(p.path).name in wanted]
+    known = {p.path for p in kept} | {PurePosixPath(p.path).name for p in kept}
+    unknown = sorted(wanted - known)
+    if unknown:
+        raise DatasetError(
+            f"{only}: {len(unknown):,} of {len(wanted):,} names are not among the photos "
+            f"(first: {unknown[0]})"
+        )
+    return kept
+
+
+def _json_photos(captions: Path, split: str | None, images: Path | None) -> list[Photo]:
+    try:
+        with captions.open(encoding="utf-8") as file:
+            record = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{captions}: not valid JSON ({error})") from None
+    entries = record.get("images") if isinstance(record, dict) else None
+    if not isinstance(entries, list):
+        raise DatasetError(f"{captions}: no list of images; is it a captions file?")
+    try:
+        if any("sentences" in entry for entry in entries[:1]):
+            return _karpathy_photos(captions, entries, split, images)
+        if split is not None:
+            raise DatasetError(f"{captions}: has no splits; use --only with a list of photo names")
+        return _coco_photos(captions, record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(
+            f"{captions}: not a captions file as COCO or Karpathy publish them "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def _karpathy_photos(
+    captions: Path, entries: Iterable[Mapping[str, Any]], split: str | None, images: Path | None
+) -> list[Photo]:
+    wanted = {name.strip() for name in split.split(",")} if split else None
+    photos, splits = [], set()
+    # One listing decides whether the file's subfolders (val2014/…) exist below the image folder.
+    subfolders = {entry.name for entry in images.iterdir() if entry.is_dir()} if images else set()
+    for entry in entries:
+        splits.add(str(entry["split"]))
+        if wanted is not None and entry["split"] not in wanted:
+            continue
+        path = str(entry["filename"])
+        if entry.get("filepath") in subfolders:
+            path = f"{entry['filepath']}/{path}"
+        texts = tuple(_clean(sentence["raw"]) for sentence in entry["sentences"])
+        photos.append(Photo(str(entry.get("cocoid", path)), path, tuple(filter(None, texts))))
+    if wanted is not None and not wanted <= splits:
+        unknown = ", ".join(sorted(wanted - splits))
+        raise DatasetError(f"{captions}: no split {unknown}; it has {', '.join(sorted(splits))}")
+    return photos
+
+
+def _coco_photos(captions: Path, record: Mapping[str, Any]) -> list[Photo]:
+    if "annotations" not in record:
+        raise DatasetError(f"{captions}: has images but no annotations; is it a captions file?")
+    # pycocotools reports to stdout, which belongs to results.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from pycocotools.coco import COCO
+
+        coco = COCO()
+        coco.dataset = dict(record)
+        coco.createIndex()
+    photos = []
+    for image_id, image in coco.imgs.items():
+        texts = tuple(_clean(note["caption"]) for note in coco.imgToAnns.get(image_id, []))
+        photos.append(Photo(str(image_id), str(image["file_name"]), tuple(filter(None, texts))))
+    return photos
+
+
+def _flickr_photos(captions: Path) -> list[Photo]:
+    try:
+        text = captions.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DatasetError(
+            f"{captions}: neither JSON nor UTF-8 text; is it a captions file?"
+        ) from None
+    lines = text.splitlines()
+    first = lines[0].lower() if lines else ""
+    pairs: Iterable[tuple[str, str]]
+    if "\t" in first:  # token.txt: name.jpg#0<TAB>caption
+        pairs = _pairs(captions, lines, lambda line: line.split("\t", 1))
+    elif "|" in first:  # Flickr30k's results.csv: image_name| comment_number| comment
+        pairs = _pairs(captions, lines[1:], lambda line: line.split("|", 2)[::2])
+    elif "," in first:  # captions.txt: image,caption
+        rows = csv.reader(lines if _names_image(first.split(",")[0]) else lines[1:])
+        pairs = _pairs(captions, rows, lambda row: [row[0], ",".join(row[1:])])
+    else:
+        raise DatasetError(
+            f"{captions}: not COCO JSON, Karpathy JSON, `image,caption` CSV or Flickr token.txt"
+        )
+    grouped: dict[str, list[str]] = {}
+    for name, caption in pairs:
+        grouped.setdefault(name, []).extend([caption] if caption else [])
+    return [Photo(name, name, tuple(texts)) for name, texts in grouped.items()]
+
+
+_Line = TypeVar("_Line", str, list[str])
+
+
+def _pairs(
+    captions: Path, lines: Iterable[_Line], split: Callable[[_Line], Sequence[str]]
+) -> Iterable[tuple[str, str]]:
+    for number, line in enumerate(lines, 1):
+        if not line or not any(part.strip() for part in line):
+            continue
+        parts = split(line)
+        name = parts[0].strip().split("#")[0]
+        if len(parts) != 2 or not _names_image(name):
+            raise DatasetError(f"{captions}: entry {number} is not a photo name and a caption")
+        yield name, _clean(parts[1])
+
+
+def _names_image(name: str) -> bool:
+    return PurePosixPath(name.strip().split("#")[0]).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _clean(caption: str) -> str:
+    return " ".join(str(caption).split())

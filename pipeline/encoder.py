@@ -1,0 +1,373 @@
+"""The frozen backbone: any torchvision classifier without its last linear layer.
+
+The plain network in float32 is the reference. What runs is the same network with BatchNorm folded
+into the convolutions, channels last in memory, in the precision of the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache.errors import CapError
+from cache.record import EncoderRecord
+from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
+
+RANDOM = "random"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# A row whose fast features point elsewhere than float32's by more than this is not the same row.
+MIN_COSINE = 0.999
+
+_RANDOM_SEED = 0
+_CALIBRATION_IMAGES = 8
+
+
+class EncoderError(CapError):
+    """A backbone, its weights or its device cannot be used. One line."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A headless network: (B, 3, S, S) normalized floats → (B, feature_dim)."""
+
+    name: str
+    weights: str
+    weights_sha256: str
+    feature_dim: int
+    network: nn.Module  # float32, on the CPU, in eval mode, frozen
+
+
+def load_backbone(name: str, weights: str) -> Backbone:
+    """Build a torchvision classifier, drop its head, load and freeze its weights.
+
+    weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), a file of a state dict (`.pth`,
+    `.safetensors`; the head may be missing or of another size), or `random` (seeded, calibrated).
+    Raises EncoderError.
+    """
+    if weights == RANDOM:
+        network, feature_dim, sha256 = _random_network(name)
+    else:
+        network, feature_dim = _headless(name, device="meta")
+        state, source = _read_weights(name, weights)
+        _load_strictly(network, state, f"{source}: not weights of {name}")
+        sha256 = _sha256(network.state_dict())
+    network.eval().requires_grad_(False)
+    return Backbone(name, weights, sha256, feature_dim, network)
+
+
+def _headless(name: str, device: str) -> tuple[nn.Module, int]:
+    """A torchvision classifier with its last linear layer replaced by the identity."""
+    from torchvision import models
+
+    try:
+        with torch.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some constructors announce changes of their defaults
+            network: nn.Module = models.get_model(name, weights=None)
+    except ValueError:
+        raise EncoderError(
+            f"no backbone {name!r} in torchvision; for example resnet152, resnet50, mobilenet_v2"
+        ) from None
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise EncoderError(f"{name} does not end in a linear layer; choose another backbone")
+    parent, _, child = linear[-1].rpartition(".")
+    head = network.get_submodule(linear[-1])
+    assert isinstance(head, nn.Linear)
+    setattr(network.get_submodule(parent), child, nn.Identity())
+    return network, head.in_features
+
+
+def _check_output(backbone: Backbone, image_size: int) -> None:
+    """Raise EncoderError unless this image size gives one vector a photo."""
+    network = copy.deepcopy(backbone.network).to("meta")
+    try:
+        shape = tuple(network(torch.empty(2, 3, image_size, image_size, device="meta")).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise EncoderError(
+            f"{backbone.name} cannot take {image_size}×{image_size} pixels ({reason})"
+        ) from None
+    except AttributeError:
+        shape = ()
+    if shape != (2, backbone.feature_dim):
+        raise EncoderError(
+            f"{backbone.name} gives no pooled vector before its last layer; choose another backbone"
+        )
+
+
+def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
+    """(state dict, where it came from). Raises EncoderError."""
+    from torchvision import models
+
+    path = Path(weights).expanduser()
+    published = models.get_model_weights(name)
+    if weights in published.__members__:
+        try:
+            state = published[weights].get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
+            raise EncoderError(
+                f"cannot download {name} {weights} ({error}); give a file with --weights PATH"
+            ) from None
+        return dict(state), f"{name} {weights}"
+    if not path.exists():
+        names = ", ".join(published.__members__) or "none"
+        raise EncoderError(
+            f"{weights}: no such weights file, and not a published name of {name} ({names})"
+        )
+    return _read_weights_file(path), str(path)
+
+
+def _read_weights_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load and safetensors raise a dozen kinds on a foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EncoderError(f"{path}: not a weights file ({reason[:120]})") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise EncoderError(f"{path}: holds no state dict")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
+    """Load every tensor the headless network has, as float32; ignore what it has not (the head)."""
+    own = network.state_dict()
+    loaded = {}
+    for key, tensor in own.items():
+        if key not in state:
+            if key.endswith("num_batches_tracked"):  # absent in old files, unused when frozen
+                loaded[key] = torch.zeros((), dtype=torch.int64)
+                continue
+            raise EncoderError(f"{complaint} (no {key})")
+        given = state[key]
+        if given.shape != tensor.shape:
+            raise EncoderError(
+                f"{complaint} ({key} is {tuple(given.shape)}, must be {tuple(tensor.shape)})"
+            )
+        loaded[key] = given.to(tensor.dtype).contiguous()
+    if len(state) > len(own) + 16:
+        raise EncoderError(f"{complaint} (it has {len(state)} tensors, {len(own)} are known)")
+    network.load_state_dict(loaded, assign=True)
+
+
+def _random_network(name: str) -> tuple[nn.Module, int, str]:
+    """(network, feature_dim, hash): seeded weights, BatchNorm statistics measured on seeded images.
+
+    With untouched statistics a deep ResNet's activations grow past float16 (5e7 at depth 152). The
+    measured ones may differ in the last bit between machines, so the hash is that of the seeded
+    weights alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        network, feature_dim = _headless(name, device="cpu")
+        sha256 = _sha256(network.state_dict())
+        # Coarse noise, enlarged: like photos, it has structure at every scale.
+        coarse = torch.randn(_CALIBRATION_IMAGES, 3, 14, 14)
+        images = nn.functional.interpolate(coarse, (224, 224), mode="bicubic")
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = None  # the plain average over passes: here, of one
+        if _has_batchnorm(network):
+            with torch.no_grad():
+                network.train()(images)
+    return network, feature_dim, sha256
+
+
+def _has_batchnorm(network: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and float32 bytes in sorted order; independent of the file format."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        if not key.endswith("num_batches_tracked"):
+            tensor = state[key].detach().contiguous()
+            digest.update(f"{key} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Encoder:
+    """A backbone ready to run on one device in one precision. Make one with `Encoder.load`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        device: torch.device,
+        precision: str,
+        image_size: int = 224,
+        views: tuple[str, ...] = ("full",),
+    ) -> None:
+        _check_output(backbone, image_size)
+        self.backbone = backbone
+        self.device = device
+        self.record = EncoderRecord(
+            backbone=backbone.name,
+            weights=backbone.weights,
+            weights_sha256=backbone.weights_sha256,
+            feature_dim=backbone.feature_dim,
+            image_size=image_size,
+            views=views,
+            preprocessing=PREPROCESSING,
+            precision=precision,
+        )
+        self._dtype = DTYPES[precision]
+        network = fold_batchnorm(backbone.network)
+        self._network = network.to(device, self._dtype).to(memory_format=torch.channels_last)
+        self._normalize = normalizer(device, self._dtype)
+
+    @classmethod
+    def load(
+        cls, record: EncoderRecord, *, device: torch.device, weights: str | None = None
+    ) -> Encoder:
+        """The encoder behind a cache or a model, from its record.
+
+        weights: where the weights lie now, if not where the record says. Raises EncoderError if
+        they are not the recorded ones or the pixels are made differently now.
+        """
+        if record.preprocessing != PREPROCESSING:
+            raise EncoderError(
+                f"features were made with preprocessing {record.preprocessing!r}, "
+                f"this version has {PREPROCESSING!r}; extract again"
+            )
+        backbone = load_backbone(record.backbone, weights or record.weights)
+        if backbone.weights_sha256 != record.weights_sha256:
+            raise EncoderError(
+                f"{weights or record.weights}: weights {backbone.weights_sha256[:12]}…, the model "
+                f"was trained on features of weights {record.weights_sha256[:12]}…"
+            )
+        precision = record.precision
+        if precision == "float16" and device.type == "cpu":
+            precision = "float32"  # CPUs lack float16 convolutions; float32 is its closest relative
+        return cls(
+            backbone,
+            device=device,
+            precision=precision,
+            image_size=record.image_size,
+            views=record.views,
+        )
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pooled backbone features, without gradients.
+
+        pixels: (B, 3, S, S) uint8 RGB, any device. Returns (B, D) float16 on the encoder's device;
+        on a GPU the work is only queued when this returns.
+        """
+        images = self._normalize(pixels.to(self.device, non_blocking=True))
+        with _reproducible_kernels(self.device):
+            features: Tensor = self._network(images)
+        return features.to(torch.float16)
+
+
+@torch.inference_mode()
+def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Tensor:
+    """The reference: the network as torchvision builds it, float32, eager. (B, D) float32."""
+    network = backbone.network.to(device)
+    with _reproducible_kernels(device):
+        features: Tensor = network(normalizer(device, torch.float32)(pixels.to(device)))
+    backbone.network.to("cpu")
+    return features
+
+
+def fast_precisions(device: torch.device) -> tuple[str, ...]:
+    """Precisions worth trying on this device, the fastest acceptable first; float32 is last."""
+    if device.type == "cuda":
+        # float16 runs at bfloat16's speed and keeps three more bits of each number.
+        return ("float16", "bfloat16", "float32")
+    capable = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return ("bfloat16", "float32") if capable else ("float32",)
+
+
+def choose_precision(
+    backbone: Backbone,
+    pixels: Tensor,
+    *,
+    device: torch.device,
+    candidates: tuple[str, ...] | None = None,
+) -> tuple[str, list[str]]:
+    """The fastest precision whose features agree with plain float32 on these photos.
+
+    pixels: (B, 3, S, S) uint8, B ≥ 1 real photos. Returns the precision and a notice for each one
+    that was turned down (a row's cosine to float32 below MIN_COSINE).
+    """
+    candidates = candidates or fast_precisions(device)
+    notices: list[str] = []
+    if candidates[0] == "float32":
+        return "float32", notices
+    reference = encode_plain(backbone, pixels, device)
+    for precision in candidates:
+        if precision == "float32":
+            break
+        encoder = Encoder(
+            backbone, device=device, precision=precision, image_size=int(pixels.shape[-1])
+        )
+        fast = encoder.encode(pixels).float()
+        worst = float(nn.functional.cosine_similarity(fast, reference).nan_to_num(-1).min())
+        if worst >= MIN_COSINE:
+            return precision, notices
+        notices.append(
+            f"{backbone.name} in {precision} strays from float32 (worst cosine {worst:.4f} of "
+            f"{len(pixels)} photos, at least {MIN_COSINE} wanted); trying the next precision"
+        )
+    return "float32", notices
+
+
+def fold_batchnorm(network: nn.Module) -> nn.Module:
+    """A copy with each BatchNorm folded into the convolution before it, where there is one."""
+    from torch.fx.experimental.optimization import fuse
+
+    if not _has_batchnorm(network):
+        return copy.deepcopy(network)
+    try:
+        folded: nn.Module = fuse(copy.deepcopy(network))
+    except Exception:  # a network that torch.fx cannot trace runs as it is, only slower
+        return copy.deepcopy(network)
+    return folded.eval().requires_grad_(False)
+
+
+def normalizer(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """(B, 3, S, S) uint8 → normalized, channels last, in one multiply and one add."""
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+    scale = 1 / (255 * std)
+    shift = -torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) / std
+
+    def normalize(pixels: Tensor) -> Tensor:
+        images = pixels.contiguous(memory_format=torch.channels_last).float()
+        return images.mul_(scale).add_(shift).to(dtype)
+
+    return normalize
+
+
+@contextlib.contextmanager
+def _reproducible_kernels(device: torch.device) -> Iterator[None]:
+    """On a GPU: no autotuning, which may choose otherwise next time, and no hidden TF32."""
+    if device.type == "cpu":
+        yield
+        return
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        yield

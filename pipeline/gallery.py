@@ -1,0 +1,58 @@
+"""A contact sheet: photos with captions below them, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from cache.atomic import write_atomically
+from pipeline.images import decode
+from pipeline.photos import read_file
+
+_TILE_WIDTH, _PHOTO_HEIGHT, _MARGIN = 320, 240, 10
+_FONT_SIZE, _LINE_HEIGHT = 15, 19
+_INK, _FAINT, _PAPER = (24, 24, 28), (110, 110, 118), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One photo, its caption, and in fainter ink what else there is to say (the truth)."""
+
+    path: Path
+    caption: str
+    note: str = ""
+
+
+def write_contact_sheet(tiles: Sequence[Tile], path: Path, *, columns: int = 4) -> None:
+    """Draw the tiles row by row into a PNG. Raises ImageError or OSError."""
+    font = ImageFont.load_default(_FONT_SIZE)
+    texts = [(_wrap(tile.caption, font), _wrap(tile.note, font)) for tile in tiles]
+    lines = max((len(caption) + len(note) for caption, note in texts), default=0)
+    width, height = _TILE_WIDTH + _MARGIN, _PHOTO_HEIGHT + lines * _LINE_HEIGHT + 3 * _MARGIN
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, (tile, (caption, note)) in enumerate(zip(tiles, texts, strict=True)):
+        x, y = _MARGIN + i % columns * width, _MARGIN + i // columns * height
+        photo = Image.fromarray(decode(read_file(tile.path)))
+        photo.thumbnail((_TILE_WIDTH, _PHOTO_HEIGHT), Image.Resampling.LANCZOS)
+        sheet.paste(photo, (x + (_TILE_WIDTH - photo.width) // 2, y))
+        y += _PHOTO_HEIGHT + _MARGIN // 2
+        for line, ink in [(line, _INK) for line in caption] + [(line, _FAINT) for line in note]:
+            draw.text((x, y), line, fill=ink, font=font)
+            y += _LINE_HEIGHT
+    write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= _TILE_WIDTH:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,107 @@
+"""Shared fixtures: small photos that are made on the spot, and the real sample data if there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from cache.record import EncoderRecord, Skeleton, Strings
+from cache.store import FeatureCache, open_cache
+from cache.writer import open_writer
+from train.vocab import build_caption_table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    folder = Path(os.environ.get("CAP_SAMPLE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no sample data (set CAP_SAMPLE_DATA)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def write_photo(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> None:
+    """A photo-like picture: coarse seeded noise, enlarged."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve JPEGs, a.jpg to l.jpg, one of them broken, and captions.txt with two captions each."""
+    folder = tmp_path_factory.mktemp("photos")
+    lines = ["image,caption"]
+    for seed, letter in enumerate("abcdefghijkl"):
+        write_photo(folder / f"{letter}.jpg", seed)
+        lines.append(f'{letter}.jpg,"A photo, number {letter}, of coarse noise ."')
+        lines.append(f"{letter}.jpg,Noise {letter} .")
+    (folder / "e.jpg").write_bytes(b"this is no photo")
+    (folder / "captions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def record(**changes: object) -> EncoderRecord:
+    fields = {
+        "backbone": "resnet18",
+        "weights": "random",
+        "weights_sha256": "ab" * 32,
+        "feature_dim": 8,
+        "image_size": 64,
+        "views": ("full",),
+        "preprocessing": "none",
+        "precision": "float32",
+    }
+    return EncoderRecord(**(fields | changes))  # type: ignore[arg-type]
+
+
+def skeleton(captions: list[list[str]], **changes: object) -> Skeleton:
+    names = [f"{i:04d}.jpg" for i in range(len(captions))]
+    return Skeleton(
+        image_ids=Strings.pack(str(1000 + i) for i in range(len(captions))),
+        paths=Strings.pack(names),
+        captions=build_caption_table(captions),
+        encoder=record(**changes),
+        batch_rows=4,
+    )
+
+
+MakeCache = Callable[..., FeatureCache]
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> MakeCache:
+    """make_cache(captions, features=None, name="x.h5", **record fields) → a finished cache."""
+
+    def make(
+        captions: list[list[str]],
+        features: NDArray[np.floating] | None = None,
+        name: str = "x.h5",
+        **changes: object,
+    ) -> FeatureCache:
+        made = skeleton(captions, **changes)
+        shape = (len(captions), len(made.encoder.views), made.encoder.feature_dim)
+        if features is None:
+            features = np.random.default_rng(0).standard_normal(shape)
+        with open_writer(tmp_path / name, made, library_versions={}) as writer:
+            writer.write(
+                np.arange(len(captions)),
+                features.reshape(shape).astype(np.float16),
+                np.zeros((len(captions), 16), np.uint8),
+            )
+        return open_cache(tmp_path / name)
+
+    return make

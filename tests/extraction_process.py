@@ -1,0 +1,36 @@
+"""An extraction to be killed, in a module that a fork server can load once."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pipeline import extract as module
+from pipeline.config import ExtractConfig
+from pipeline.encoder import Backbone, load_backbone
+
+torch.set_num_threads(1)  # threads would not survive the fork
+_load_once = cache(load_backbone)
+if __name__ != "__main__":
+    _load_once("resnet18", "random")
+
+
+def run_extraction(photos: Path, out: Path) -> None:
+    def load(name: str, weights: str) -> Backbone:
+        return _load_once(name, weights)
+
+    vars(module)["load_backbone"] = load
+    module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once: more moments to be killed in
+    config = ExtractConfig(
+        images=photos,
+        out=out,
+        backbone="resnet18",
+        weights="random",
+        image_size=64,
+        batch_size=4,
+        workers=2,
+    )
+    for _ in module.extract(config):
+        pass

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache.record import CacheError
+from cache.store import FeatureCache
+from tests.conftest import MakeCache
+from train.bundle import load_bundle
+from train.config import FitConfig, SearchConfig, TrainConfig
+from train.run import EpochLog, StepLog, TrainError, train
+from train.search import search
+
+WORDS = ("a", "the", "dog", "cat", "bird", "runs", "sleeps", "sings", "on", "under", "hill")
+
+
+@pytest.fixture
+def cache(make_cache: MakeCache) -> FeatureCache:
+    random = np.random.default_rng(0)
+    captions = [
+        [" ".join(random.choice(WORDS, random.integers(2, 9))) for _ in range(3)] for _ in range(30)
+    ]
+    return make_cache(captions)
+
+
+def config(cache: FeatureCache, out: Path, epochs: int = 3, **changes: object) -> TrainConfig:
+    settings = {
+        "from_cache": cache.path,
+        "out": out,
+        "val_share": 0.2,
+        "embedding_size": 8,
+        "hidden_size": 16,
+        "min_count": 1,
+        "fit": FitConfig(epochs=epochs, batch_size=16, learning_rate=0.01),
+        "save_every": 4,
+        "log_every": 2,
+        "device": "cpu",
+    }
+    return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_bundle(path).decoder.state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path) -> None:
+    reports = [report for report in train(config(cache, tmp_path / "run")) if report]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "best.cap",
+        "last.cap",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        *(f"epoch-{epoch}-step-4.cap" for epoch in range(3)),
+    }
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines if "loss" in line] == [
+        (epoch, step) for epoch in range(3) for step in (2, 4, 5)
+    ]
+    logs = [report for report in reports if isinstance(report, StepLog)]
+    assert logs[0].line().startswith("Epoch [0/3], Step [2/5], Loss: ")
+    assert logs[0].perplexity == pytest.approx(math.exp(logs[0].loss))
+    assert logs[-1].loss < logs[0].loss
+
+
+@pytest.mark.parametrize(("stop_after", "num_layers"), [(2, 1), (5, 1), (8, 2)])
+def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
+    cache: FeatureCache, tmp_path: Path, stop_after: int, num_layers: int
+) -> None:
+    changes: dict[str, Any] = {"dropout": 0.3, "num_layers": num_layers}
+    for _ in train(config(cache, tmp_path / "whole", **changes)):
+        pass
+    reports = train(config(cache, tmp_path / "run", **changes))
+    for count, _ in enumerate(reports):
+        if count == stop_after:
+            break
+    reports.close()
+    torch.manual_seed(99)  # whatever happened in between
+    for _ in train(config(cache, tmp_path / "run", resume=True, **changes)):
+        pass
+    for name in ("last.cap", "best.cap", "epoch-2-step-4.cap"):
+        assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "run" / name)), name
+    assert load_bundle(tmp_path / "whole").training == load_bundle(tmp_path / "run").training
+
+    def positions(run: str) -> list[object]:
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "loss"} for line in lines]
+
+    assert positions("whole") == positions("run")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: FeatureCache, tmp_path: Path) -> None:
+    """As after SIGKILL: nothing of the generator's clean-up happens, half a log line is there."""
+    for _ in train(config(cache, tmp_path / "whole")):
+        pass
+    reports = train(config(cache, tmp_path / "run"))
+    for count, _ in enumerate(reports):
+        if count == 7:  # past the checkpoint at the end of the first epoch
+            break
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    reports.close()
+    for path, data in kept.items():
+        path.write_bytes(data)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "st')
+    for _ in train(config(cache, tmp_path / "run", resume=True)):
+        pass
+    assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+    whole = (tmp_path / "whole/metrics.jsonl").read_text()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == whole
+
+
+def test_more_epochs_can_be_added(cache: FeatureCache, tmp_path: Path) -> None:
+    for _ in train(config(cache, tmp_path / "whole", epochs=4)):
+        pass
+    for _ in train(config(cache, tmp_path / "run", epochs=2)):
+        pass
+    for _ in train(config(cache, tmp_path / "run", epochs=4, resume=True)):
+        pass
+    assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+
+
+def test_a_run_is_not_overwritten_nor_mixed_up(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(TrainError, match="nothing to resume"):
+        next(train(config(cache, run, resume=True)))
+    for _ in train(config(cache, run, epochs=1)):
+        pass
+    with pytest.raises(TrainError, match="holds a run already"):
+        next(train(config(cache, run)))
+    with pytest.raises(TrainError, match="was trained with hidden_size 16, asked for 32"):
+        next(train(config(cache, run, resume=True, hidden_size=32)))
+    other = make_cache([["a dog"]] * 30, name="other.h5")
+    with pytest.raises(TrainError, match="was trained on other captions"):
+        next(train(config(other, run, resume=True)))
+    (run / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(TrainError, match="cannot read"):
+        next(train(config(cache, run, resume=True)))
+    for _ in train(config(cache, run, epochs=1, overwrite=True)):
+        pass
+    assert not list(run.glob(".*"))
+
+
+def test_validation_may_come_from_its_own_cache(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    val = make_cache([["a dog runs"], ["zebra"]], name="val.h5")
+    logs = list(train(config(cache, tmp_path / "run", epochs=1, val_cache=val.path)))
+    assert isinstance(logs[-1], EpochLog)
+    foreign = make_cache([["a dog"]], name="foreign.h5", weights_sha256="cd" * 32)
+    with pytest.raises(CacheError, match=r"foreign\.h5: made with weights cdcdcdcdcdcd…"):
+        next(train(config(cache, tmp_path / "run2", val_cache=foreign.path)))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: MakeCache) -> None:
+    cache = make_cache([["a dog"]] * 9, np.full((9, 1, 8), np.nan))
+    with pytest.raises(TrainError, match=r"the loss is nan at epoch 0, step 1; .*learning-rate"):
+        for _ in train(config(cache, tmp_path / "run")):
+            pass
+
+
+def test_one_photo_is_too_few_and_a_last_batch_of_one_is_not(
+    tmp_path: Path, make_cache: MakeCache
+) -> None:
+    with pytest.raises(TrainError, match="too few to hold one out"):
+        next(train(config(make_cache([["a dog"]]), tmp_path / "a")))
+    cache = make_cache([["a dog"]] * 18, name="y.h5")
+    # One photo is held out: 17 captions make a batch of 16 and one of 1.
+    for _ in train(config(cache, tmp_path / "b", val_share=0.05)):
+        pass
+    assert all(w.isfinite().all() for w in weights(tmp_path / "b/last.cap").values())
+
+
+def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCache) -> None:
+    # Of one length: batches of length-sorted captions then mix the photos, as BatchNorm needs.
+    sentences = [
+        "a dog runs on the grass",
+        "two cats sleep under a tree",
+        "the bird sings near the hill",
+        "grass grass grass and more grass",
+    ]
+    cache = make_cache([[sentence] * 25 for sentence in sentences])
+    fit = FitConfig(epochs=20, batch_size=20, learning_rate=0.02)
+    for report in train(
+        config(cache, tmp_path / "run", val_cache=cache.path, fit=fit, dropout=0.0, hidden_size=32)
+    ):
+        last = report
+    assert isinstance(last, EpochLog)
+    assert last.val_loss < 0.02
+    bundle = load_bundle(tmp_path / "run")
+    features = torch.from_numpy(np.array(cache.features[:, 0]))
+    for beam_size in (1, 3):
+        found = search(bundle.decoder, features, SearchConfig(beam_size=beam_size))
+        assert [bundle.vocabulary.decode(h.words) for h in found] == sentences

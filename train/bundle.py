@@ -1,0 +1,99 @@
+"""One file that holds a model: decoder weights, sizes, vocabulary and encoder identity.
+
+A bundle is a safetensors file (no code inside, safe to load from strangers). Its metadata holds
+`cap_bundle`, a JSON object: `version`, `decoder` (DecoderConfig), `vocabulary`, `encoder`
+(EncoderRecord) and `training` (free-form facts about the run).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cache.atomic import write_atomically
+from cache.errors import CapError
+from cache.record import EncoderRecord
+from train.decoder import CaptionDecoder, DecoderConfig
+from train.vocab import Vocabulary, VocabularyError
+
+VERSION = 1
+_KEY = "cap_bundle"
+
+
+class BundleError(CapError):
+    """A model file is missing, damaged or of another version. One line, file first."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained decoder and everything needed to use it."""
+
+    decoder: CaptionDecoder
+    vocabulary: Vocabulary
+    encoder: EncoderRecord
+    training: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write atomically. Raises OSError."""
+        record = {
+            "version": VERSION,
+            "decoder": asdict(self.decoder.config),
+            "vocabulary": json.loads(self.vocabulary.to_json()),
+            "encoder": asdict(self.encoder),
+            "training": dict(self.training),
+        }
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self.decoder.state_dict().items()
+        }
+        metadata = {_KEY: json.dumps(record, ensure_ascii=False)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
+    """Load a model file, or the best one of a run folder; the decoder is in eval mode.
+
+    Raises BundleError.
+    """
+    path = find_bundle(Path(path))
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            record = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BundleError(f"{path}: not a model file ({error or type(error).__name__})") from None
+    if record.get("version") != VERSION:
+        raise BundleError(
+            f"{path}: model format {record.get('version')}, this program reads {VERSION}"
+        )
+    try:
+        decoder = CaptionDecoder(DecoderConfig(**record["decoder"]))
+        decoder.load_state_dict(tensors)
+        views = tuple(record["encoder"].pop("views"))
+        encoder = EncoderRecord(**record["encoder"], views=views)
+        vocabulary = Vocabulary.from_json(json.dumps(record["vocabulary"]))
+        if len(vocabulary) != decoder.config.vocab_size:
+            raise ValueError(
+                f"{len(vocabulary)} words, the decoder has {decoder.config.vocab_size}"
+            )
+    except (RuntimeError, ValueError, TypeError, KeyError, VocabularyError) as error:
+        raise BundleError(f"{path}: damaged model file ({str(error).splitlines()[0]})") from None
+    return Bundle(decoder.to(device or "cpu").eval(), vocabulary, encoder, record["training"])
+
+
+def find_bundle(path: Path) -> Path:
+    """A model file as given, or `best.cap` (else `last.cap`) of a run folder."""
+    if path.is_file():
+        return path
+    for name in ("best.cap", "last.cap"):
+        if (path / name).is_file():
+            return path / name
+    reason = "no best.cap or last.cap in it; has it been trained?" if path.is_dir() else "not found"
+    raise BundleError(f"{path}: {reason}")

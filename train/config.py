@@ -1,0 +1,48 @@
+"""Every default of training and decoding. Imports nothing heavy: `--help` shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What the training loop itself needs."""
+
+    epochs: int = 10
+    batch_size: int = 128  # captions
+    learning_rate: float = 0.001  # Adam
+    clip_norm: float = 5.0  # of all gradients together; healthy training stays below
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `cap train` does by default, and everything it can be told."""
+
+    from_cache: Path
+    out: Path
+    val_cache: Path | None = None
+    val_share: float = 0.05  # of the photos, held out where there is no val_cache
+    embedding_size: int = 256
+    hidden_size: int = 512
+    num_layers: int = 1
+    dropout: float = 0.5
+    min_count: int = 4
+    max_length: int = 50  # words of a caption; the rest is cut
+    fit: FitConfig = field(default_factory=FitConfig)
+    save_every: int = 1000  # steps
+    log_every: int = 10  # steps
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How captions are looked for."""
+
+    beam_size: int = 3  # 1 is greedy search
+    max_length: int = 30  # words
+    length_penalty: float = 0.7  # 0 prefers short captions, 1 compares the mean per word

@@ -1,0 +1,80 @@
+"""The caption decoder: a photo's vector in, words out. The plain, readable reference.
+
+    features (B, D) ─ project ─ BatchNorm ─┐
+                                           ├─ LSTM ─ head ─ logits (B, T, W)
+    words (B, T - 1) ──── embed ───────────┘
+
+Step 1 reads the photo and predicts the first word; each later step reads the true previous word.
+The sizes are those of the classic CNN-LSTM captioner (Vinyals et al., 2015, «Show and Tell»).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from train.batches import Batch
+from train.vocab import PAD
+
+# Hidden and cell state of the LSTM, (layers, B, H) each.
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder; with its weights, all that is needed to rebuild it."""
+
+    feature_dim: int
+    vocab_size: int
+    embedding_size: int = 256
+    hidden_size: int = 512
+    num_layers: int = 1
+    dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
+
+
+class CaptionDecoder(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(config.feature_dim, config.embedding_size)
+        self.normalize = nn.BatchNorm1d(config.embedding_size)
+        self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.lstm = nn.LSTM(
+            config.embedding_size,
+            config.hidden_size,
+            config.num_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, features: Tensor, inputs: Tensor) -> Tensor:
+        """Logits of every step: (B, D) features and (B, T - 1) int64 words → (B, T, W)."""
+        return self.head(self.hidden(features, inputs))  # type: ignore[no-any-return]
+
+    def hidden(self, features: Tensor, inputs: Tensor) -> Tensor:
+        """The LSTM's outputs (B, T, H). Padding follows the words, so it never reaches them."""
+        photo = self.read_photo(features).unsqueeze(1)  # (B, 1, E)
+        steps = torch.cat([photo, self.embed(inputs)], dim=1)  # (B, T, E)
+        outputs, _ = self.lstm(self.dropout(steps))
+        return self.dropout(outputs)  # type: ignore[no-any-return]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy per target token; padding counts for nothing."""
+        hidden = self.hidden(batch.features, batch.inputs)
+        valid = batch.targets != PAD  # (B, T)
+        # The head is the largest product: only real targets go through it.
+        return cross_entropy(self.head(hidden[valid]), batch.targets[valid])
+
+    def read_photo(self, features: Tensor) -> Tensor:
+        """What the LSTM reads at step 1: (B, D) → (B, E)."""
+        return self.normalize(self.project(features.float()))  # type: ignore[no-any-return]
+
+    def step(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """One step of decoding: (B, E) inputs and the state before → (B, W) logits, state after."""
+        outputs, state = self.lstm(inputs.unsqueeze(1), state)
+        return self.head(outputs.squeeze(1)), state

@@ -1,0 +1,26 @@
+"""Naming a device."""
+
+from __future__ import annotations
+
+import torch
+
+from cache.errors import CapError
+
+
+class DeviceError(CapError):
+    """A device is unknown or absent. One line."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1` → a device that works here. Raises DeviceError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"no device {name!r}; there are auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"no device {name}; this machine has {torch.cuda.device_count()} GPUs")
+    return device
