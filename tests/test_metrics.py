@@ -194,3 +194,21 @@ def test_no_java_is_a_notice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     scores = score(HYPOTHESES, REFERENCES)
     assert scores.tokenizer == "treebank"
     assert scores.notices[0].startswith("no Java")
+
+
+@needs_java
+@pytest.mark.parametrize("script", ["exit 1", "exec sleep 30", "echo nonsense"])
+def test_a_broken_meteor_costs_meteor_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    real = shutil.which("java")
+    (tmp_path / "java").write_text(
+        f'#!/bin/sh\ncase "$*" in *meteor*) {script};; *) exec {real} "$@";; esac\n'
+    )
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(metrics, "_JAVA_TIMEOUT_S", 5.0)
+    scores = score(HYPOTHESES, REFERENCES)
+    assert scores.tokenizer == "ptb"
+    assert scores.meteor is None
+    assert scores.notices[0].startswith("no METEOR: Java fails")

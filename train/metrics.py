@@ -12,11 +12,12 @@ import contextlib
 import io
 import shutil
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cache.errors import CapError
 from train.vocab import treebank_tokens
@@ -194,7 +195,7 @@ def _meteor(
     hypotheses: Mapping[str, list[str]],
     notices: list[str],
 ) -> float | None:
-    """Corpus METEOR 1.5, in two runs of its line protocol: statistics, then their evaluation."""
+    """Corpus METEOR 1.5 by its line protocol: a line of statistics a caption, then their score."""
 
     def clean(text: str) -> str:
         return text.replace("|||", " ")
@@ -203,17 +204,51 @@ def _meteor(
         " ||| ".join(["SCORE", *map(clean, references[image]), clean(hypotheses[image][0])])
         for image in hypotheses
     ]
-    arguments = ["-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    folder = _package_folder() / "meteor"
     try:
-        statistics = _java(arguments, requests, folder)
-        if len(statistics) != len(requests):
-            raise ValueError(f"{len(statistics)} lines came back for {len(requests)}")
-        # One score a caption comes back, then the one of the corpus.
-        return float(_java(arguments, [" ||| ".join(["EVAL", *statistics])], folder)[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return _ask_meteor(requests)
+    except (OSError, ValueError) as error:
         notices.append(f"no METEOR: Java fails ({_reason(error)})")
         return None
+
+
+def _ask_meteor(requests: Sequence[str]) -> float:
+    """Raises OSError or ValueError if the program fails or does not answer in time."""
+    command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Xmx2G", "-jar"]
+    command += ["meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+        cwd=_package_folder() / "meteor",
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        killer = threading.Timer(_JAVA_TIMEOUT_S, process.kill)
+        killer.start()
+        # Written from beside: METEOR answers while it reads, and pipes are short.
+        writer = threading.Thread(target=_write_lines, args=(process.stdin, requests))
+        writer.start()
+        try:
+            statistics = [process.stdout.readline().strip() for _ in requests]
+            writer.join()
+            if not all(statistics):
+                raise ValueError("it stopped")
+            _write_lines(process.stdin, [" ||| ".join(["EVAL", *statistics])])
+            # One score a caption comes back, then the one of the corpus.
+            answers = [process.stdout.readline() for _ in range(len(requests) + 1)]
+            return float(answers[-1])
+        finally:
+            killer.cancel()
+            process.kill()
+            writer.join()
+
+
+def _write_lines(stream: IO[str], lines: Sequence[str]) -> None:
+    with contextlib.suppress(OSError):  # the reader finds out that the program is gone
+        stream.writelines(line + "\n" for line in lines)
+        stream.flush()
 
 
 def _reason(error: Exception) -> str:
