@@ -115,18 +115,28 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
         ):
             pass
     run = config.out / "run"
-    yield f"$ cap train --from-cache {config.out}/train.h5 --out {run} --epochs {config.epochs}"
+    yield (
+        f"$ cap train --from-cache {config.out / 'train.h5'} --out {run} --epochs {config.epochs} "
+        f"--batch-size {config.batch_size} --hidden-size {config.hidden_size} "
+        f"--learning-rate {config.learning_rate} --dropout {config.dropout}"
+    )
     for report in train(
         TrainConfig(
             from_cache=config.out / "train.h5",
             out=run,
-            fit=FitConfig(epochs=config.epochs),
+            hidden_size=config.hidden_size,
+            dropout=config.dropout,
+            fit=FitConfig(
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+            ),
             device=config.device,
         )
     ):
         if isinstance(report, EpochLog) and (report.epoch % 5 == 4 or report.epoch == 0):
             yield report.line()
-    yield f"$ cap evaluate --model {run} --cache {config.out}/test.h5"
+    yield f"$ cap evaluate --model {run} --cache {config.out / 'test.h5'}"
     evaluation = evaluate(run, config.out / "test.h5", SearchConfig(), device=config.device)
     result = _judge(config, evaluation, truth, started)
     (config.out / _MARKER).write_text(json.dumps(result.as_dict(), indent=1) + "\n")
