@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.metrics import Scores, score
-
 from cache.atomic import write_text
 from cache.record import CacheError
 from cache.store import open_cache
@@ -16,6 +14,7 @@ from pipeline.captioner import Prediction, caption_cache
 from train.bundle import find_bundle, load_bundle
 from train.config import SearchConfig
 from train.device import resolve_device
+from train.metrics import Scores, score
 
 
 @dataclass(frozen=True)

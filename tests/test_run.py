@@ -99,6 +99,18 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
     assert positions("whole") == positions("run")
 
 
+def test_a_run_interrupted_before_its_first_step_can_be_resumed(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    reports = train(config(cache, tmp_path / "run", epochs=1))
+    next(reports)  # what it is about to do
+    reports.close()
+    for resume, out in ((True, "run"), (False, "whole")):
+        for _ in train(config(cache, tmp_path / out, epochs=1, resume=resume)):
+            pass
+    assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: FeatureCache, tmp_path: Path) -> None:
     """As after SIGKILL: nothing of the generator's clean-up happens, half a log line is there."""
     for _ in train(config(cache, tmp_path / "whole")):

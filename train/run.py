@@ -120,16 +120,16 @@ def train(config: TrainConfig) -> Generator[Report, None, None]:
     Raises CacheError, TrainError, VocabularyError or TrainingSetError.
     """
     run = _Run(config)
-    yield Started(
-        captions=len(run.training),
-        photos=len(set(run.training.feature_rows.tolist())),
-        val_captions=len(run.validation),
-        vocab_size=len(run.vocabulary),
-        parameters=sum(p.numel() for p in run.decoder.parameters()),
-        epoch=run.epoch,
-        step=run.step,
-    )
     try:
+        yield Started(
+            captions=len(run.training),
+            photos=len(set(run.training.feature_rows.tolist())),
+            val_captions=len(run.validation),
+            vocab_size=len(run.vocabulary),
+            parameters=sum(p.numel() for p in run.decoder.parameters()),
+            epoch=run.epoch,
+            step=run.step,
+        )
         yield from run.epochs()
     except GeneratorExit:
         run.save_position()
