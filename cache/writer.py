@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +41,7 @@ class CacheWriter:
         self.cache = FeatureCache(path)
         self._fd = fd
         self._status = np.array(self.cache.status)  # as it will be after the next flush
-        self._dirty: list[int] = []
+        self._dirty: list[NDArray[np.int64]] = []
 
     @property
     def status(self) -> NDArray[np.uint8]:
@@ -54,14 +55,20 @@ class CacheWriter:
 
         Raises CacheError where the disk is full or gone; what was flushed before stays valid.
         """
-        for i, row in enumerate(rows.tolist()):
-            self._put("features", row, features[i])
-            self._put("digests", row, digests[i])
-            checksum = row_checksum(digests[i], _NO_ERROR, features[i])
-            self._put("checksums", row, np.uint32(checksum))
-            if self.cache.error(row):  # from an earlier, failed try
-                self._put("errors", row, _NO_ERROR)
-            self._mark(row, DONE)
+        checksums = np.array(
+            [
+                row_checksum(digest, _NO_ERROR, row)
+                for digest, row in zip(digests, features, strict=True)
+            ],
+            np.uint32,
+        )
+        for run in _runs(rows):
+            first = int(rows[run.start])
+            self._put("features", first, features[run])
+            self._put("digests", first, digests[run])
+            self._put("checksums", first, checksums[run])
+            self._put("errors", first, np.zeros((run.stop - run.start, ERROR_BYTES), np.uint8))
+        self._mark(rows, DONE)
 
     def set_unreadable(self, row: int, reason: str, digest: NDArray[np.uint8]) -> None:
         """Set a photo aside; `reason` is one line, cut to what the file keeps."""
@@ -72,13 +79,12 @@ class CacheWriter:
         self._put("errors", row, error)
         self._put("digests", row, digest)
         self._put("checksums", row, np.uint32(row_checksum(digest, error, None)))
-        self._mark(row, UNREADABLE)
+        self._mark(np.array([row]), UNREADABLE)
 
     def retry_unreadable(self) -> int:
         """Make every unreadable row pending again; returns how many there were."""
-        rows = np.flatnonzero(self._status == UNREADABLE).tolist()
-        for row in rows:
-            self._mark(row, PENDING)
+        rows = np.flatnonzero(self._status == UNREADABLE)
+        self._mark(rows, PENDING)
         self.flush()
         return len(rows)
 
@@ -90,10 +96,9 @@ class CacheWriter:
             os.fdatasync(self._fd)
         except OSError as error:
             raise self._failure(error) from None
-        rows = np.unique(self._dirty)
-        # One write per run of neighbouring rows.
-        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-            self._put("status", int(run[0]), self._status[run])
+        rows = np.unique(np.concatenate(self._dirty))
+        for run in _runs(rows):
+            self._put("status", int(rows[run.start]), self._status[rows[run]])
         self._dirty.clear()
 
     def close(self) -> None:
@@ -122,9 +127,9 @@ class CacheWriter:
             if error is None:  # else the first failure is the one to hear about
                 raise
 
-    def _mark(self, row: int, status: int) -> None:
-        self._status[row] = status
-        self._dirty.append(row)
+    def _mark(self, rows: NDArray[np.int64], status: int) -> None:
+        self._status[rows] = status
+        self._dirty.append(rows)
 
     def _put(self, name: str, row: int, values: NDArray[Any] | np.generic) -> None:
         offset, shape, dtype = self.cache.region(name)
@@ -144,6 +149,12 @@ class CacheWriter:
             f"{self.path}: cannot write ({reason}); what is done is kept, run the same command "
             "again to go on"
         )
+
+
+def _runs(rows: NDArray[np.int64]) -> list[slice]:
+    """Slices of `rows` in which the numbers follow one another: each is one write."""
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return [slice(start, stop) for start, stop in pairwise(cuts) if stop > start]
 
 
 def open_writer(

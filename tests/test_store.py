@@ -283,3 +283,12 @@ def test_strings_behave_like_a_sequence() -> None:
     assert strings == Strings.pack(list(strings))
     with pytest.raises(IndexError):
         strings[4]
+
+
+def test_features_load_as_they_are_mapped(tmp_path: Path) -> None:
+    fill(tmp_path / "x.h5")
+    cache = open_cache(tmp_path / "x.h5")
+    loaded = cache.load_features()
+    assert loaded.tobytes() == cache.features.tobytes()
+    loaded[:] = 0  # its own memory, not the file's
+    assert cache.features.any()

@@ -1,0 +1,73 @@
+"""What a measurement was taken on: the facts without which its figures mean nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware and versions behind a benchmark."""
+
+    cpu: str
+    cores: int  # that this process may use
+    threads: int  # that torch uses
+    cpu_features: tuple[str, ...]  # what torch's kernels look for, as in avx2, avx512_bf16, amx
+    gpu: str | None
+    torch: str
+    python: str
+
+    def summary(self) -> str:
+        features = f" ({', '.join(self.cpu_features)})" if self.cpu_features else ""
+        gpu = f"; {self.gpu}" if self.gpu else ""
+        return (
+            f"{self.cpu}{features}, {self.cores} cores, {self.threads} threads{gpu}; "
+            f"torch {self.torch}, Python {self.python}"
+        )
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """The machine as this process sees it; the GPU's name where `device` is one."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        cpu_features=_cpu_features(),
+        gpu=gpu,
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cpu_features() -> tuple[str, ...]:
+    names = {
+        "avx2": torch.cpu._is_avx2_supported(),
+        "avx512": torch.cpu._is_avx512_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
+    return tuple(name for name, present in names.items() if present)
