@@ -47,9 +47,10 @@ def extract_features(
     image_size: Annotated[int, typer.Option(min=32, help="Pixels, both sides.")] = _EXTRACT[
         "image_size"
     ],
-    batch_size: Annotated[int, typer.Option(min=1, help="Photos at once.")] = _EXTRACT[
-        "batch_size"
-    ],
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Photos at once.  [default: 32 on a CPU, 256 on a GPU]"),
+    ] = _EXTRACT["batch_size"],
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads.  [default: one per core]")
     ] = _EXTRACT["workers"],

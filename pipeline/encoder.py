@@ -1,14 +1,15 @@
 """The frozen backbone: any torchvision classifier without its last linear layer.
 
-The plain network in float32 is the reference. What runs is the same network with BatchNorm folded
-into the convolutions, channels last in memory, in the precision of the record.
+The plain network in float32 is the reference. What runs is the same network with its convolutions
+fused (`pipeline.fused`), channels last in memory, in the precision of the record; on a GPU as one
+CUDA graph for each shape of batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from cache.errors import CapError
 from cache.record import EncoderRecord
+from pipeline.cuda_graph import CapturedGraphs
+from pipeline.fused import fold_batchnorm, fuse_convolutions, has_batchnorm, meta_twin
 from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
 
 RANDOM = "random"
@@ -31,6 +34,8 @@ DTYPES = {
 # A row whose fast features point elsewhere than float32's by more than this is not the same row.
 MIN_COSINE = 0.999
 
+# For which the weights are laid out in memory; any other works.
+_TYPICAL_BATCH = 32
 _RANDOM_SEED = 0
 _CALIBRATION_IMAGES = 8
 
@@ -92,7 +97,7 @@ def _headless(name: str, device: str) -> tuple[nn.Module, int]:
 
 def _check_output(backbone: Backbone, image_size: int) -> None:
     """Raise EncoderError unless this image size gives one vector a photo."""
-    network = copy.deepcopy(backbone.network).to("meta")
+    network = meta_twin(backbone.network)
     try:
         shape = tuple(network(torch.empty(2, 3, image_size, image_size, device="meta")).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -187,14 +192,10 @@ def _random_network(name: str) -> tuple[nn.Module, int, str]:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = None  # the plain average over passes: here, of one
-        if _has_batchnorm(network):
+        if has_batchnorm(network):
             with torch.no_grad():
                 network.train()(images)
     return network, feature_dim, sha256
-
-
-def _has_batchnorm(network: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:
@@ -233,10 +234,17 @@ class Encoder:
             preprocessing=PREPROCESSING,
             precision=precision,
         )
-        self._dtype = DTYPES[precision]
-        network = fold_batchnorm(backbone.network)
-        self._network = network.to(device, self._dtype).to(memory_format=torch.channels_last)
-        self._normalize = normalizer(device, self._dtype)
+        self.notices: list[str] = []  # what the user should know of; whoever shows them clears them
+        dtype = DTYPES[precision]
+        self._network = fuse_convolutions(
+            fold_batchnorm(backbone.network),
+            device,
+            dtype,
+            torch.empty(_TYPICAL_BATCH, 3, image_size, image_size, device="meta"),
+        )
+        self._normalize = normalizer(device, dtype)
+        self._graphs = CapturedGraphs(self._forward, device) if device.type == "cuda" else None
+        self._most_photos = sys.maxsize  # at once; less where the device's memory is too small
 
     @classmethod
     def load(
@@ -274,12 +282,46 @@ class Encoder:
         """Pooled backbone features, without gradients.
 
         pixels: (B, 3, S, S) uint8 RGB, any device. Returns (B, D) float16 on the encoder's device;
-        on a GPU the work is only queued when this returns.
+        on a GPU the work is only queued when this returns. Where the device's memory is too small
+        the batch is halved until it fits, which `notices` then says. Raises EncoderError where not
+        even one photo fits.
         """
-        images = self._normalize(pixels.to(self.device, non_blocking=True))
+        while True:
+            try:
+                parts = [self._encode(part) for part in pixels.split(self._most_photos)]
+                return torch.cat(parts) if len(parts) > 1 else parts[0]
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            photos = min(len(pixels), self._most_photos)
+            if photos == 1:
+                raise EncoderError(
+                    f"{self.device}: out of memory with a single photo of "
+                    f"{self.record.image_size}×{self.record.image_size} pixels"
+                )
+            self._most_photos = photos // 2
+            if self._graphs is not None:
+                self._graphs.clear()
+                torch.cuda.empty_cache()
+            self.notices.append(
+                f"{self.device}: out of memory with {photos} photos at once; "
+                f"going on with {self._most_photos}"
+            )
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         with _reproducible_kernels(self.device):
-            features: Tensor = self._network(images)
+            if self._graphs is not None:
+                return self._graphs(pixels)
+            return self._forward(pixels.to(self.device))
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self._network(self._normalize(pixels))
         return features.to(torch.float16)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, on any device, found no memory for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 @torch.inference_mode()
@@ -333,19 +375,6 @@ def choose_precision(
             f"{len(pixels)} photos, at least {MIN_COSINE} wanted); trying the next precision"
         )
     return "float32", notices
-
-
-def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """A copy with each BatchNorm folded into the convolution before it, where there is one."""
-    from torch.fx.experimental.optimization import fuse
-
-    if not _has_batchnorm(network):
-        return copy.deepcopy(network)
-    try:
-        folded: nn.Module = fuse(copy.deepcopy(network))
-    except Exception:  # a network that torch.fx cannot trace runs as it is, only slower
-        return copy.deepcopy(network)
-    return folded.eval().requires_grad_(False)
 
 
 def normalizer(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

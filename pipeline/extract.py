@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +24,13 @@ from pipeline.encoder import (
     choose_precision,
     load_backbone,
 )
-from pipeline.photos import ReadPhoto, read_photo
+from pipeline.loading import LoadedBatch, PhotoLoader
+from pipeline.photos import read_photo
 from train.device import resolve_device
 from train.vocab import build_caption_table
 
-_BATCHES_AHEAD = 3
+# A CPU is at its best with a few megabytes of activations a layer, a GPU with many.
+_BATCH_PHOTOS = {"cpu": 32, "cuda": 256}
 _FLUSH_INTERVAL_S = 2.0
 _PRECISION_CHECK_PHOTOS = 16
 
@@ -96,7 +95,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
         paths=Strings.pack(photo.path for photo in photos),
         captions=build_caption_table([photo.captions for photo in photos]),
         encoder=encoder.record,
-        batch_rows=min(config.batch_size, len(photos)),
+        batch_rows=min(config.batch_size or _BATCH_PHOTOS[device.type], len(photos)),
     )
     with open_writer(
         config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
@@ -105,7 +104,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
             yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
         if config.retry_unreadable:
             yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
-        yield from _fill(writer, encoder, config.images, config.workers)
+        yield from _fill(writer, encoder, config)
 
 
 def _existing_cache(path: Path) -> FeatureCache | None:
@@ -136,105 +135,90 @@ def _precision(
 
 
 def _fill(
-    writer: CacheWriter, encoder: Encoder, images: Path, workers: int | None
-) -> Generator[Progress, None, None]:
-    """Work through the pending rows batch by batch, decoding a few batches ahead."""
+    writer: CacheWriter, encoder: Encoder, config: ExtractConfig
+) -> Generator[Notice | Progress, None, None]:
+    """Work through the pending rows batch by batch, loading a few batches ahead.
+
+    Every photo is encoded at its own place of a batch of one shape, with black where a row is done
+    already or unreadable: features may depend in the last bit on both, and with both fixed an
+    interrupted run computes what an unbroken one does.
+    """
     cache, status = writer.cache, writer.status
-    size, views = encoder.record.image_size, encoder.record.views
-    first_rows = [
-        first
+    batches = [
+        (first, (first + np.flatnonzero(part == PENDING)).tolist())
         for first in range(0, len(cache), cache.batch_rows)
-        if (status[first : first + cache.batch_rows] == PENDING).any()
+        if (part := status[first : first + cache.batch_rows]).min() == PENDING
     ]
     before = int((status != PENDING).sum())
     start = last_flush = time.perf_counter()
 
     def progress() -> Progress:
-        handled = int((status != PENDING).sum())
+        done, unreadable = int((status == DONE).sum()), int((status == UNREADABLE).sum())
         return Progress(
-            done=int((status == DONE).sum()),
-            unreadable=int((status == UNREADABLE).sum()),
+            done=done,
+            unreadable=unreadable,
             total=len(cache),
-            new=handled - before,
+            new=done + unreadable - before,
             elapsed_s=time.perf_counter() - start,
         )
 
-    pool = ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="decode")
-
-    def submit(first: int) -> tuple[int, dict[int, Future[ReadPhoto]]]:
-        rows = range(first, min(first + cache.batch_rows, len(cache)))
-        return first, {
-            row: pool.submit(read_photo, images / cache.paths[row], size, views)
-            for row in rows
-            if status[row] == PENDING
-        }
-
-    submitted = map(submit, first_rows)  # lazy: a batch is submitted when it is taken
-    waiting = deque(islice(submitted, _BATCHES_AHEAD))
-    running: _Batch | None = None  # queued on the device while the next batch is gathered
-    try:
-        yield progress()
-        while waiting:
-            first, futures = waiting.popleft()
-            reads = {row: future.result() for row, future in futures.items()}
-            waiting.extend(islice(submitted, 1))
-            batch = _encode(encoder, first, cache.batch_rows, reads)
+    loader = PhotoLoader(
+        batches,
+        lambda row: config.images / cache.paths[row],
+        batch_rows=cache.batch_rows,
+        image_size=encoder.record.image_size,
+        views=encoder.record.views,
+        threads=config.workers or len(os.sched_getaffinity(0)),
+        pin_memory=encoder.device.type == "cuda",
+    )
+    running: _Encoded | None = None  # queued on the device while the next batch comes
+    yield progress()
+    with loader:
+        for batch in loader:
+            encoded = _encode(encoder, batch)
             if running is not None:
                 running.store(writer)
-            running = batch
+                loader.release(running.batch)
+            running = encoded
             if time.perf_counter() - last_flush > _FLUSH_INTERVAL_S:
                 writer.flush()
                 last_flush = time.perf_counter()
+            while encoder.notices:
+                yield Notice(encoder.notices.pop(0))
             yield progress()
         if running is not None:
             running.store(writer)
-        writer.flush()
-        yield progress()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    writer.flush()
+    yield progress()
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Rows whose features are computed, or queued on a GPU, but not yet in the file."""
+class _Encoded:
+    """A batch whose features are computed, or queued on a GPU, but not yet in the file."""
 
-    features: torch.Tensor | None  # (R, V, D) float16, for the rows that could be decoded
-    reads: dict[int, ReadPhoto]
+    features: torch.Tensor | None  # (R, V, D) float16, of every place; None if all are black
+    batch: LoadedBatch
 
     def store(self, writer: CacheWriter) -> None:
-        for row, read in self.reads.items():
-            if read.pixels is None:
+        batch = self.batch
+        for row, read in batch.reads.items():
+            if read.error:
                 writer.set_unreadable(row, read.error, read.digest)
         if self.features is None:
             return
-        rows = [row for row, read in self.reads.items() if read.pixels is not None]
-        features = self.features.cpu().numpy()
+        rows = np.array(sorted(batch.decoded))
+        features = self.features.cpu().numpy()[rows - batch.first]
         if not np.isfinite(features).all():
+            bad = rows[~np.isfinite(features).all(axis=(1, 2))]
             raise ExtractError(
-                f"features of {writer.cache.paths[rows[0]]} or its neighbours are not finite in "
+                f"{writer.cache.paths[bad[0]]}: its features are not finite in "
                 f"{writer.cache.encoder.precision}; use --precision float32 --overwrite"
             )
-        writer.write(np.array(rows), features, np.stack([self.reads[row].digest for row in rows]))
+        writer.write(rows, features, np.stack([batch.reads[row].digest for row in rows.tolist()]))
 
 
-def _encode(encoder: Encoder, first: int, batch_rows: int, reads: dict[int, ReadPhoto]) -> _Batch:
-    """Encode one batch with every photo at its own place, black where there is none.
-
-    A photo's features may depend in the last bit on the shape of the batch and on its place in it;
-    with both fixed, an interrupted run computes what an unbroken one does.
-    """
-    size, views = encoder.record.image_size, encoder.record.views
-    pixels = torch.zeros(
-        (batch_rows, len(views), 3, size, size),
-        dtype=torch.uint8,
-        pin_memory=encoder.device.type == "cuda",
-    )
-    places = []
-    for row, read in reads.items():
-        if read.pixels is not None:
-            pixels[row - first] = read.pixels
-            places.append(row - first)
-    if not places:
-        return _Batch(None, reads)
-    features = encoder.encode(pixels.flatten(0, 1)).unflatten(0, (batch_rows, len(views)))
-    return _Batch(features[places], reads)
+def _encode(encoder: Encoder, batch: LoadedBatch) -> _Encoded:
+    if not batch.decoded:
+        return _Encoded(None, batch)
+    features = encoder.encode(batch.pixels.flatten(0, 1))
+    return _Encoded(features.unflatten(0, batch.pixels.shape[:2]), batch)

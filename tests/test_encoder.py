@@ -14,7 +14,6 @@ from pipeline.encoder import (
     EncoderError,
     choose_precision,
     encode_plain,
-    fold_batchnorm,
     load_backbone,
 )
 from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
@@ -130,15 +129,6 @@ def test_random_weights_are_seeded_and_near_unit_scale() -> None:
     assert 0.05 < float(features.mean()) < 20
 
 
-def test_folding_keeps_the_network_and_leaves_the_original_alone() -> None:
-    network = load_backbone("resnet18", "random").network
-    folded = fold_batchnorm(network)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-4)
-
-
 def test_a_batch_does_not_change_a_photos_features() -> None:
     encoder = Encoder(load_backbone("resnet18", "random"), device=CPU, precision="float32")
     pixels = random_pixels(5, 224)
@@ -192,3 +182,40 @@ def test_a_record_is_stitched_to_its_own_weights_only() -> None:
         Encoder.load(record(preprocessing=made.preprocessing), device=CPU)
     with pytest.raises(EncoderError, match="preprocessing 'none'"):
         Encoder.load(record(), device=CPU)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = load_backbone("resnet18", "random")
+    encoder = Encoder(backbone, device=CPU, precision="float32", image_size=64)
+    pixels = random_pixels(9)
+    expected = encoder.encode(pixels)
+    forward = encoder._forward
+
+    def small_memory(part: torch.Tensor) -> torch.Tensor:
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+        return forward(part)
+
+    monkeypatch.setattr(encoder, "_forward", small_memory)
+    features = encoder.encode(pixels)
+    torch.testing.assert_close(features, expected, rtol=1e-2, atol=1e-2)
+    assert encoder.notices == [
+        "cpu: out of memory with 9 photos at once; going on with 4",
+        "cpu: out of memory with 4 photos at once; going on with 2",
+    ]
+    encoder.encode(pixels)  # remembers what fits
+    assert len(encoder.notices) == 2
+
+
+def test_no_memory_for_one_photo_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("resnet18", "random")
+    encoder = Encoder(backbone, device=CPU, precision="float32", image_size=64)
+
+    def no_memory(part: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(encoder, "_forward", no_memory)
+    with pytest.raises(EncoderError, match="out of memory with a single photo of 64×64 pixels"):
+        encoder.encode(random_pixels(3))

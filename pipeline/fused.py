@@ -1,0 +1,266 @@
+"""The backbone's convolutions with what follows them in one kernel.
+
+An eager network writes each convolution's result to memory and reads it again for BatchNorm, for
+the sum with the shortcut and for ReLU. Here BatchNorm goes into the weights, and sum and activation
+into the convolution's own kernel: oneDNN's fused convolutions on a CPU, with the weights laid out
+for them once, cuDNN's on a GPU. A compiler would choose the same kernels, after half a minute.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+# What oneDNN can apply to a convolution's result: its name for it, and its parameters.
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.Hardswish: ("hardswish", []),
+    nn.SiLU: ("swish", []),
+    nn.Sigmoid: ("sigmoid", []),
+}
+_ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
+    functional.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    functional.relu6: nn.ReLU6,
+}
+_SUMS = (operator.add, operator.iadd, torch.add)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+def meta_twin(network: Network) -> Network:
+    """A copy on the meta device: shapes without numbers. Costs no copy of the weights."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in network.parameters()}
+    memo.update((id(buffer), buffer.to("meta")) for buffer in network.buffers())
+    return copy.deepcopy(network, memo)
+
+
+def fold_batchnorm(network: nn.Module) -> nn.Module:
+    """A traced copy with each BatchNorm folded into the convolution before it, if there is one.
+
+    A network that torch.fx cannot trace is copied as it is: it runs, only slower.
+    """
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        folded: nn.Module = fuse(copy.deepcopy(network), inplace=True)
+    except Exception:
+        return copy.deepcopy(network)
+    return folded.eval().requires_grad_(False)
+
+
+def fuse_convolutions(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, example: Tensor
+) -> nn.Module:
+    """The network with fused convolutions, on `device` in `dtype`, channels last in memory.
+
+    network: from `fold_batchnorm`, taken over and changed; if it could not be traced it is moved
+    and otherwise left as it is. example: (B, 3, S, S) of any dtype, whose shape says for which
+    sizes weights are laid out (others work too).
+    """
+    network = network.to(device, dtype).to(memory_format=torch.channels_last)
+    if not isinstance(network, fx.GraphModule) or not _has_kernels(device, dtype):
+        return network
+    make = _OneDnnConvolution if device.type == "cpu" else _CudnnConvolution
+    shapes = _input_shapes(network, example) if device.type == "cpu" else {}
+    modules = dict(network.named_modules())
+    # The sum that ends a block comes after both its inputs: replacing in order keeps it so.
+    for node in list(network.graph.nodes):
+        convolution = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution):
+            continue
+        replaced = _match(node, modules, make)
+        if replaced is None:
+            continue
+        last, other, activation = replaced
+        in_place = other is not None and _is_free_after(other, last, modules)
+        fused = make(convolution, activation, shapes.get(node.name), in_place)
+        network.add_module(f"fused_{node.name}", fused)
+        with network.graph.inserting_before(last):
+            arguments = (node.args[0],) if other is None else (node.args[0], other)
+            new = network.graph.call_module(f"fused_{node.name}", arguments)
+        last.replace_all_uses_with(new)
+        modules[f"fused_{node.name}"] = fused
+        network.graph.eliminate_dead_code()
+    network.graph.lint()
+    network.delete_all_unused_submodules()
+    network.recompile()
+    return network.eval().requires_grad_(False)
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """oneDNN has bfloat16 convolutions only for CPUs with instructions for them."""
+    if device.type != "cpu" or dtype is torch.float32:
+        return True
+    return dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+
+
+class _OneDnnConvolution(nn.Module):
+    """act(conv(x) + other), by oneDNN. (B, C, H, W) channels last, in and out."""
+
+    def __init__(
+        self,
+        convolution: nn.Conv2d,
+        activation: type[nn.Module] | None,
+        input_shape: tuple[int, ...] | None,
+        in_place: bool,
+    ) -> None:
+        super().__init__()
+        self.geometry = _geometry(convolution)
+        self.name, self.parameters_ = _ACTIVATIONS[activation] if activation else ("none", [])
+        self.in_place = in_place
+        weight = convolution.weight.detach()
+        if input_shape is not None:
+            # Plain attributes: oneDNN's own layout cannot be moved, copied or saved.
+            weight = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, *self.geometry, list(input_shape)
+            )
+        self.weight = weight
+        self.bias = None if convolution.bias is None else convolution.bias.detach()
+
+    @classmethod
+    def takes(cls, activation: type[nn.Module] | None, with_sum: bool) -> bool:
+        return activation in _ACTIVATIONS and not (with_sum and activation is not nn.ReLU)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is None:
+            return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
+                x, self.weight, self.bias, *self.geometry, self.name, self.parameters_, ""
+            )
+        unary = self.name if self.name != "none" else None
+        if self.in_place:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
+                other, x, self.weight, self.bias, *self.geometry, "add", 1.0, unary, [], ""
+            )
+        return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
+            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, unary, [], ""
+        )
+
+
+class _CudnnConvolution(nn.Module):
+    """relu(conv(x) + other), by cuDNN. (B, C, H, W) channels last, in and out."""
+
+    def __init__(
+        self,
+        convolution: nn.Conv2d,
+        activation: type[nn.Module] | None,
+        input_shape: tuple[int, ...] | None,
+        in_place: bool,
+    ) -> None:
+        super().__init__()
+        padding, stride, dilation, groups = _geometry(convolution)
+        self.geometry = stride, padding, dilation, groups
+        self.weight = convolution.weight.detach()
+        self.bias = None if convolution.bias is None else convolution.bias.detach()
+
+    @classmethod
+    def takes(cls, activation: type[nn.Module] | None, with_sum: bool) -> bool:
+        return activation is nn.ReLU
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+        return torch.cudnn_convolution_add_relu(
+            x, self.weight, other, 1.0, self.bias, *self.geometry
+        )
+
+
+_Fused = type[_OneDnnConvolution] | type[_CudnnConvolution]
+
+
+def _geometry(convolution: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+    """(padding, stride, dilation, groups)."""
+    return (
+        [int(p) for p in convolution.padding],
+        list(convolution.stride),
+        list(convolution.dilation),
+        convolution.groups,
+    )
+
+
+def _match(
+    node: fx.Node, modules: dict[str, nn.Module], make: _Fused
+) -> tuple[fx.Node, fx.Node | None, type[nn.Module] | None] | None:
+    """What follows a convolution and can be fused: (its last node, the other summand, activation).
+
+    None if nothing can and the kernel has no use for a lone convolution.
+    """
+    after = _only_user(node)
+    activation = _activation(after, modules)
+    if after is not None and activation is not None and make.takes(activation, with_sum=False):
+        return after, None, activation
+    if after is not None and _is_sum(after):
+        first, second = after.args
+        other = second if first is node else first
+        if isinstance(other, fx.Node) and other is not node:
+            end = _only_user(after)
+            activation = _activation(end, modules)
+            if end is not None and activation is not None and make.takes(activation, with_sum=True):
+                return end, other, activation
+            if make is _OneDnnConvolution:
+                return after, other, None
+    return (node, None, None) if make is _OneDnnConvolution else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> type[nn.Module] | None:
+    if node is None:
+        return None
+    if node.op == "call_module":
+        kind = type(modules[str(node.target)])
+        return kind if kind in _ACTIVATIONS else None
+    if node.op == "call_function" and not callable(node.target):
+        return None
+    return _ACTIVATION_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs  # torch.add knows an `alpha`
+    return node.op == "call_function" and node.target in _SUMS and plain
+
+
+def _is_free_after(other: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the sum may be written over `other`: a fresh tensor that nobody reads later."""
+    makes_fresh = (nn.Conv2d, nn.MaxPool2d, _OneDnnConvolution)
+    if other.op != "call_module" or not isinstance(modules[str(other.target)], makes_fresh):
+        return False
+    order = {node: position for position, node in enumerate(last.graph.nodes)}
+    return all(order[user] <= order[last] for user in other.users)
+
+
+def _input_shapes(network: fx.GraphModule, example: Tensor) -> dict[str, tuple[int, ...]]:
+    """The input shape of every convolution, found without computing anything."""
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    twin = meta_twin(network)
+    try:
+        ShapeProp(twin).propagate(example.to("meta", next(network.parameters()).dtype))
+    except Exception:  # an operation without a shape rule: weights stay in their plain layout
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for node in twin.graph.nodes:
+        source: Any = node.args[0] if node.op == "call_module" and node.args else None
+        if isinstance(source, fx.Node) and "tensor_meta" in source.meta:
+            shape = getattr(source.meta["tensor_meta"], "shape", None)
+            if shape is not None and len(shape) == 4:
+                shapes[node.name] = tuple(shape)
+    return shapes
