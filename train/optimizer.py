@@ -26,73 +26,69 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 class FlatAdamW:
-    """AdamW (Loshchilov & Hutter, 2019), decoupled weight decay on matrices alone.
+    """AdamW (Loshchilov & Hutter, 2019), decoupled weight decay on matrices alone; β 0.9, 0.999.
 
     Gradients are the sum over a batch's tokens; they are divided by the number of tokens, and
-    clipped to a norm, in the pass that reads them anyway.
+    clipped to a norm, in the pass that reads them anyway. torch's fused kernel is called directly:
+    `torch.optim` brings its compiler along, a second and a half of imports.
     """
 
     def __init__(self, parameters: FlatParameters, recipe: Recipe) -> None:
         self.parameters = parameters
-        self._clip_norm = recipe.clip_norm
+        self._recipe = recipe
+        self._mean = torch.zeros_like(parameters.values)
+        self._mean_of_squares = torch.zeros_like(parameters.values)
         device = parameters.values.device
-        # On a GPU the rate is a tensor: a captured graph reads it anew at every replay.
-        on_gpu = device.type == "cuda"
+        # Tensors, so that a captured graph reads them anew at every replay.
+        self._steps = torch.zeros((), device=device)
         self._rate = torch.zeros((), device=device)
-        cut = parameters.matrices
-        self._parts = [nn.Parameter(parameters.values[:cut]), nn.Parameter(parameters.values[cut:])]
-        self._parts[0].grad = parameters.gradients[:cut]
-        self._parts[1].grad = parameters.gradients[cut:]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": self._parts[:1], "weight_decay": recipe.weight_decay},
-                {"params": self._parts[1:], "weight_decay": 0.0},
-            ],
-            lr=self._rate if on_gpu else recipe.learning_rate,
-            fused=True,
-            capturable=on_gpu,
-        )
 
     def set_rate(self, rate: float) -> None:
-        if self._rate.is_cuda:
-            self._rate.fill_(rate)
-            return
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        self._rate.fill_(rate)
 
     @torch.no_grad()
     def step(self, count: Tensor) -> None:
         """Update the parameters. count: scalar, the tokens behind the gradients' sum."""
+        values, gradients = self.parameters.values, self.parameters.gradients
         divisor = count.float()
-        excess = self.parameters.gradients.norm() / (divisor * self._clip_norm)
-        # The protocol by which torch's fused optimizers take a gradient scaler's factor.
-        vars(self._optimizer)["grad_scale"] = divisor * excess.clamp_min(1.0)
-        self._optimizer.step()
+        excess = gradients.norm() / (divisor * self._recipe.clip_norm)
+        divisor = divisor * excess.clamp_min(1.0)
+        self._steps.add_(1)
+        cut = self.parameters.matrices
+        for part, decay in (
+            (slice(0, cut), self._recipe.weight_decay),
+            (slice(cut, None), 0.0),
+        ):
+            torch._fused_adamw_(
+                [values[part]],
+                [gradients[part]],
+                [self._mean[part]],
+                [self._mean_of_squares[part]],
+                [],
+                [self._steps],
+                lr=self._rate,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=decay,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+            )
 
     def state(self) -> dict[str, Any]:
-        """`exp_avg` and `exp_avg_sq` by parameter name, and the number of steps: plain tensors."""
-        states = [self._optimizer.state[part] for part in self._parts]
-        if not states[0]:
-            return {"steps": 0}
-        moments = {
-            name: self.parameters.named(torch.cat([state[name] for state in states]))
-            for name in ("exp_avg", "exp_avg_sq")
+        """The moments by parameter name, and the number of steps: plain tensors."""
+        return {
+            "steps": int(self._steps),
+            "mean": self.parameters.named(self._mean),
+            "mean_of_squares": self.parameters.named(self._mean_of_squares),
         }
-        return {"steps": int(states[0]["step"]), **moments}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
-        if not state["steps"]:
-            return
-        flat: dict[str, Tensor] = {}
-        for name in ("exp_avg", "exp_avg_sq"):
-            flat[name] = torch.zeros_like(self.parameters.values)
-            self.parameters.load(state[name], flat[name])
-        for i, part in enumerate(self._parts):
-            start = i * self.parameters.matrices
-            moments = {n: v[start : start + len(part)].clone() for n, v in flat.items()}
-            steps = torch.tensor(float(state["steps"]), device=self._rate.device)
-            self._optimizer.state[part] = {"step": steps, **moments}
+        self._steps.fill_(state["steps"])
+        self.parameters.load(state["mean"], self._mean)
+        self.parameters.load(state["mean_of_squares"], self._mean_of_squares)
 
 
 class WeightAverage:
