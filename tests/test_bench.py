@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.test_cli import cap
 
 
@@ -16,3 +18,19 @@ def test_bench_cache_prints_rates_and_the_machine() -> None:
     assert "cores" in err
     out, _ = cap("bench", "cache", "--photos", 300)
     assert "128 random rows" in out
+
+
+def test_bench_train_prints_what_its_figures_are_made_of() -> None:
+    out, err = cap(
+        "bench", "train", "--photos", 500, "--batch-size", 32, "--device", "cpu", "--json"
+    )
+    result = json.loads(out)
+    assert {
+        "plain_step_ms", "fast_step_ms", "ratio", "epoch_s", "limit_epoch_s", "peak_rss_mb",
+        "device",
+    } <= result.keys()  # fmt: skip
+    assert result["steps_per_epoch"] == -(-2501 // 32)
+    assert result["ratio"] == result["plain_step_ms"] / result["fast_step_ms"]
+    assert result["tokens_per_step"] / 32 == pytest.approx(12.5, abs=0.3)  # `<end>` included
+    assert set(result["parts_ms"]) >= {"lstm forward", "backward", "optimizer"}
+    assert "cores" in err

@@ -57,7 +57,7 @@ class CaptionSet:
     ) -> None:
         """features: (N, V, D); caption_rows: (M,) into it; words: flat, cut by offsets (M + 1,)."""
         self.device = device
-        self.views = features.shape[1]
+        self.views, self.feature_dim = features.shape[1:]
         self.full_view = full_view
         self.feature_rows = caption_rows
         self.lengths = np.diff(offsets) + 1  # (M,) targets of each caption, <end> included

@@ -1,0 +1,327 @@
+"""`cap bench train`: a training step at COCO's size, the tutorials' way and ours, in turns.
+
+The classic step is the one of the CNN-LSTM tutorials, fed from the cache: float32, `nn.LSTM` on a
+packed sequence, `CrossEntropyLoss`, Adam as it comes. The fast one is what `cap train` runs, with
+the classic recipe: the same model, the same objective.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from cache.record import CaptionTable, EncoderRecord, Skeleton, Strings
+from cache.store import DIGEST_BYTES, open_cache
+from cache.writer import open_writer
+from train.batches import Batch, CaptionSet, caption_set, epoch_batches
+from train.config import CLASSIC
+from train.decoder import CaptionDecoder, DecoderConfig
+from train.device import resolve_device
+from train.loop import Trainer
+from train.machine import peak_rss_mb
+from train.packed import pack
+from train.vocab import PAD, Vocabulary, build_vocabulary
+
+# COCO train2014.
+PHOTOS, CAPTIONS, WORDS, FEATURE_DIM = 82_783, 414_113, 9_944, 2048
+_WRITE_ROWS = 4096
+_PART_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Medians of interleaved steps of one run; milliseconds unless the name says otherwise."""
+
+    device: str
+    precision: str
+    batch_size: int
+    steps_per_epoch: int
+    tokens_per_step: float
+    plain_step_ms: float  # the classic step
+    fast_step_ms: float
+    parts_ms: dict[str, float]
+    limit_step_ms: float  # the products alone, at the fastest rate seen here
+    product_tflops: float  # that rate
+    first_step_s: float  # from the prompt to the first step of `cap train`
+    beyond_cache_mb: float  # what the fast steps added to the process, in memory of its own
+    peak_rss_mb: float
+
+    @property
+    def ratio(self) -> float:
+        return self.plain_step_ms / self.fast_step_ms
+
+    @property
+    def epoch_s(self) -> float:
+        return self.fast_step_ms * self.steps_per_epoch / 1e3
+
+    @property
+    def limit_epoch_s(self) -> float:
+        return self.limit_step_ms * self.steps_per_epoch / 1e3
+
+    @property
+    def captions_per_s(self) -> float:
+        return 1e3 * self.batch_size / self.fast_step_ms
+
+    def table(self) -> str:
+        lines = [
+            f"COCO's size on {self.device}: {self.steps_per_epoch:,} steps of {self.batch_size} "
+            f"captions, {self.tokens_per_step:,.0f} tokens each; products in {self.precision}",
+            f"classic step      {self.plain_step_ms:>9.1f} ms",
+            f"fast step         {self.fast_step_ms:>9.1f} ms   ({self.ratio:.1f} times as fast, "
+            f"{self.captions_per_s:,.0f} captions/s)",
+            *(f"  {name:<16}{value:>9.1f} ms" for name, value in self.parts_ms.items()),
+            f"arithmetic limit  {self.limit_step_ms:>9.1f} ms   "
+            f"({self.product_tflops:.2f} TFLOP/s; {self.limit_step_ms / self.fast_step_ms:.0%} "
+            "of it reached)",
+            f"epoch             {self.epoch_s:>9.1f} s    (limit {self.limit_epoch_s:.1f} s)",
+            f"first step        {self.first_step_s:>9.1f} s    after the prompt",
+            f"memory            {self.beyond_cache_mb:>9.0f} MB   beyond the cache",
+        ]
+        return "\n".join(lines)
+
+
+def bench_train(
+    *, device: str = "auto", batch_size: int = 128, steps: int = 24, photos: int = PHOTOS
+) -> TrainBench:
+    """Make a cache of COCO's size in a temporary folder and time steps on it.
+
+    photos: fewer make a smaller, quicker bench with as many captions less.
+    """
+    chosen = resolve_device(device)
+    with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
+        path = Path(folder) / "train.h5"
+        write_synthetic_cache(path, photos)
+        first_step_s = _first_step_s(path, Path(folder) / "run", chosen)
+        cache = open_cache(path)
+        vocabulary = build_vocabulary(cache.captions, 4)
+        captions = caption_set(cache, vocabulary, device=chosen, max_length=50)
+        return _time_steps(captions, vocabulary, chosen, batch_size, steps, first_step_s)
+
+
+def write_synthetic_cache(path: Path, photos: int) -> None:
+    """A cache with random features, and five captions a photo with lengths and word frequencies
+    like COCO's: 11.5 words in the mean, Zipf's law over 9,944 words that all occur four times.
+    """
+    random = np.random.default_rng(0)
+    captions = round(CAPTIONS * photos / PHOTOS)
+    lengths = np.clip(np.round(random.gamma(24, 0.32, captions) + 3.8), 7, 50).astype(np.int64)
+    offsets = np.zeros(captions + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    shares = 1 / np.arange(1, WORDS + 1)
+    tokens = random.choice(WORDS, int(offsets[-1]), p=shares / shares.sum()).astype(np.int32)
+    certain = np.repeat(np.arange(WORDS, dtype=np.int32), 4)[: len(tokens)]
+    tokens[random.permutation(len(tokens))[: len(certain)]] = certain
+    counts = np.bincount(tokens, minlength=WORDS)
+    order = np.argsort(-counts, kind="stable")
+    ranks = np.empty(WORDS, np.int32)
+    ranks[order] = np.arange(WORDS, dtype=np.int32)
+    tokens = ranks[tokens]
+    words = [f"word{n}" for n in range(WORDS)]
+    pieces = np.array(words, object)[tokens]
+    texts = (
+        " ".join(pieces[start:stop])
+        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    )
+    table = CaptionTable(
+        texts=Strings.pack(texts),
+        rows=(np.arange(captions) * photos // captions).astype(np.int32),
+        tokens=tokens,
+        token_offsets=offsets,
+        words=Strings.pack(words),
+        counts=counts[order].astype(np.int64),
+    )
+    names = Strings.pack(f"{row:012d}.jpg" for row in range(photos))
+    encoder = EncoderRecord(
+        backbone="resnet152",
+        weights="bench",
+        weights_sha256="0" * 64,
+        feature_dim=FEATURE_DIM,
+        image_size=224,
+        views=("full",),
+        preprocessing="none",
+        precision="float32",
+    )
+    skeleton = Skeleton(names, names, table, encoder, batch_rows=32)
+    block = random.standard_normal((_WRITE_ROWS, 1, FEATURE_DIM)).astype(np.float16)
+    digests = np.zeros((_WRITE_ROWS, DIGEST_BYTES), np.uint8)
+    with open_writer(path, skeleton, library_versions={}) as writer:
+        for start in range(0, photos, _WRITE_ROWS):
+            count = min(_WRITE_ROWS, photos - start)
+            writer.write(np.arange(start, start + count), block[:count], digests[:count])
+
+
+def _first_step_s(cache: Path, run: Path, device: torch.device) -> float:
+    """Seconds from starting `cap train` to its first log line."""
+    started = time.perf_counter()
+    command = [sys.executable, "-c", "from pipeline.cli import app; app()", "train"]
+    command += ["--from-cache", str(cache), "--out", str(run), "--recipe", "classic"]
+    command += ["--log-every", "1", "--device", str(device)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said: list[str] = []
+        try:
+            for line in process.stderr:
+                said.append(line)
+                if "Step [1/" in line:
+                    return time.perf_counter() - started
+        finally:
+            process.kill()
+    raise RuntimeError(f"cap train ended before its first step: {''.join(said)}")
+
+
+class _ClassicStep:
+    """The tutorials' training step, from features on: the baseline."""
+
+    def __init__(self, config: DecoderConfig, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self._model = CaptionDecoder(config).to(device).train()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=CLASSIC.learning_rate)
+        self._criterion = nn.CrossEntropyLoss()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        model = self._model
+        lengths = (batch.targets != PAD).sum(1).cpu()
+        photo = model.read_photo(batch.features).unsqueeze(1)
+        inputs = torch.cat([photo, model.embed(batch.inputs)], 1)
+        packed = pack_padded_sequence(inputs, lengths, batch_first=True)
+        targets = pack_padded_sequence(batch.targets, lengths, batch_first=True).data
+        hidden, _ = model.lstm(packed)
+        loss: Tensor = self._criterion(model.head(hidden.data), targets)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+
+def _time_steps(
+    captions: CaptionSet,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    batch_size: int,
+    steps: int,
+    first_step_s: float,
+) -> TrainBench:
+    config = DecoderConfig(captions.feature_dim, len(vocabulary))
+    recipe = replace(CLASSIC, batch_size=batch_size)
+    torch.manual_seed(0)
+    decoder = CaptionDecoder(config).to(device)
+    trainer = Trainer(decoder, captions, recipe, seed=0)
+    batches = epoch_batches(captions.lengths, batch_size, seed=0, epoch=0)
+    steps = min(steps, len(batches) // 2)
+    before_mb = _own_memory_mb()
+    fast = _timed(trainer.epoch(0), device)
+    for _ in range(2 * steps if device.type == "cuda" else steps):  # sizes are met, graphs captured
+        next(fast)
+    beyond_mb = _own_memory_mb() - before_mb
+    classic = _ClassicStep(config, device)
+    classic(captions.batch(batches[0]))
+    fast_ms, classic_ms = [], []
+    for step in range(steps):
+        fast_ms.append(next(fast))
+        batch = captions.batch(batches[step])
+        classic_ms.append(_milliseconds(lambda batch=batch: classic(batch), device))  # type: ignore[misc]
+    tokens = float(captions.lengths.sum()) / len(batches)
+    rate = _product_rate(trainer, device, round(tokens))
+    return TrainBench(
+        device=str(device),
+        precision=str(trainer.objective.dtype).removeprefix("torch."),
+        batch_size=batch_size,
+        steps_per_epoch=len(batches),
+        tokens_per_step=tokens,
+        plain_step_ms=statistics.median(classic_ms),
+        fast_step_ms=statistics.median(fast_ms),
+        parts_ms=_parts_ms(trainer, batches[steps], device),
+        limit_step_ms=1e3 * _step_flops(config, tokens, batch_size) / rate,
+        product_tflops=rate / 1e12,
+        first_step_s=first_step_s,
+        beyond_cache_mb=beyond_mb,
+        peak_rss_mb=peak_rss_mb(),
+    )
+
+
+def _timed(steps: Iterator[object], device: torch.device) -> Iterator[float]:
+    """The milliseconds of each step."""
+    while True:
+        yield _milliseconds(lambda: next(steps), device)
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _step_flops(config: DecoderConfig, tokens: float, captions: int) -> float:
+    """Of a step's matrix products: two for each weight and row, and twice as many backward."""
+    hidden, embedding = config.hidden_size, config.embedding_size
+    lstm = 4 * hidden * (embedding + hidden) + (config.num_layers - 1) * 8 * hidden * hidden
+    per_token = lstm + hidden * config.vocab_size
+    return 6.0 * (tokens * per_token + captions * config.feature_dim * embedding)
+
+
+def _product_rate(trainer: Trainer, device: torch.device, tokens: int) -> float:
+    """FLOP/s of the largest product of a step, the best of some runs."""
+    hidden, words = trainer.decoder.config.hidden_size, trainer.parameters.padded_words
+    left = torch.randn(-(-tokens // 64) * 64, hidden, device=device).to(trainer.objective.dtype)
+    right = torch.randn(hidden, words, device=device).to(trainer.objective.dtype)
+    out = left @ right
+    best = min(_milliseconds(lambda: torch.mm(left, right, out=out), device) for _ in range(20))
+    return 2.0 * left.shape[0] * hidden * words / (best / 1e3)
+
+
+def _parts_ms(
+    trainer: Trainer, chosen: NDArray[np.int64], device: torch.device
+) -> dict[str, float]:
+    """The parts of a fast step one by one, each the median of some runs on one batch."""
+    objective, captions = trainer.objective, trainer.captions
+    round_up = device.type == "cpu"
+    batch = pack(captions.batch(chosen), round_up=round_up)
+    count = batch.count()
+    with torch.no_grad():
+        states = objective._hidden(batch, None, training=True)
+        logits = objective._logits(states.before_head)
+        _, smoothed = objective._cross_entropy(batch, logits, states.before_head, None, 0.0)
+        parts: dict[str, Callable[[], object]] = {
+            "batch": lambda: pack(captions.batch(chosen), round_up=round_up),
+            "lstm forward": lambda: objective._hidden(batch, None, training=True),
+            "head forward": lambda: objective._logits(states.before_head),
+            "cross-entropy": lambda: objective._cross_entropy(
+                batch, logits, states.before_head, None, 0.0
+            ),
+            "backward": lambda: objective._backward(batch, None, states, logits, smoothed),
+            "optimizer": lambda: trainer.optimizer.step(count),
+        }
+        return {
+            name: statistics.median(_milliseconds(part, device) for _ in range(_PART_REPEATS))
+            for name, part in parts.items()
+        }
+
+
+def _own_memory_mb() -> float:
+    """Memory of the process that is not a mapped file, in MB; 0 where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    return 0.0
