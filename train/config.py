@@ -39,6 +39,11 @@ class TrainConfig:
     overwrite: bool = False
 
 
+# What a photo is captioned from: its full view, the mean of the views its encoder makes, or
+# whichever of them the model was made for.
+FULL, MEAN, AUTO = "full", "mean", "auto"
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How captions are looked for."""
@@ -54,4 +59,4 @@ class SearchConfig:
     temperature: float = 1.0  # of drawing: below 1 keeps to likely words
     top_p: float = 1.0  # draw among the likeliest words of this share
     seed: int = 0  # of drawing
-    view: str = "auto"  # full, mean of the encoder's views, or what the model was made for
+    view: str = AUTO
