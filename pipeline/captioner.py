@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,28 +21,51 @@ from cache.store import DONE, FeatureCache
 from pipeline.datasets import IMAGE_SUFFIXES
 from pipeline.encoder import Encoder
 from pipeline.photos import ReadPhoto, read_photo
-from train.batches import full_view
 from train.bundle import Bundle, load_bundle
 from train.config import SearchConfig
 from train.device import resolve_device
-from train.search import Hypothesis, search
+from train.search import Hypothesis, check, search_several
+from train.views import chosen_view, mean_of_views, view_features, views_to_read
+from train.vocab import Vocabulary
 
 _BATCH_PHOTOS = 32
+_CACHE_ROWS = 1024  # whose features are in memory at once
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One of a photo's captions."""
+
+    caption: str
+    score: float  # length-normalized log-probability; 0 is certainty
+    log_probs: tuple[float, ...] = ()  # of each word of the caption, then of its end
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "caption": self.caption,
+            "score": round(self.score, 4),
+            "log_probs": [round(value, 4) for value in self.log_probs],
+        }
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A caption for one photo, or the reason why there is none."""
+    """The best caption for one photo, or the reason why there is none."""
 
     path: str
     caption: str
     score: float  # length-normalized log-probability; 0 is certainty
     error: str = ""
+    captions: tuple[Caption, ...] = ()  # as many as were asked for, this one first
 
-    def as_dict(self) -> dict[str, str | float]:
+    def as_dict(self) -> dict[str, Any]:
+        """`captions` only where there are several."""
         if self.error:
             return {"path": self.path, "error": self.error}
-        return {"path": self.path, "caption": self.caption, "score": round(self.score, 4)}
+        found: dict[str, Any] = {"path": self.path, **self.captions[0].as_dict()}
+        if len(self.captions) > 1:
+            found["captions"] = [caption.as_dict() for caption in self.captions]
+        return found
 
 
 class Captioner:
@@ -52,8 +76,7 @@ class Captioner:
         self.encoder = encoder
         self.search_config = search_config
         views = encoder.record.views
-        # Prediction looks at the view that validation looked at.
-        self._view = views[views.index("full") if "full" in views else 0]
+        self._views = views_to_read(views, chosen_view(search_config.view, views, bundle.training))
 
     @classmethod
     def load(
@@ -67,12 +90,14 @@ class Captioner:
         """Load a model file or a run folder and stitch its backbone onto it.
 
         weights: where the backbone's weights lie now, if not where the model's record says; they
-        must be the same ones. Raises BundleError or EncoderError.
+        must be the same ones. Raises BundleError, EncoderError, SearchError or ViewError.
         """
         chosen = resolve_device(device)
         bundle = load_bundle(model, chosen)
+        search_config = search_config or SearchConfig()
+        check(search_config)
         encoder = Encoder.load(bundle.encoder, device=chosen, weights=weights)
-        return cls(bundle, encoder, search_config or SearchConfig())
+        return cls(bundle, encoder, search_config)
 
     def caption(self, paths: Iterable[str | Path]) -> list[Prediction]:
         """One prediction a path, in order. A file that is no photo has an `error`, no caption."""
@@ -86,47 +111,65 @@ class Captioner:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def read(batch: Sequence[str]) -> Iterator[ReadPhoto]:
-                return pool.map(lambda name: read_photo(Path(name), size, (self._view,)), batch)
+                return pool.map(lambda name: read_photo(Path(name), size, self._views), batch)
 
             following = read(batches[0]) if batches else iter(())
             for i, batch in enumerate(batches):
                 reads = list(following)
                 if i + 1 < len(batches):
                     following = read(batches[i + 1])
-                yield from self._caption_batch(batch, reads)
+                yield from self._caption_batch(batch, reads, i * _BATCH_PHOTOS)
 
-    def _caption_batch(self, names: list[str], reads: list[ReadPhoto]) -> list[Prediction]:
+    def _caption_batch(
+        self, names: list[str], reads: list[ReadPhoto], first: int
+    ) -> list[Prediction]:
         pixels = [read.pixels for read in reads if read.pixels is not None]
-        found = iter(self._search(self.encoder.encode(torch.cat(pixels))) if pixels else ())
+        numbers = [first + i for i, read in enumerate(reads) if read.pixels is not None]
+        found = iter(self._search(torch.cat(pixels), numbers) if pixels else ())
         return [
             Prediction(name, "", float("-inf"), read.error)
             if read.pixels is None
-            else self._prediction(name, next(found))
+            else _prediction(name, self.bundle.vocabulary, next(found))
             for name, read in zip(names, reads, strict=True)
         ]
 
-    def _search(self, features: torch.Tensor) -> list[Hypothesis]:
-        return search(self.bundle.decoder, features, self.search_config)
+    def _search(self, pixels: torch.Tensor, numbers: list[int]) -> list[list[Hypothesis]]:
+        """pixels: (B * V, 3, S, S), a photo's views one after the other."""
+        features = self.encoder.encode(pixels).unflatten(0, (-1, len(self._views)))
+        return search_several(
+            self.bundle.decoder, mean_of_views(features), self.search_config, numbers=numbers
+        )
 
-    def _prediction(self, name: str, hypothesis: Hypothesis) -> Prediction:
-        caption = self.bundle.vocabulary.decode(hypothesis.words)
-        return Prediction(name, caption, hypothesis.score)
+
+def _prediction(name: str, vocabulary: Vocabulary, found: list[Hypothesis]) -> Prediction:
+    captions = tuple(Caption(vocabulary.decode(h.words), h.score, h.log_probs) for h in found)
+    return Prediction(name, captions[0].caption, captions[0].score, captions=captions)
 
 
 def caption_cache(
     bundle: Bundle, cache: FeatureCache, search_config: SearchConfig
 ) -> dict[str, Prediction]:
-    """Captions for every extracted photo of a cache, by image id. No photo is opened."""
+    """Captions for every extracted photo of a cache, by image id. No photo is opened.
+
+    Raises SearchError or ViewError.
+    """
+    view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
     device = next(bundle.decoder.parameters()).device
-    rows = cache.rows_with(DONE)
-    features = torch.from_numpy(cache.features[rows, full_view(cache)]).to(device)
-    found = search(bundle.decoder, features, search_config)
-    return {
-        cache.image_ids[row]: Prediction(
-            cache.paths[row], bundle.vocabulary.decode(hypothesis.words), hypothesis.score
+    predictions = {}
+    done = cache.rows_with(DONE)
+    for start in range(0, len(done), _CACHE_ROWS):
+        rows = done[start : start + _CACHE_ROWS]
+        found = search_several(
+            bundle.decoder,
+            view_features(cache, rows, view).to(device),
+            search_config,
+            numbers=rows.tolist(),
         )
-        for row, hypothesis in zip(rows.tolist(), found, strict=True)
-    }
+        for row, hypotheses in zip(rows.tolist(), found, strict=True):
+            predictions[cache.image_ids[row]] = _prediction(
+                cache.paths[row], bundle.vocabulary, hypotheses
+            )
+    return predictions
 
 
 def find_photos(paths: Iterable[str]) -> list[str]:

@@ -23,6 +23,29 @@ from pipeline.terminal import say
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 BeamSize = Annotated[int, typer.Option(min=1, help="Captions kept in search; 1 is greedy.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Words of a caption at most.")]
+LengthPenalty = Annotated[
+    float, typer.Option(min=0.0, help="0 prefers short captions, 1 compares the mean per word.")
+]
+NoRepeatNgram = Annotated[
+    int, typer.Option(min=0, help="Never so many words in a row twice; 0 lets them.")
+]
+Groups = Annotated[
+    int, typer.Option(min=1, help="Share the beam among groups that avoid each other's words.")
+]
+Diversity = Annotated[
+    float, typer.Option(min=0.0, help="Log-probability a word costs if an earlier group said it.")
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw words instead of searching.")]
+Temperature = Annotated[float, typer.Option(help="Of --sample; below 1 keeps to likely words.")]
+TopP = Annotated[float, typer.Option(help="--sample among the likeliest words of this share.")]
+SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of --sample.")]
+View = Annotated[
+    str,
+    typer.Option(
+        help="full: the whole photo; mean: of all the encoder's views; auto: the model's."
+    ),
+]
 Model = Annotated[Path, typer.Option(help="A run folder or a .cap file.")]
 
 

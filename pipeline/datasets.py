@@ -61,7 +61,7 @@ def read_photos(
     else:
         photos = read_captions(captions, split=split, images=images)
     if only is not None:
-        photos = _keep_listed(photos, only)
+        photos = keep_listed(photos, only)
     if limit is not None:
         photos = photos[:limit]
     if not photos:
@@ -112,7 +112,11 @@ def _folder_photos(images: Path) -> list[Photo]:
     return [Photo(path, path) for path in sorted(found)]
 
 
-def _keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
+def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
+    """The photos that the file `only` names, one a line, with or without folders.
+
+    Raises DatasetError if it names others.
+    """
     try:
         lines = only.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

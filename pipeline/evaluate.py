@@ -1,9 +1,9 @@
-"""Scores of a model over a cache, and its captions in COCO's results format."""
+"""Scores of a model over a cache, of a file of predictions, and of people themselves."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,64 @@ from cache.atomic import write_text
 from cache.record import CacheError
 from cache.store import open_cache
 from pipeline.captioner import Prediction, caption_cache
+from pipeline.references import (
+    cache_references,
+    coco_results,
+    match,
+    read_predictions,
+    references_of,
+)
+from train.bootstrap import LEVEL, RESAMPLINGS, intervals
 from train.bundle import find_bundle, load_bundle
 from train.config import SearchConfig
 from train.device import resolve_device
+from train.diversity import Diversity, diversity
+from train.human import Agreement, human_agreement
 from train.metrics import Scores, score
+from train.search import check
+from train.vocab import SPECIALS
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found and where it wrote it."""
+class Result:
+    """The scores of some captions, how sure they are, and how much the captions differ."""
 
     scores: Scores
-    predictions: dict[str, Prediction]  # by image id
-    references: dict[str, list[str]]  # by image id
-    scores_file: Path
-    predictions_file: Path
+    intervals: dict[str, tuple[float, float]]  # by score; 95%, of resampled photos
+    diversity: Diversity
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.scores.as_dict(),
+            "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
+            "diversity": self.diversity.as_dict(),
+        }
 
     def summary(self) -> str:
         """The scores, one a line, times 100 as papers print them."""
         lines = []
         for name, value in self.scores.as_dict().items():
             if isinstance(value, float):
-                lines.append(f"{name:<8} {100 * value:6.2f}")
-        count = f"{self.scores.count:,} photos, {self.scores.tokenizer} tokens, scores times 100"
-        return "\n".join([*lines, count])
+                line = f"{name:<8} {100 * value:6.2f}"
+                if name in self.intervals:
+                    low, high = self.intervals[name]
+                    line += f"  {100 * low:6.2f} – {100 * high:.2f}"
+                lines.append(line)
+        lines.append(
+            f"{self.scores.count:,} photos, {self.scores.tokenizer} tokens, scores times 100; "
+            f"{LEVEL:.0%} intervals of {RESAMPLINGS:,} resamplings of the photos"
+        )
+        return "\n".join([*lines, self.diversity.summary()])
+
+
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """What `evaluate` found and where it wrote it."""
+
+    predictions: dict[str, Prediction]  # by image id
+    references: dict[str, list[str]]  # by image id
+    scores_file: Path
+    predictions_file: Path
 
 
 def evaluate(
@@ -43,26 +77,22 @@ def evaluate(
     """Caption every photo of a cache and score the captions against the cache's own.
 
     Writes `NAME.scores.json` and `NAME.predictions.json` beside the model, NAME being the cache's.
-    Raises BundleError, CacheError (no captions, or features of another encoder) or MetricsError.
+    Raises BundleError, CacheError (no captions, or features of another encoder), SearchError,
+    ViewError or MetricsError.
     """
+    check(search_config)
     bundle = load_bundle(model, resolve_device(device))
     cache = open_cache(cache_path)
     difference = cache.encoder.difference(bundle.encoder)
     if difference is not None:
         raise CacheError(f"{cache_path}: made with {difference} as the model was trained on")
-    captions = cache.captions.by_row(len(cache))
-    if not any(captions):
-        raise CacheError(f"{cache_path}: holds no captions to score against")
+    references = {image: texts for image, texts in cache_references(cache).items() if texts}
     predictions = caption_cache(bundle, cache, search_config)
-    references = {
-        image_id: texts for image_id, texts in zip(cache.image_ids, captions, strict=True) if texts
-    }
-    scored = [image_id for image_id in predictions if image_id in references]
-    if not scored:
-        raise CacheError(f"{cache_path}: no photo that was extracted has captions")
-    scores = score(
-        {image_id: predictions[image_id].caption for image_id in scored},
-        {image_id: references[image_id] for image_id in scored},
+    captions = {image: prediction.caption for image, prediction in predictions.items()}
+    result = _score(
+        {image: captions[image] for image in references},
+        references,
+        vocabulary=len(bundle.vocabulary) - len(SPECIALS),
     )
     folder = find_bundle(model).parent
     scores_file = folder / f"{cache_path.stem}.scores.json"
@@ -72,25 +102,60 @@ def evaluate(
         {
             "model": find_bundle(model).name,
             "cache": cache_path.name,
-            "beam_size": search_config.beam_size,
-            "max_length": search_config.max_length,
-            "length_penalty": search_config.length_penalty,
-            **scores.as_dict(),
+            **asdict(search_config),
+            **result.as_dict(),
         },
     )
-    _write_json(predictions_file, coco_results(predictions))
-    return Evaluation(scores, predictions, references, scores_file, predictions_file)
+    _write_json(predictions_file, coco_results(captions))
+    return Evaluation(
+        result.scores,
+        result.intervals,
+        result.diversity,
+        predictions,
+        references,
+        scores_file,
+        predictions_file,
+    )
 
 
-def coco_results(predictions: dict[str, Prediction]) -> list[dict[str, Any]]:
-    """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`, ids as numbers."""
-    return [
-        {
-            "image_id": int(image_id) if image_id.isdecimal() else image_id,
-            "caption": prediction.caption,
-        }
-        for image_id, prediction in predictions.items()
-    ]
+def evaluate_predictions(
+    predictions: Path,
+    *,
+    cache: Path | None = None,
+    captions: Path | None = None,
+    split: str | None = None,
+    only: Path | None = None,
+) -> Result:
+    """Score a file in COCO's results format against a cache's captions or a captions file's.
+
+    Raises PredictionsError, CacheError, DatasetError or MetricsError.
+    """
+    found = read_predictions(predictions)
+    references = references_of(cache=cache, captions=captions, split=split, only=only)
+    source = captions or cache
+    assert source is not None
+    return _score(*match(found, references, predictions, source))
+
+
+def evaluate_people(
+    *,
+    cache: Path | None = None,
+    captions: Path | None = None,
+    split: str | None = None,
+    only: Path | None = None,
+) -> Agreement:
+    """`human_agreement` of a cache's captions or a captions file's.
+
+    Raises CacheError, DatasetError or MetricsError.
+    """
+    return human_agreement(references_of(cache=cache, captions=captions, split=split, only=only))
+
+
+def _score(
+    captions: dict[str, str], references: dict[str, list[str]], vocabulary: int | None = None
+) -> Result:
+    scores = score(captions, references)
+    return Result(scores, intervals(scores.photos), diversity(list(captions.values()), vocabulary))
 
 
 def _write_json(path: Path, value: object) -> None:

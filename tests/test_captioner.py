@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from tests.conftest import write_photo
 from train.bundle import BundleError, load_bundle
 from train.config import Recipe, SearchConfig, TrainConfig
 from train.run import train
+from train.search import search
+from train.views import ViewError
 
 
 def trained(photos: Path, folder: Path, **changes: object) -> tuple[FeatureCache, Path]:
@@ -83,6 +86,68 @@ def test_a_cache_made_with_several_views_predicts_from_the_full_one(
     row = int(cache.rows_with(DONE)[0])
     from_cache = caption_cache(load_bundle(run), cache, SearchConfig())[cache.image_ids[row]]
     assert captioner.caption([photos / cache.paths[row]])[0].caption == from_cache.caption
+
+
+def test_the_mean_of_the_views_is_the_same_from_cache_and_file(
+    photos: Path, tmp_path: Path
+) -> None:
+    cache, run = trained(photos, tmp_path, views=("full", "flip", "crop"))
+    bundle = load_bundle(run)
+    config = SearchConfig(view="mean")
+    captioner = Captioner.load(run, device="cpu", search_config=config)
+    rows = cache.rows_with(DONE).tolist()
+    from_cache = caption_cache(bundle, cache, config)
+    from_files = captioner.caption(photos / cache.paths[row] for row in rows)
+    expected = search(
+        bundle.decoder,
+        torch.from_numpy(cache.features[rows].astype(np.float32).mean(1)),
+        config,
+    )
+    for row, prediction, hypothesis in zip(rows, from_files, expected, strict=True):
+        found = from_cache[cache.image_ids[row]]
+        assert found.caption == prediction.caption == bundle.vocabulary.decode(hypothesis.words)
+        assert found.score == pytest.approx(prediction.score, abs=1e-2)
+        assert found.score == pytest.approx(hypothesis.score, abs=1e-5)
+    full = caption_cache(bundle, cache, SearchConfig(view="full"))
+    assert any(full[i].score != from_cache[i].score for i in full)
+
+
+def test_the_models_record_says_which_view_it_was_made_for(photos: Path, tmp_path: Path) -> None:
+    cache, run = trained(photos, tmp_path, views=("full", "flip"))
+    bundle = load_bundle(run)
+    by_default = caption_cache(bundle, cache, SearchConfig())
+    assert by_default == caption_cache(bundle, cache, SearchConfig(view="full"))
+    of_mean = replace(bundle, training={**bundle.training, "view": "mean"})
+    of_mean.save(tmp_path / "mean.cap")
+    assert caption_cache(of_mean, cache, SearchConfig()) == caption_cache(
+        bundle, cache, SearchConfig(view="mean")
+    )
+    captioner = Captioner.load(tmp_path / "mean.cap", device="cpu")
+    row = int(cache.rows_with(DONE)[0])
+    found = captioner.caption([photos / cache.paths[row]])[0]
+    expected = caption_cache(bundle, cache, SearchConfig(view="mean"))[cache.image_ids[row]]
+    assert found.score == pytest.approx(expected.score, abs=1e-2)
+
+
+def test_a_view_that_is_not_there_is_one_line(
+    stitched: tuple[FeatureCache, Path],
+) -> None:
+    with pytest.raises(ViewError, match="features of several; the model's encoder makes full"):
+        Captioner.load(stitched[1], device="cpu", search_config=SearchConfig(view="mean"))
+    with pytest.raises(ViewError, match="no view 'left' to caption"):
+        caption_cache(load_bundle(stitched[1]), stitched[0], SearchConfig(view="left"))
+
+
+def test_a_large_cache_is_captioned_piece_by_piece_alike(
+    stitched: tuple[FeatureCache, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run = stitched
+    for config in (SearchConfig(), SearchConfig(sample=True, captions=2)):
+        whole = caption_cache(load_bundle(run), cache, config)
+        monkeypatch.setattr("pipeline.captioner._CACHE_ROWS", 3)
+        parts = caption_cache(load_bundle(run), cache, config)
+        monkeypatch.undo()
+        assert {i: p.caption for i, p in parts.items()} == {i: p.caption for i, p in whole.items()}
 
 
 def test_one_bad_photo_does_not_cost_the_others_their_captions(

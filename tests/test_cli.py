@@ -141,7 +141,10 @@ def test_evaluate_writes_scores_and_coco_results(
     table, err = cap(
         "evaluate", "--model", work / "run", "--cache", work / "x.h5", "--beam-size", 1
     )
-    assert re.search(r"^bleu_4 +\d+\.\d\d$", table, re.MULTILINE)
+    assert re.search(r"^bleu_4 +\d+\.\d\d +\d+\.\d\d – \d+\.\d\d$", table, re.MULTILINE)
+    assert re.search(
+        r"^\d+ distinct captions of 11; \d+ words used of \d+ known", table, re.MULTILINE
+    )
     assert "meteor" not in table
     assert "no Java" in err
 
@@ -155,7 +158,72 @@ def test_predict_prints_a_caption_a_line_and_goes_on_after_a_bad_photo(
     assert f"error: {photos}/e.jpg: not an image" in err
     assert "1 of 12 photos have no caption" in err
     out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json")
-    assert json.loads(out).keys() == {"path", "caption", "score"}
+    found = json.loads(out)
+    assert found.keys() == {"path", "caption", "score", "log_probs"}
+    assert len(found["log_probs"]) == len(found["caption"].split()) + 1
+
+
+def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Path) -> None:
+    photo, run = photos / "a.jpg", work / "run"
+    out, _ = cap("predict", photo, "--model", run, "--captions", 3, "--beam-size", 4)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [path for path, _ in lines] == [str(photo)] * 3
+    assert len({caption for _, caption in lines}) == 3
+    options = ["--sample", "--captions", 2, "--top-p", 0.9, "--temperature", 1.5, "--json"]
+    once, again, other = (
+        json.loads(cap("predict", photo, "--model", run, *options, "--seed", seed)[0])
+        for seed in (0, 0, 1)
+    )
+    assert once == again
+    assert once != other
+    assert len(once["captions"]) == 2
+    assert once["captions"][0]["caption"] == once["caption"]
+    assert once["captions"][0]["score"] >= once["captions"][1]["score"]
+    _, err = cap("predict", photo, "--model", run, "--captions", 9, code=1)
+    assert err == (
+        "error: 9 captions of each photo need as many beams, not 3; raise --beam-size or draw "
+        "them with --sample\n"
+    )
+
+
+def test_a_file_of_predictions_scores_as_its_model_did(
+    work: Path, photos: Path, tmp_path: Path
+) -> None:
+    model, cache = work / "run", work / "x.h5"
+    wanted = json.loads(cap("evaluate", "--model", model, "--cache", cache, "--json")[0])
+    predictions = model / "x.predictions.json"
+    by_cache = json.loads(
+        cap("evaluate", "--predictions", predictions, "--cache", cache, "--json")[0]
+    )
+    wanted["diversity"]["vocabulary"] = None  # no model, no vocabulary
+    assert by_cache == wanted
+    names = [path.name for path in sorted(photos.glob("*.jpg")) if path.name != "e.jpg"]
+    (tmp_path / "only.txt").write_text("\n".join(names))
+    by_file = json.loads(
+        cap(
+            "evaluate", "--predictions", predictions, "--captions", photos / "captions.txt",
+            "--only", tmp_path / "only.txt", "--json",
+        )[0]
+    )  # fmt: skip
+    assert by_file == wanted
+    _, err = cap(
+        "evaluate", "--predictions", predictions, "--captions", photos / "captions.txt", code=1
+    )
+    assert err == (
+        f"error: {predictions}: no caption for 1 of the 12 photos in {photos}/captions.txt "
+        "(first: e.jpg); choose photos with --split or --only\n"
+    )
+
+
+def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None:
+    by_cache, _ = cap("evaluate", "--human", "--cache", work / "x.h5")
+    assert re.search(r"^cider +\d+\.\d\d$", by_cache, re.MULTILINE)
+    assert "people, 11 photos, mean of 2 rounds, each caption against the 1 others" in by_cache
+    by_file = json.loads(
+        cap("evaluate", "--human", "--captions", photos / "captions.txt", "--json")[0]
+    )
+    assert by_file["count"] == 12
+    assert by_file["rounds"] == 2
 
 
 @pytest.mark.parametrize(
@@ -166,6 +234,11 @@ def test_predict_prints_a_caption_a_line_and_goes_on_after_a_bad_photo(
         (["train", "--from-cache", "README.md", "--out", "x"], "README.md: not a feature cache"),
         (["evaluate", "--model", "absent", "--cache", "x.h5"], "absent: not found"),
         (["predict", "a.jpg", "--model", "absent"], "absent: not found"),
+        (
+            ["evaluate", "--predictions", "absent", "--cache", "x.h5"],
+            "absent: cannot read (No such",
+        ),
+        (["evaluate", "--human", "--captions", "absent"], "absent: cannot read (No such"),
         (["build-vocab", "--from", "README.md"], "README.md: "),
     ],
 )
@@ -185,8 +258,18 @@ def test_a_mistake_is_one_line_and_exit_code_1(
         ["extract-features", "--images", ".", "--out", "x.h5", "--views", "top"],
         ["extract-features", "--images", ".", "--out", "x.h5", "--precision", "int8"],
         ["train", "--from-cache", "x.h5", "--out", "x", "--epochs", "0"],
+<<<<<<< HEAD
         ["train", "--from-cache", "x.h5", "--out", "x", "--recipe", "worst"],
         ["train", "--from-cache", "x.h5", "--out", "x", "--select-by", "taste"],
+=======
+        ["evaluate", "--model", "x"],
+        ["evaluate", "--cache", "x.h5"],
+        ["evaluate", "--model", "x", "--human", "--cache", "x.h5"],
+        ["evaluate", "--model", "x", "--captions", "x.json"],
+        ["evaluate", "--human", "--cache", "x.h5", "--captions", "x.json"],
+        ["evaluate", "--human", "--cache", "x.h5", "--split", "test"],
+        ["predict", "a.jpg", "--model", "x", "--view", "left"],
+>>>>>>> scores
         ["nonsense"],
     ],
 )

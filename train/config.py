@@ -75,6 +75,11 @@ class TrainConfig:
     overwrite: bool = False
 
 
+# What a photo is captioned from: its full view, the mean of the views its encoder makes, or
+# whichever of them the model was made for.
+FULL, MEAN, AUTO = "full", "mean", "auto"
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How captions are looked for."""
@@ -82,3 +87,12 @@ class SearchConfig:
     beam_size: int = 3  # 1 is greedy search
     max_length: int = 30  # words
     length_penalty: float = 0.7  # 0 prefers short captions, 1 compares the mean per word
+    no_repeat_ngram: int = 0  # no so many words in a row twice in a caption; 0: let them
+    captions: int = 1  # a photo, best first
+    groups: int = 1  # of beams that avoid one another's words
+    diversity: float = 0.5  # log-probability that a word of an earlier group costs
+    sample: bool = False  # draw words instead of searching
+    temperature: float = 1.0  # of drawing: below 1 keeps to likely words
+    top_p: float = 1.0  # draw among the likeliest words of this share
+    seed: int = 0  # of drawing
+    view: str = AUTO

@@ -1,4 +1,4 @@
-"""From features to sentences: greedy and beam search over many photos at once.
+"""From features to sentences: greedy search, beam search and sampling, many photos at once.
 
 A caption has one to `max_length` words and always ends in `<end>`: it cannot begin with it, and
 after `max_length` words nothing else is allowed. Its score is the sum of its words'
@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cache.errors import CapError
+from train.beam import beam_search
 from train.config import SearchConfig
-from train.decoder import CaptionDecoder, State
-from train.vocab import END, PAD, START, UNK
+from train.decoder import CaptionDecoder
+from train.rollout import greedy, sample_scored
+from train.vocab import END
 
-_NEVER = (PAD, START, UNK)  # <unk> says nothing to a reader
-_IMPOSSIBLE = float("-inf")
+
+class SearchError(CapError):
+    """A search is configured in a way that cannot be. One line."""
 
 
 @dataclass(frozen=True)
@@ -27,127 +33,131 @@ class Hypothesis:
 
     words: tuple[int, ...]
     score: float
+    log_probs: tuple[float, ...] = ()  # of each word, then of <end>
 
 
-@torch.inference_mode()
 def search(
     decoder: CaptionDecoder,
     features: Tensor,
     config: SearchConfig | None = None,
     *,
     batch_size: int = 128,
+    numbers: Sequence[int] | None = None,
 ) -> list[Hypothesis]:
     """The best caption for each photo. features: (N, D), on the decoder's device.
 
-    The decoder must be in eval mode. Always returns N hypotheses.
+    The decoder must be in eval mode. Always returns N hypotheses. Raises SearchError.
+    """
+    found = search_several(decoder, features, config, batch_size=batch_size, numbers=numbers)
+    return [captions[0] for captions in found]
+
+
+@torch.inference_mode()
+def search_several(
+    decoder: CaptionDecoder,
+    features: Tensor,
+    config: SearchConfig | None = None,
+    *,
+    batch_size: int = 128,
+    numbers: Sequence[int] | None = None,
+) -> list[list[Hypothesis]]:
+    """The `config.captions` best different captions for each photo, best first.
+
+    With groups, one of each group before a second one of any. When drawing, as many as drawn, equal
+    ones too; numbers: (N,) one for each photo; what is drawn for a photo depends on its number and
+    the seed alone. None: 0, 1, …. There is always one caption, but a vocabulary of a few words may
+    not have more. Raises SearchError.
     """
     config = config or SearchConfig()
-    found: list[Hypothesis] = []
-    for chunk in features.split(batch_size) if len(features) else ():
-        if config.beam_size == 1:
-            found.extend(_greedy(decoder, chunk, config))
+    check(config)
+    found: list[list[Hypothesis]] = []
+    numbers = range(len(features)) if numbers is None else numbers
+    for start in range(0, len(features), batch_size):
+        chunk = features[start : start + batch_size]
+        if config.sample:
+            found.extend(_sampled(decoder, chunk, config, numbers[start : start + batch_size]))
+        elif config.beam_size == 1:
+            words, log_probs = greedy(
+                decoder,
+                chunk,
+                max_length=config.max_length,
+                no_repeat_ngram=config.no_repeat_ngram,
+            )
+            found.extend([h] for h in _hypotheses(words, log_probs, config))
         else:
-            found.extend(_beam(decoder, chunk, config))
+            found.extend(_beams(decoder, chunk, config))
     return found
 
 
-def _log_probs(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
-    """(B, W) log-probabilities of the next word after `length` words."""
-    log_probs = logits.float().log_softmax(-1)
-    if length == config.max_length:
-        ending = log_probs[:, END].clone()
-        log_probs.fill_(_IMPOSSIBLE)
-        log_probs[:, END] = ending
-    else:
-        log_probs[:, _NEVER if length else (*_NEVER, END)] = _IMPOSSIBLE
-    return log_probs
-
-
-def _greedy(
-    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
-) -> Sequence[Hypothesis]:
-    inputs, state = decoder.read_photo(features), None
-    scores = torch.zeros(len(features), device=features.device)
-    running = torch.ones(len(features), dtype=torch.bool, device=features.device)
-    words = []
-    for length in range(config.max_length + 1):
-        logits, state = decoder.step(inputs, state)
-        best, word = _log_probs(logits, length, config).max(-1)  # (B,), (B,)
-        scores += torch.where(running, best, 0.0)
-        words.append(torch.where(running, word, END))
-        running &= word != END
-        if not running.any():
-            break
-        inputs = decoder.embed(word)
-    found = []
-    for row, score in zip(torch.stack(words, 1).tolist(), scores.tolist(), strict=True):
-        length = row.index(END)
-        found.append(Hypothesis(tuple(row[:length]), score / (length + 1) ** config.length_penalty))
-    return found
-
-
-def _beam(decoder: CaptionDecoder, features: Tensor, config: SearchConfig) -> Sequence[Hypothesis]:
-    """Beam search; every photo keeps `beam_size` unfinished captions.
-
-    Of the 2K best extensions at most K are `<end>`, so K unfinished ones always remain. An `<end>`
-    among the K best finishes a caption. A photo is done when K captions are finished, or when none
-    of the unfinished can still beat the best finished one.
-    """
-    beams, device = config.beam_size, features.device
-    count = len(features)
-    best = [Hypothesis((), _IMPOSSIBLE)] * count
-    finished = torch.zeros(count, dtype=torch.int64, device=device)
-    best_score = torch.full((count,), _IMPOSSIBLE, device=device)
-    photos = torch.arange(count, device=device)  # (P,) those still searched
-
-    # The first step has one beam a photo; its extensions become the first K.
-    logits, state = decoder.step(decoder.read_photo(features), None)
-    sums = torch.zeros(count, 1, device=device)  # (P, K)
-    words = torch.zeros(count, 1, 0, dtype=torch.int64, device=device)  # (P, K, length)
-    for length in range(config.max_length + 1):
-        live = sums.shape[1]
-        extended = _log_probs(logits, length, config).view(len(photos), live, -1)
-        extended = extended + sums.unsqueeze(-1)  # (P, K, W)
-        vocab_size = extended.shape[-1]
-        top, index = extended.flatten(1).topk(min(2 * beams, live * vocab_size), dim=1)
-        parent = index.div(vocab_size, rounding_mode="floor")  # (P, 2K)
-        word = index % vocab_size
-
-        ends = (word == END) & (top > _IMPOSSIBLE)
-        ends[:, beams:] = False
-        normalized = top / (length + 1) ** config.length_penalty
-        score, place = normalized.masked_fill(~ends, _IMPOSSIBLE).max(1)
-        for p in (score > best_score[photos]).nonzero().flatten().tolist():
-            caption = words[p, parent[p, place[p]]].tolist()
-            best[int(photos[p])] = Hypothesis(tuple(caption), float(score[p]))
-        best_score[photos] = torch.maximum(best_score[photos], score)
-        finished[photos] += ends.sum(1)
-        if length == config.max_length:
-            break
-
-        # The K best that go on. A log-probability is at most 0, so a caption's final score is at
-        # most its sum so far over the longest possible length.
-        top = top.masked_fill(word == END, _IMPOSSIBLE)
-        sums, keep = top.topk(min(beams, top.shape[1]), dim=1)
-        hope = sums[:, 0] / (config.max_length + 1) ** config.length_penalty
-        going = (finished[photos] < beams) & (hope > best_score[photos])
-        if not going.any():
-            break
-        parent, word = parent.gather(1, keep)[going], word.gather(1, keep)[going]
-        sums, photos = sums[going], photos[going]
-        words = torch.cat(
-            [
-                words[going].gather(1, parent.unsqueeze(-1).expand(-1, -1, length)),
-                word.unsqueeze(-1),
-            ],
-            dim=2,
+def check(config: SearchConfig) -> None:
+    """Raise SearchError where the settings do not fit one another."""
+    if config.beam_size % config.groups:
+        raise SearchError(
+            f"{config.beam_size} beams cannot be shared by {config.groups} groups equally"
         )
-        rows = (going.nonzero() * live + parent).flatten()  # the state's row of each kept beam
-        state = _select(state, rows)
-        logits, state = decoder.step(decoder.embed(word.flatten()), state)
-    return best
+    if config.captions > config.beam_size and not config.sample:
+        raise SearchError(
+            f"{config.captions} captions of each photo need as many beams, not "
+            f"{config.beam_size}; raise --beam-size or draw them with --sample"
+        )
+    if config.temperature <= 0:
+        raise SearchError(f"temperature {config.temperature:g} must be above 0")
+    if not 0 < config.top_p <= 1:
+        raise SearchError(f"top-p {config.top_p:g} must be above 0 and at most 1")
 
 
-def _select(state: State, rows: Tensor) -> State:
-    hidden, cell = state
-    return hidden[:, rows].contiguous(), cell[:, rows].contiguous()
+def _beams(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+) -> list[list[Hypothesis]]:
+    found = beam_search(decoder, features, config)
+    photos, groups, captions = found.scores.shape
+    flat = iter(_hypotheses(found.words.flatten(0, 2), found.log_probs.flatten(0, 2), config))
+    possible = (found.scores > float("-inf")).tolist()
+    result = []
+    for p in range(photos):
+        of_groups = [
+            [h for h in (next(flat) for _ in range(captions)) if possible[p][g].pop(0)]
+            for g in range(groups)
+        ]
+        result.append(_best_first(of_groups, config.captions))
+    return result
+
+
+def _best_first(of_groups: list[list[Hypothesis]], captions: int) -> list[Hypothesis]:
+    """The best of each group, by score, then their second ones, …: `captions` different ones."""
+    chosen: dict[tuple[int, ...], Hypothesis] = {}
+    for rank in zip_longest(*of_groups):
+        for hypothesis in sorted((h for h in rank if h is not None), key=lambda h: -h.score):
+            chosen.setdefault(hypothesis.words, hypothesis)
+    return list(chosen.values())[:captions]
+
+
+def _sampled(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig, numbers: Sequence[int]
+) -> list[list[Hypothesis]]:
+    shape = (config.captions, config.max_length + 1)
+    uniform = np.stack([np.random.default_rng((config.seed, n)).random(shape) for n in numbers])
+    words, log_probs = sample_scored(
+        decoder,
+        features,
+        torch.from_numpy(uniform),
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_length=config.max_length,
+        no_repeat_ngram=config.no_repeat_ngram,
+    )
+    drawn = _hypotheses(words, log_probs, config)
+    each = config.captions
+    return [sorted(drawn[i : i + each], key=lambda h: -h.score) for i in range(0, len(drawn), each)]
+
+
+def _hypotheses(words: Tensor, log_probs: Tensor, config: SearchConfig) -> list[Hypothesis]:
+    """(B, T) words up to `<end>` and their log-probabilities → hypotheses."""
+    lengths = (words == END).int().argmax(1)  # (B,)
+    scores = log_probs.double().sum(1) / (lengths + 1) ** config.length_penalty
+    return [
+        Hypothesis(tuple(row[:length]), score, tuple(logs[: length + 1]))
+        for row, logs, length, score in zip(
+            words.tolist(), log_probs.tolist(), lengths.tolist(), scores.tolist(), strict=True
+        )
+    ]

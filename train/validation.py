@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cache.store import DONE, FeatureCache
 from train.batches import TrainingSetError
-from train.config import SearchConfig
+from train.config import FULL, SearchConfig
 from train.decoder import CaptionDecoder
 from train.ngrams import ReferenceNgrams
 from train.ptb import treebank_line
 from train.search import search
-from train.views import FULL, view_features
+from train.views import view_features
 from train.vocab import Vocabulary
 
 _ROWS = 1024  # photos whose features are in memory at once
@@ -89,7 +88,7 @@ class Validation:
         captions: list[str] = []
         for start in range(0, len(self.rows), _ROWS):
             rows = self.rows[start : start + _ROWS]
-            features = torch.from_numpy(view_features(self._cache, rows, self._view)).to(device)
+            features = view_features(self._cache, rows, self._view).to(device)
             found = search(decoder, features, config)
             captions.extend(vocabulary.decode(hypothesis.words) for hypothesis in found)
         decoder.train(training)

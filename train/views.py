@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from cache.errors import CapError
 from cache.store import FeatureCache
+from train.config import AUTO, FULL, MEAN
 
-FULL, MEAN = "full", "mean"
-AUTO = "auto"  # whatever the model's record says, else the full view
-CHOICES = (AUTO, FULL, MEAN)
+
+class ViewError(CapError):
+    """A view is asked for that the encoder does not make. One line."""
+
+
+def chosen_view(view: str, views: Sequence[str], training: Mapping[str, Any]) -> str:
+    """`full` or `mean`, as asked for; for `auto` what the model's record (`view`) says, else full.
+
+    views: those the encoder makes. Raises ViewError.
+    """
+    if view == AUTO:
+        view = training.get("view", FULL)
+    if view not in (FULL, MEAN):
+        raise ViewError(f"no view {view!r} to caption; there are {AUTO}, {FULL} and {MEAN}")
+    if view == MEAN and len(views) == 1:
+        raise ViewError(
+            f"the mean of the views needs features of several; the model's encoder makes {views[0]}"
+        )
+    return view
 
 
 def views_to_read(views: Sequence[str], view: str) -> tuple[str, ...]:
@@ -24,17 +45,13 @@ def views_to_read(views: Sequence[str], view: str) -> tuple[str, ...]:
     return (FULL if FULL in views else views[0],)
 
 
-def view_features(cache: FeatureCache, rows: NDArray[np.int64], view: str) -> NDArray[np.float32]:
-    """(B, D) features of these rows (B,): of one view, or the mean of all."""
+def view_features(cache: FeatureCache, rows: NDArray[np.int64], view: str) -> Tensor:
+    """(B, D) features of these rows (B,) of a cache, copied: of one view, or the mean of all."""
     views = cache.encoder.views
-    if view == MEAN:
-        return mean_of_views(cache.features[rows])
-    (name,) = views_to_read(views, view)
-    chosen: NDArray[np.float16] = cache.features[rows, views.index(name)]
-    return chosen.astype(np.float32)
+    chosen = [views.index(name) for name in views_to_read(views, view)]
+    return mean_of_views(torch.from_numpy(cache.features[rows][:, chosen]))
 
 
-def mean_of_views(features: NDArray[np.float16]) -> NDArray[np.float32]:
-    """(B, V, D) → (B, D), in float32 so that a cache and a photo give the same mean."""
-    mean: NDArray[np.float32] = features.mean(1, dtype=np.float32)
-    return mean
+def mean_of_views(features: Tensor) -> Tensor:
+    """(B, V, D) float16 → (B, D): the one view as it is, or the mean in float32."""
+    return features[:, 0] if features.shape[1] == 1 else features.float().mean(1)
