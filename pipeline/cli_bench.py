@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import Json, errors, print_json
+from pipeline.cli_options import Device, Json, errors, print_json
 from pipeline.terminal import say
 
 bench = typer.Typer(
@@ -38,5 +38,31 @@ def bench_cache(
         if as_json:
             ratios = {"batch_ratio": result.batch_ratio, "load_share": result.load_share}
             print_json({**dataclasses.asdict(result), **ratios, "machine": machine.summary()})
+        else:
+            print(result.table())
+
+
+@bench.command("predict")
+def bench_predict(
+    backbone: Annotated[str, typer.Option(help="Any torchvision classifier.")] = "resnet152",
+    weights: Annotated[str, typer.Option(help="As for extract-features.")] = "random",
+    photos: Annotated[int, typer.Option(min=8, help="Photos to caption.")] = 64,
+    cold_runs: Annotated[int, typer.Option(min=1, help="Fresh processes a beam size.")] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure captioning: a photo from the prompt, a photo with a loaded model, and a folder.
+
+    Example: cap bench predict
+    """
+    with errors():
+        from pipeline.bench_predict import bench_predict as run
+
+        result = run(
+            backbone=backbone, weights=weights, photos=photos, cold_runs=cold_runs, device=device
+        )
+        say(result.machine.summary())
+        if as_json:
+            print_json({**dataclasses.asdict(result), "machine": result.machine.summary()})
         else:
             print(result.table())

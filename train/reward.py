@@ -116,7 +116,7 @@ class CiderReward:
         size = max(len(distinct), 1)
         cells, counts = np.unique(owners * size + grams, return_counts=True)
         owners, grams = np.divmod(cells, size)
-        # With counts asked for, `unique` sorts; without, it hashes, forty times slower at this size.
+        # Asked for counts, `unique` sorts; else it hashes, forty times slower at this size.
         mentions, _ = np.unique(photo_of[owners] * size + grams, return_counts=True)
         log_photos = float(np.log(len(self._photos)))
         idf = log_photos - np.log(np.bincount(mentions % size, minlength=len(distinct)))
