@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,15 @@ import typer
 
 from pipeline.cli_options import Device, Json, defaults, errors, print_json
 from pipeline.terminal import say
-from train.config import FitConfig, TrainConfig
+from train.config import RECIPES, Recipe, TrainConfig
 
-_TRAIN, _FIT = defaults(TrainConfig), FitConfig()
+_TRAIN = defaults(TrainConfig)
+
+
+def _recipe(text: str, name: str, **bounds: Any) -> Any:
+    """An option that changes one number of the recipe; its help shows each recipe's own."""
+    values = ", ".join(f"{recipe}: {getattr(RECIPES[recipe], name)}" for recipe in RECIPES)
+    return typer.Option(help=f"{text}  [{values}]", **bounds)
 
 
 def build_vocab(
@@ -49,24 +56,54 @@ def train(
         Path | None,
         typer.Option(help="Cache to validate on. Without: some photos are held out."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = _FIT.epochs,
-    batch_size: Annotated[int, typer.Option(min=1, help="Captions a step.")] = _FIT.batch_size,
-    embedding_size: Annotated[int, typer.Option(min=1)] = _TRAIN["embedding_size"],
-    hidden_size: Annotated[int, typer.Option(min=1)] = _TRAIN["hidden_size"],
-    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the LSTM.")] = _TRAIN[
-        "num_layers"
-    ],
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam.")] = _FIT.learning_rate,
+    recipe: Annotated[
+        str,
+        typer.Option(help="best, or classic: the CNN-LSTM tutorials' training. Options below win."),
+    ] = "best",
+    epochs: Annotated[int | None, _recipe("Times through all captions.", "epochs", min=1)] = None,
+    batch_size: Annotated[int | None, _recipe("Captions a step.", "batch_size", min=1)] = None,
+    embedding_size: Annotated[
+        int | None, _recipe("Of words and of the projected photo.", "embedding_size", min=1)
+    ] = None,
+    hidden_size: Annotated[int | None, _recipe("Of the LSTM.", "hidden_size", min=1)] = None,
+    num_layers: Annotated[int | None, _recipe("Of the LSTM.", "num_layers", min=1)] = None,
+    learning_rate: Annotated[
+        float | None, _recipe("Of AdamW, at its highest.", "learning_rate", min=0.0)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, _recipe("Of AdamW, on matrices.", "weight_decay", min=0.0)
+    ] = None,
     dropout: Annotated[
-        float, typer.Option(min=0.0, max=0.95, help="On the LSTM's inputs and outputs.")
-    ] = _TRAIN["dropout"],
+        float | None,
+        _recipe("On the LSTM's inputs and outputs.", "dropout", min=0.0, max=0.95),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        _recipe("Share of each target spread over all words.", "label_smoothing", min=0, max=0.9),
+    ] = None,
+    scheduled_sampling: Annotated[
+        float | None,
+        _recipe(
+            "Share of input words, at the end, that the model chose itself.",
+            "scheduled_sampling",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     min_count: Annotated[
         int, typer.Option(min=1, help="Words seen less often become <unk>.")
     ] = _TRAIN["min_count"],
     val_share: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of photos held out without --val-cache.")
     ] = _TRAIN["val_share"],
-    seed: Annotated[int, typer.Option(min=0)] = _FIT.seed,
+    select_by: Annotated[
+        str, typer.Option(help="What makes a model the best: cider or loss, on validation photos.")
+    ] = _TRAIN["select_by"],
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many epochs without a better model."),
+    ] = _TRAIN["patience"],
+    seed: Annotated[int, typer.Option(min=0)] = _TRAIN["seed"],
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved models.")] = _TRAIN[
         "save_every"
     ],
@@ -74,6 +111,15 @@ def train(
         "log_every"
     ],
     device: Device = _TRAIN["device"],
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the products: auto (bfloat16 where that is fast), float32, bfloat16."
+        ),
+    ] = _TRAIN["precision"],
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Use the slow, readable reference computation.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where a run exists.")
@@ -87,22 +133,36 @@ def train(
         from train.run import EpochLog, Saved, Started, StepLog
         from train.run import train as run_training
 
+        _one_of("--recipe", recipe, tuple(RECIPES))
+        _one_of("--select-by", select_by, ("cider", "loss"))
+        _one_of("--precision", precision, ("auto", "float32", "bfloat16"))
         config = TrainConfig(
             from_cache=from_cache,
             out=out,
+            recipe=_changed(
+                RECIPES[recipe],
+                epochs=epochs,
+                batch_size=batch_size,
+                embedding_size=embedding_size,
+                hidden_size=hidden_size,
+                num_layers=num_layers,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                dropout=dropout,
+                label_smoothing=label_smoothing,
+                scheduled_sampling=scheduled_sampling,
+            ),
             val_cache=val_cache,
             val_share=val_share,
-            embedding_size=embedding_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            dropout=dropout,
+            select_by=select_by,
+            patience=patience,
             min_count=min_count,
-            fit=FitConfig(
-                epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-            ),
+            seed=seed,
             save_every=save_every,
             log_every=log_every,
             device=device,
+            precision=precision,
+            plain=plain,
             resume=resume,
             overwrite=overwrite,
         )
@@ -116,13 +176,28 @@ def train(
                         say(report.line())
                     case EpochLog():
                         say(report.line())
-                        best = report.best_val_loss
+                        best = report if report.best else best
                     case Saved():
                         say(f"saved {report.path}")
                 if interrupted():
                     raise KeyboardInterrupt
-        loss = f" (validation loss {best:.4f})" if best is not None else ""
-        print(f"{out / 'best.cap'}{loss}")
+        scores = (
+            f" (epoch {best.epoch}: validation loss {best.val_loss:.4f}, CIDEr {best.cider:.3f})"
+            if best is not None
+            else ""
+        )
+        print(f"{out / 'best.cap'}{scores}")
+
+
+def _changed(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with the numbers that were given."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(recipe, **given)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"{value!r} is not {' or '.join(allowed)}", param_hint=option)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ It goes through the same doors as anyone's photos; every step is a command of th
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import time
@@ -21,7 +22,7 @@ from pipeline.evaluate import Evaluation, evaluate
 from pipeline.extract import extract
 from pipeline.gallery import Tile, write_contact_sheet
 from pipeline.scenes import Scene, draw_scene, named_right
-from train.config import FitConfig, SearchConfig, TrainConfig
+from train.config import CLASSIC, SearchConfig, TrainConfig
 from train.metrics import Scores, score
 from train.run import EpochLog, train
 
@@ -116,21 +117,24 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
             pass
     run = config.out / "run"
     yield (
-        f"$ cap train --from-cache {config.out / 'train.h5'} --out {run} --epochs {config.epochs} "
-        f"--batch-size {config.batch_size} --hidden-size {config.hidden_size} "
-        f"--learning-rate {config.learning_rate} --dropout {config.dropout}"
+        f"$ cap train --from-cache {config.out / 'train.h5'} --out {run} --recipe classic "
+        f"--epochs {config.epochs} --batch-size {config.batch_size} "
+        f"--hidden-size {config.hidden_size} --learning-rate {config.learning_rate} "
+        f"--dropout {config.dropout} --select-by loss"
     )
     for report in train(
         TrainConfig(
             from_cache=config.out / "train.h5",
             out=run,
-            hidden_size=config.hidden_size,
-            dropout=config.dropout,
-            fit=FitConfig(
+            recipe=dataclasses.replace(
+                CLASSIC,
                 epochs=config.epochs,
                 batch_size=config.batch_size,
+                hidden_size=config.hidden_size,
                 learning_rate=config.learning_rate,
+                dropout=config.dropout,
             ),
+            select_by="loss",
             device=config.device,
         )
     ):

@@ -24,6 +24,7 @@ from cache.record import EncoderRecord
 from pipeline.cuda_graph import CapturedGraphs
 from pipeline.fused import fold_batchnorm, fuse_convolutions, has_batchnorm, meta_twin
 from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
+from train.device import is_out_of_memory
 
 RANDOM = "random"
 DTYPES = {
@@ -317,11 +318,6 @@ class Encoder:
     def _forward(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._network(self._normalize(pixels))
         return features.to(torch.float16)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch, on any device, found no memory for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 @torch.inference_mode()

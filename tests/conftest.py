@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,20 @@ def sample_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no sample data (set CAP_SAMPLE_DATA)")
     return folder
+
+
+def real_captions(data: Path, name: str) -> dict[str, list[str]]:
+    """COCO's or Flickr8k's captions of the first 1,000 photos that have five."""
+    found: dict[str, list[str]] = {}
+    if name == "coco":
+        notes = json.loads((data / "coco/captions_val2017.json").read_text())["annotations"]
+        for note in notes:
+            found.setdefault(str(note["image_id"]), []).append(note["caption"])
+    else:
+        with (data / "flickr8k/captions.txt").open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                found.setdefault(line["image"], []).append(line["caption"])
+    return dict([item for item in found.items() if len(item[1]) == 5][:1000])
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from pipeline.extract import extract
 from pipeline.photos import read_photo
 from tests.conftest import write_photo
 from train.bundle import BundleError, load_bundle
-from train.config import FitConfig, SearchConfig, TrainConfig
+from train.config import Recipe, SearchConfig, TrainConfig
 from train.run import train
 
 
@@ -39,10 +39,10 @@ def trained(photos: Path, folder: Path, **changes: object) -> tuple[FeatureCache
             out=folder / "run",
             val_share=0.1,
             min_count=1,
-            embedding_size=16,
-            hidden_size=32,
+            recipe=Recipe(
+                embedding_size=16, hidden_size=32, epochs=8, batch_size=8, learning_rate=0.01
+            ),
             device="cpu",
-            fit=FitConfig(epochs=8, batch_size=8, learning_rate=0.01),
         )
     ):
         pass

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import ExtractConfig
 from tests.conftest import ROOT, write_photo
-from train.config import FitConfig, TrainConfig
+from train.config import BEST, CLASSIC
 
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
 SMALL = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64"]
@@ -50,7 +50,9 @@ def work(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--batch-size", 8, "--min-count", 1, "--hidden-size", 32, "--embedding-size", 16,
         "--log-every", 1, "--val-share", 0.2, "--device", "cpu",
     )  # fmt: skip
-    assert re.fullmatch(rf"{folder}/run/best\.cap \(validation loss \d\.\d+\)\n", out)
+    assert re.fullmatch(
+        rf"{folder}/run/best\.cap \(epoch \d: validation loss \d\.\d+, CIDEr \d\.\d+\)\n", out
+    )
     assert re.search(r"Epoch \[0/2\], Step \[1/3\], Loss: \d\.\d{4}, Perplexity: \d+\.\d\d", err)
     return folder
 
@@ -74,8 +76,10 @@ def test_defaults_shown_are_the_configs(work: Path) -> None:
     defaults = ExtractConfig(Path(), Path())
     assert extract["backbone"] == defaults.backbone == "resnet152"
     assert extract["batch_size"] == defaults.batch_size
-    assert train["batch_size"] == FitConfig().batch_size == 128
-    assert train["hidden_size"] == TrainConfig(Path(), Path()).hidden_size == 512
+    assert train["recipe"] == "best"
+    assert (CLASSIC.embedding_size, CLASSIC.hidden_size, CLASSIC.batch_size) == (256, 512, 128)
+    text = " ".join(cap("train", "--help")[0].split())
+    assert f"[best: {BEST.embedding_size}, classic: {CLASSIC.embedding_size}]" in text
 
 
 def test_info_shows_and_prints_json(work: Path) -> None:
@@ -181,6 +185,8 @@ def test_a_mistake_is_one_line_and_exit_code_1(
         ["extract-features", "--images", ".", "--out", "x.h5", "--views", "top"],
         ["extract-features", "--images", ".", "--out", "x.h5", "--precision", "int8"],
         ["train", "--from-cache", "x.h5", "--out", "x", "--epochs", "0"],
+        ["train", "--from-cache", "x.h5", "--out", "x", "--recipe", "worst"],
+        ["train", "--from-cache", "x.h5", "--out", "x", "--select-by", "taste"],
         ["nonsense"],
     ],
 )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from train import metrics
+from tests.conftest import real_captions
+from train import java, metrics, spice
 from train.metrics import MetricsError, score
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
@@ -138,12 +138,72 @@ def test_captions_and_references_must_belong_together() -> None:
         score(HYPOTHESES | {"9": "a"}, REFERENCES)
     with pytest.raises(MetricsError, match="image 1 has no reference"):
         score({"1": "a"}, {"1": []})
+    with pytest.raises(MetricsError, match="no reference caption has a word"):
+        score({"1": "a"}, {"1": ["...", ""]}, java=False)
+
+
+def test_the_scores_of_the_photos_make_the_corpus_scores() -> None:
+    scores = score(HYPOTHESES, REFERENCES, java=False)
+    photos = scores.photos
+    assert photos.bleu.bleu().tolist() == pytest.approx(
+        [scores.bleu_1, scores.bleu_2, scores.bleu_3, scores.bleu_4]
+    )
+    assert photos.bleu.lengths.tolist() == [5, 5, 5]
+    assert photos.bleu.closest.tolist() == [4, 6, 5]
+    assert photos.bleu.correct[:, 1].tolist() == [3, 2, 3]  # 2-grams
+    assert photos.cider.shape == photos.rouge_l.shape == (3,)
+
+
+def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spice/lib").mkdir(parents=True)
+    (tmp_path / "spice/lib/stanford-corenlp-3.6.0.jar").touch()
+    monkeypatch.setattr(spice, "package_folder", lambda: tmp_path)
+    assert [path.name for path in spice.missing_models()] == ["stanford-corenlp-3.6.0-models.jar"]
+
+
+# Finds the program's input and output files among its arguments.
+FILES = 'while [ "$1" != -out ]; do asked=$1; shift; done; answered=$2; '
+SCORES = """s/"test"/"scores": {"All": {"f": 0.25}}, "test"/g"""
+
+
+@needs_java
+@pytest.mark.parametrize(
+    ("script", "expected", "notice"),
+    [
+        (f"""{FILES} sed '{SCORES}' "$asked" > "$answered" """, 0.25, None),
+        ("echo out of heap >&2; exit 1", None, "no SPICE: Java fails (out of heap)"),
+        (f'{FILES} echo "[]" > "$answered"', None, "0 scores came back for 3"),
+        (f'{FILES} echo "[{{}}]" > "$answered"', None, "unexpected answer"),
+        ("exit 0", None, "no SPICE: Java fails"),
+    ],
+)
+def test_spice_is_asked_where_its_models_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    expected: float | None,
+    notice: str | None,
+) -> None:
+    real = shutil.which("java")
+    (tmp_path / "java").write_text(
+        f'#!/bin/sh\ncase "$*" in *spice-1.0.jar*) {script};; *) exec {real} "$@";; esac\n'
+    )
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(metrics, "missing_models", list)
+    scores = score(HYPOTHESES, REFERENCES, meteor=False)
+    assert scores.spice == expected
+    assert scores.tokenizer == "ptb"
+    if notice is None:
+        assert scores.notices == ()
+    else:
+        assert notice in scores.notices[0]
 
 
 @needs_java
 def test_official_tokens_and_meteor_with_java() -> None:
     odd = HYPOTHESES | {"2": "two\ncats \u2028on \x85 a ||| bed\0 (asleep)"}
-    scores = score(odd, REFERENCES)
+    scores = score(odd, REFERENCES, spice=False)
     assert scores.tokenizer == "ptb"
     assert scores.notices == ()
     assert scores.meteor is not None
@@ -153,15 +213,12 @@ def test_official_tokens_and_meteor_with_java() -> None:
 
 
 @needs_java
-def test_java_and_its_stand_in_agree_on_real_captions(sample_data: Path) -> None:
-    notes = json.loads((sample_data / "coco/captions_val2017.json").read_text())["annotations"]
-    coco: dict[str, list[str]] = {}
-    for note in notes[:5000]:
-        coco.setdefault(str(note["image_id"]), []).append(note["caption"])
-    coco = {image: texts for image, texts in coco.items() if len(texts) > 1}
-    hypotheses = {image: texts[0] for image, texts in coco.items()}
-    references = {image: texts[1:] for image, texts in coco.items()}
-    official = score(hypotheses, references, meteor=False)
+@pytest.mark.parametrize("name", ["coco", "flickr8k"])
+def test_java_and_its_stand_in_agree_on_real_captions(sample_data: Path, name: str) -> None:
+    captions = real_captions(sample_data, name)
+    hypotheses = {image: texts[0] for image, texts in captions.items()}
+    references = {image: texts[1:] for image, texts in captions.items()}
+    official = score(hypotheses, references, meteor=False, spice=False)
     stand_in = score(hypotheses, references, java=False)
     assert official.tokenizer == "ptb"
     for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"):
@@ -182,7 +239,7 @@ def test_a_broken_java_is_a_notice_not_a_crash(
     (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(metrics, "_JAVA_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(java, "TIMEOUT_S", 1.0)
     scores = score(HYPOTHESES, REFERENCES)
     assert scores.tokenizer == "treebank"
     assert scores.meteor is None
@@ -207,7 +264,7 @@ def test_a_broken_meteor_costs_meteor_alone(
     )
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(metrics, "_JAVA_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(java, "TIMEOUT_S", 5.0)
     scores = score(HYPOTHESES, REFERENCES)
     assert scores.tokenizer == "ptb"
     assert scores.meteor is None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,10 +14,11 @@ from cache.record import CacheError
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
 from train.bundle import load_bundle
-from train.config import FitConfig, SearchConfig, TrainConfig
+from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.run import EpochLog, StepLog, TrainError, train
 from train.search import search
 
+SMALL: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "epochs": 3, "batch_size": 16}
 WORDS = ("a", "the", "dog", "cat", "bird", "runs", "sleeps", "sings", "on", "under", "hill")
 
 
@@ -29,20 +31,32 @@ def cache(make_cache: MakeCache) -> FeatureCache:
     return make_cache(captions)
 
 
-def config(cache: FeatureCache, out: Path, epochs: int = 3, **changes: object) -> TrainConfig:
+def config(
+    cache: FeatureCache,
+    out: Path,
+    epochs: int = 3,
+    recipe: Recipe | None = None,
+    **changes: object,
+) -> TrainConfig:
+    """A small run; names of the recipe's fields change those."""
+    if recipe is None:
+        recipe = Recipe(
+            embedding_size=8, hidden_size=16, batch_size=16, learning_rate=0.01, epochs=epochs
+        )
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    of_recipe = {name: value for name, value in changes.items() if name in fields}
     settings = {
         "from_cache": cache.path,
         "out": out,
         "val_share": 0.2,
-        "embedding_size": 8,
-        "hidden_size": 16,
+        "recipe": dataclasses.replace(recipe, **of_recipe),  # type: ignore[arg-type]
         "min_count": 1,
-        "fit": FitConfig(epochs=epochs, batch_size=16, learning_rate=0.01),
         "save_every": 4,
         "log_every": 2,
         "device": "cpu",
     }
-    return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
+    rest = {name: value for name, value in changes.items() if name not in fields}
+    return TrainConfig(**(settings | rest))  # type: ignore[arg-type]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -73,11 +87,18 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
     assert logs[-1].loss < logs[0].loss
 
 
-@pytest.mark.parametrize(("stop_after", "num_layers"), [(2, 1), (5, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("stop_after", "changes"),
+    [
+        (2, {"dropout": 0.3}),
+        (5, {"dropout": 0.3, "plain": True}),
+        (8, {"dropout": 0.3, "num_layers": 2, "precision": "float32"}),
+        (9, dataclasses.asdict(dataclasses.replace(BEST, **SMALL)) | {"scheduled_sampling": 0.2}),
+    ],
+)
 def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
-    cache: FeatureCache, tmp_path: Path, stop_after: int, num_layers: int
+    cache: FeatureCache, tmp_path: Path, stop_after: int, changes: dict[str, Any]
 ) -> None:
-    changes: dict[str, Any] = {"dropout": 0.3, "num_layers": num_layers}
     for _ in train(config(cache, tmp_path / "whole", **changes)):
         pass
     reports = train(config(cache, tmp_path / "run", **changes))
@@ -140,6 +161,10 @@ def test_more_epochs_can_be_added(cache: FeatureCache, tmp_path: Path) -> None:
     for _ in train(config(cache, tmp_path / "run", epochs=4, resume=True)):
         pass
     assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+    for _ in train(config(cache, tmp_path / "falling", epochs=2, decay="cosine")):
+        pass
+    with pytest.raises(TrainError, match="was trained with epochs 2, asked for 4"):
+        next(train(config(cache, tmp_path / "falling", epochs=4, decay="cosine", resume=True)))
 
 
 def test_a_run_is_not_overwritten_nor_mixed_up(
@@ -183,6 +208,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: Mak
             pass
 
 
+def test_the_best_model_is_the_one_selection_asks_for(cache: FeatureCache, tmp_path: Path) -> None:
+    for select_by in ("cider", "loss"):
+        run = tmp_path / select_by
+        reports = train(config(cache, run, epochs=6, select_by=select_by))
+        logs = [report for report in reports if isinstance(report, EpochLog)]
+        keys = [(log.cider if select_by == "cider" else 0.0, -log.val_loss) for log in logs]
+        best = keys.index(max(keys))
+        assert load_bundle(run / "best.cap").training["epoch"] == best
+        assert [log.best for log in logs] == [
+            key == max(keys[: n + 1]) for n, key in enumerate(keys)
+        ]
+
+
+def test_patience_ends_a_run_that_gets_no_better(cache: FeatureCache, tmp_path: Path) -> None:
+    # Without learning no epoch is better than the first.
+    stuck = config(cache, tmp_path / "run", epochs=9, patience=2, learning_rate=0.0)
+    logs = [report for report in train(stuck) if isinstance(report, EpochLog)]
+    assert logs[0].best
+    assert len(logs) < 9
+    best = max(n for n, log in enumerate(logs) if log.best)
+    assert len(logs) == best + 3
+
+
+def test_out_of_memory_names_a_smaller_batch(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_small(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+    monkeypatch.setattr("train.fast.FastObjective.loss_and_gradients", too_small)
+    with pytest.raises(TrainError, match="batches of 16 captions; try --batch-size 8"):
+        for _ in train(config(cache, tmp_path / "run")):
+            pass
+
+
 def test_one_photo_is_too_few_and_a_last_batch_of_one_is_not(
     tmp_path: Path, make_cache: MakeCache
 ) -> None:
@@ -204,10 +264,8 @@ def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCach
         "grass grass grass and more grass",
     ]
     cache = make_cache([[sentence] * 25 for sentence in sentences])
-    fit = FitConfig(epochs=20, batch_size=20, learning_rate=0.02)
-    for report in train(
-        config(cache, tmp_path / "run", val_cache=cache.path, fit=fit, dropout=0.0, hidden_size=32)
-    ):
+    recipe = Recipe(embedding_size=8, hidden_size=32, epochs=20, batch_size=20, learning_rate=0.02)
+    for report in train(config(cache, tmp_path / "run", recipe=recipe, val_cache=cache.path)):
         last = report
     assert isinstance(last, EpochLog)
     assert last.val_loss < 0.02

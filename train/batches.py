@@ -61,8 +61,10 @@ class CaptionSet:
         self.full_view = full_view
         self.feature_rows = caption_rows
         self.lengths = np.diff(offsets) + 1  # (M,) targets of each caption, <end> included
-        self._starts = offsets[:-1]
-        self._words = words
+        self._words = torch.from_numpy(words).to(device)
+        self._starts = torch.from_numpy(offsets[:-1].copy()).to(device)
+        self._lengths = torch.from_numpy(self.lengths).to(device)
+        self._rows = torch.from_numpy(caption_rows).to(device)
         self._host_features = features
         # On a GPU all of it lives there (COCO: 0.34 GB); on a CPU the file stays memory-mapped.
         self._device_features: Tensor | None = None
@@ -80,25 +82,30 @@ class CaptionSet:
         order = np.argsort(-self.lengths[captions], kind="stable")
         captions = captions[order]
         chosen = np.full(len(captions), self.full_view) if views is None else views[order]
-        lengths = self.lengths[captions]
-        steps = np.arange(int(lengths[0]))  # (T,)
-        positions = self._starts[captions][:, None] + steps  # (B, T)
-        is_word = steps < lengths[:, None] - 1
-        words = self._words[np.minimum(positions, len(self._words) - 1)]
-        targets = np.where(is_word, words, PAD).astype(np.int64)
-        inputs = targets[:, :-1].copy()
-        targets[np.arange(len(captions)), lengths - 1] = END
-        return Batch(
-            features=self._features(self.feature_rows[captions], chosen),
-            inputs=torch.from_numpy(inputs).to(self.device, non_blocking=True),
-            targets=torch.from_numpy(targets).to(self.device, non_blocking=True),
+        return self.gather(
+            torch.from_numpy(captions).to(self.device, non_blocking=True),
+            torch.from_numpy(chosen).to(self.device, non_blocking=True),
+            int(self.lengths[captions].max()),
         )
 
-    def _features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+    def gather(self, captions: Tensor, views: Tensor, length: int) -> Batch:
+        """The batch of captions (B,) int64 in their order, `length` targets wide (T), each photo
+        by its view (B,). Works on the device alone, so it can be part of a captured graph.
+        """
+        starts, lengths = self._starts[captions], self._lengths[captions].unsqueeze(1)
+        steps = torch.arange(length, device=self.device)  # (T,)
+        positions = (starts.unsqueeze(1) + steps).clamp_max(len(self._words) - 1)  # (B, T)
+        words = torch.where(steps < lengths - 1, self._words[positions].long(), PAD)
+        return Batch(
+            features=self._features(self._rows[captions], views),
+            inputs=words[:, :-1],
+            targets=torch.where(steps == lengths - 1, END, words),
+        )
+
+    def _features(self, rows: Tensor, views: Tensor) -> Tensor:
         if self._device_features is None:
-            return torch.from_numpy(self._host_features[rows, views])
-        index = torch.from_numpy(rows).to(self.device), torch.from_numpy(views).to(self.device)
-        return self._device_features[index]
+            return torch.from_numpy(self._host_features[rows.numpy(), views.numpy()])
+        return self._device_features[rows, views]
 
 
 def caption_set(

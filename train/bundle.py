@@ -49,9 +49,10 @@ class Bundle:
             "encoder": asdict(self.encoder),
             "training": dict(self.training),
         }
+        # Parameters may be views of one buffer, and tied ones are listed once: each gets its own.
         tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.decoder.state_dict().items()
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in (*self.decoder.named_parameters(), *self.decoder.named_buffers())
         }
         metadata = {_KEY: json.dumps(record, ensure_ascii=False)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -75,6 +76,8 @@ def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
         )
     try:
         decoder = CaptionDecoder(DecoderConfig(**record["decoder"]))
+        if decoder.config.tie_embeddings:
+            tensors["head.weight"] = tensors["embed.weight"]
         decoder.load_state_dict(tensors)
         views = tuple(record["encoder"].pop("views"))
         encoder = EncoderRecord(**record["encoder"], views=views)

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """What the training loop itself needs."""
+class Recipe:
+    """Everything that shapes a model and its training, whatever the data."""
 
-    epochs: int = 10
+    # The decoder.
+    embedding_size: int = 256
+    hidden_size: int = 512
+    num_layers: int = 1
+    tie_embeddings: bool = False  # a word is read and written by the same vector
+    dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
+
+    # The optimizer: AdamW, which is Adam where weight_decay is 0.
+    epochs: int = 2
     batch_size: int = 128  # captions
-    learning_rate: float = 0.001  # Adam
+    learning_rate: float = 0.001  # at its highest
+    warmup: float = 0.0  # share of all steps in which the learning rate rises to that
+    decay: str = "constant"  # or cosine: falls to 0 over the rest
+    weight_decay: float = 0.0  # of matrices; biases and BatchNorm have none
     clip_norm: float = 5.0  # of all gradients together; healthy training stays below
-    seed: int = 0
+    average_decay: float = 0.0  # of the moving average of the weights; 0: the last weights
+
+    # The objective.
+    label_smoothing: float = 0.0
+    scheduled_sampling: float = 0.0  # share of input words, at the end, that the model chose itself
+
+
+# The CNN-LSTM tutorials' training, as thousands have run it.
+CLASSIC = Recipe()
+
+# What one vector a photo can give; `scripts/ablation.py` shows what each part brings.
+BEST = Recipe(
+    embedding_size=512,
+    tie_embeddings=True,
+    dropout=0.5,
+    epochs=12,
+    learning_rate=0.002,
+    warmup=0.05,
+    decay="cosine",
+    weight_decay=0.05,
+    average_decay=0.998,
+    label_smoothing=0.1,
+)
+
+RECIPES = {"best": BEST, "classic": CLASSIC}
 
 
 @dataclass(frozen=True)
@@ -23,18 +58,19 @@ class TrainConfig:
 
     from_cache: Path
     out: Path
+    recipe: Recipe = BEST
     val_cache: Path | None = None
     val_share: float = 0.05  # of the photos, held out where there is no val_cache
-    embedding_size: int = 256
-    hidden_size: int = 512
-    num_layers: int = 1
-    dropout: float = 0.5
+    select_by: str = "cider"  # or loss: what makes a model the best one
+    patience: int | None = None  # epochs without a better model before stopping; None: never
     min_count: int = 4
     max_length: int = 50  # words of a caption; the rest is cut
-    fit: FitConfig = field(default_factory=FitConfig)
+    seed: int = 0
     save_every: int = 1000  # steps
     log_every: int = 10  # steps
     device: str = "auto"
+    precision: str = "auto"  # of the products: float32, or bfloat16 where the device is fast at it
+    plain: bool = False  # the readable reference instead of the fast path
     resume: bool = False
     overwrite: bool = False
 

@@ -1,11 +1,13 @@
 """The caption decoder: a photo's vector in, words out. The plain, readable reference.
 
     features (B, D) ─ project ─ BatchNorm ─┐
-                                           ├─ LSTM ─ head ─ logits (B, T, W)
+                                           ├─ LSTM ─ (transform) ─ head ─ logits (B, T, W)
     words (B, T - 1) ──── embed ───────────┘
 
 Step 1 reads the photo and predicts the first word; each later step reads the true previous word.
 The sizes are those of the classic CNN-LSTM captioner (Vinyals et al., 2015, «Show and Tell»).
+With `tie_embeddings` a word is read and written by the same vector (Press & Wolf, 2017), and
+`transform` takes the LSTM's outputs to the size of a word.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class DecoderConfig:
     hidden_size: int = 512
     num_layers: int = 1
     dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
+    tie_embeddings: bool = False
 
 
 class CaptionDecoder(nn.Module):
@@ -50,11 +53,23 @@ class CaptionDecoder(nn.Module):
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.transform: nn.Module = nn.Identity()
+        if config.tie_embeddings:
+            self.transform = nn.Linear(config.hidden_size, config.embedding_size)
+            self.head = nn.Linear(config.embedding_size, config.vocab_size)
+            self.head.weight = self.embed.weight
+            # As a head starts: with an embedding's unit variance the first losses would be huge.
+            nn.init.normal_(self.embed.weight, std=config.embedding_size**-0.5)
+        else:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, features: Tensor, inputs: Tensor) -> Tensor:
         """Logits of every step: (B, D) features and (B, T - 1) int64 words → (B, T, W)."""
-        return self.head(self.hidden(features, inputs))  # type: ignore[no-any-return]
+        return self.logits(self.hidden(features, inputs))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, H) outputs of the LSTM → (…, W)."""
+        return self.head(self.transform(hidden))  # type: ignore[no-any-return]
 
     def hidden(self, features: Tensor, inputs: Tensor) -> Tensor:
         """The LSTM's outputs (B, T, H). Padding follows the words, so it never reaches them."""
@@ -63,12 +78,14 @@ class CaptionDecoder(nn.Module):
         outputs, _ = self.lstm(self.dropout(steps))
         return self.dropout(outputs)  # type: ignore[no-any-return]
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy per target token; padding counts for nothing."""
         hidden = self.hidden(batch.features, batch.inputs)
         valid = batch.targets != PAD  # (B, T)
         # The head is the largest product: only real targets go through it.
-        return cross_entropy(self.head(hidden[valid]), batch.targets[valid])
+        return cross_entropy(
+            self.logits(hidden[valid]), batch.targets[valid], label_smoothing=label_smoothing
+        )
 
     def read_photo(self, features: Tensor) -> Tensor:
         """What the LSTM reads at step 1: (B, D) → (B, E)."""
@@ -77,4 +94,4 @@ class CaptionDecoder(nn.Module):
     def step(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
         """One step of decoding: (B, E) inputs and the state before → (B, W) logits, state after."""
         outputs, state = self.lstm(inputs.unsqueeze(1), state)
-        return self.head(outputs.squeeze(1)), state
+        return self.logits(outputs.squeeze(1)), state

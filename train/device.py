@@ -24,3 +24,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"no device {name}; this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, on any device, found no memory for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

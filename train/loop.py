@@ -1,20 +1,31 @@
 """The training loop: from a caption set to a trained decoder, one report a step.
 
-`fit` knows no files and prints nothing; `train.run` gives it a run folder.
+`Trainer` knows no files and prints nothing; `train.run` gives it a run folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from train.batches import CaptionSet, epoch_batches, epoch_views
-from train.config import FitConfig
+from train.batches import Batch, CaptionSet, epoch_batches, epoch_views
+from train.config import Recipe
 from train.decoder import CaptionDecoder
+from train.dropout import draw_masks
+from train.fast import FastObjective, fast_dtype
+from train.flat import FlatParameters
+from train.graphs import GraphedSteps
+from train.optimizer import FlatAdamW, WeightAverage, learning_rate
+from train.packed import pack
+from train.sampling import with_own_words
 from train.vocab import PAD
 
 
@@ -29,56 +40,150 @@ class Step:
     loss: Tensor  # scalar: mean cross-entropy per target token
 
 
-def make_optimizer(decoder: CaptionDecoder, config: FitConfig) -> torch.optim.Adam:
-    return torch.optim.Adam(decoder.parameters(), lr=config.learning_rate, fused=True)
+class Trainer:
+    """Trains a decoder in place. Everything random comes from the seed, the epoch and the step, so
+    going on after an interruption with the same state gives the same weights.
 
-
-def fit(
-    decoder: CaptionDecoder,
-    optimizer: torch.optim.Optimizer,
-    captions: CaptionSet,
-    config: FitConfig,
-    *,
-    epoch: int = 0,
-    first_step: int = 0,
-) -> Iterator[Step]:
-    """Train in place: this epoch, from `first_step` on.
-
-    Everything random comes from the seed, the epoch and the step, so going on after an
-    interruption with the same decoder and optimizer state gives the same weights.
+    precision: of the fast path's products: `auto`, `float32` or `bfloat16`. plain: the readable
+    reference (`CaptionDecoder.loss` and autograd, in float32) instead of the fast path.
     """
-    batches = epoch_batches(captions.lengths, config.batch_size, seed=config.seed, epoch=epoch)
-    views = epoch_views(len(captions), captions.views, seed=config.seed, epoch=epoch)
-    steps = len(batches)
-    for step, chosen in enumerate(batches[first_step:], first_step):
-        batch = captions.batch(chosen, None if views is None else views[chosen])
-        # Evaluation in between must not shift what dropout draws here.
-        torch.manual_seed(_dropout_seed(config.seed, epoch * steps + step))
-        decoder.train()
+
+    def __init__(
+        self,
+        decoder: CaptionDecoder,
+        captions: CaptionSet,
+        recipe: Recipe,
+        *,
+        seed: int,
+        precision: str = "auto",
+        plain: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.captions = captions
+        self.recipe = recipe
+        self.seed = seed
+        device = captions.device
+        self.parameters = FlatParameters(decoder, transposed=device.type == "cpu")
+        self.optimizer = FlatAdamW(self.parameters, recipe)
+        self.average: WeightAverage | None = None
+        if recipe.average_decay:
+            self.average = WeightAverage(self.parameters, decoder.normalize, recipe.average_decay)
+        dtype = fast_dtype(device) if precision == "auto" else getattr(torch, precision)
+        self.objective = FastObjective(
+            decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
+        )
+        self._plain = plain
+        self._graphs: GraphedSteps | None = None
+        if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
+            self._graphs = GraphedSteps(
+                self._gather_and_update, captions, lambda: self.objective.generation
+            )
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
+        """Train through this epoch, from `first_step` on."""
+        captions, recipe = self.captions, self.recipe
+        batches = epoch_batches(captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch)
+        views = epoch_views(len(captions), captions.views, seed=self.seed, epoch=epoch)
+        steps = len(batches)
+        for step, chosen in enumerate(batches[first_step:], first_step):
+            position = epoch * steps + step
+            self.optimizer.set_rate(learning_rate(recipe, position, recipe.epochs * steps))
+            if self.average is not None:
+                self.average.set_step(position)
+            seed = _step_seed(self.seed, position)
+            loss = self._step(chosen, None if views is None else views[chosen], seed, epoch)
+            yield Step(epoch, step, steps, len(chosen), loss)
+
+    def _step(
+        self, chosen: NDArray[np.int64], views: NDArray[np.int64] | None, seed: int, epoch: int
+    ) -> Tensor:
+        if self._graphs is not None:
+            torch.cuda.manual_seed(seed)
+            return self._graphs.run(chosen, views)
+        batch = self.captions.batch(chosen, views)
+        share = self.recipe.scheduled_sampling * epoch / max(1, self.recipe.epochs - 1)
+        if share:
+            batch = with_own_words(self.objective, batch, share, seed)
+        return self._plain_update(batch, seed) if self._plain else self._update(batch, seed)
+
+    def _gather_and_update(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
+        return self._update(self.captions.gather(captions, views, length), None)
+
+    def _update(self, batch: Batch, seed: int | None) -> Tensor:
+        """seed: of this step's dropout; None: the device's generator is seeded already."""
+        packed = pack(batch, round_up=self.captions.device.type == "cpu")
+        masks = draw_masks(
+            self.decoder.config, len(packed.words), self.objective.dtype, packed.words.device, seed
+        )
+        count = packed.count()
+        loss = self.objective.loss_and_gradients(packed, masks)
+        self._apply(count)
+        return loss / count
+
+    def _plain_update(self, batch: Batch, seed: int) -> Tensor:
+        torch.manual_seed(seed)  # of dropout
+        self.decoder.train()
         # BatchNorm cannot measure one row; a last batch of one caption uses running statistics.
-        decoder.normalize.train(len(chosen) > 1)
-        loss = decoder.loss(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
-        optimizer.step()
-        yield Step(epoch, step, steps, len(chosen), loss.detach())
+        self.decoder.normalize.train(len(batch.targets) > 1)
+        self.parameters.gradients.zero_()
+        loss = self.decoder.loss(batch, self.recipe.label_smoothing)
+        with warnings.catch_warnings():
+            # Autograd is told that transposed gradients may be slow, which is meant here.
+            warnings.filterwarnings("ignore", message="grad and param do not obey")
+            loss.backward()
+        self._apply(torch.ones((), device=loss.device))
+        return loss.detach()
+
+    def _apply(self, count: Tensor) -> None:
+        self.optimizer.step(count)
+        if self.average is not None:
+            self.average.update()
+
+    @contextlib.contextmanager
+    def best_weights(self) -> Iterator[None]:
+        """Within this context the decoder is as it is to be judged and saved: in eval mode, with
+        the averaged weights where the recipe averages.
+        """
+        self.decoder.eval()
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            yield
+
+    @torch.inference_mode()
+    def validation_loss(self, captions: CaptionSet) -> float:
+        """Mean cross-entropy per target token over all captions, without dropout or smoothing."""
+        self.decoder.eval()
+        total, tokens = torch.zeros((), device=captions.device, dtype=torch.float64), 0
+        # Captions of like length share a batch: less padding, the same sum.
+        order = np.argsort(captions.lengths, kind="stable")
+        for start in range(0, len(order), self.recipe.batch_size):
+            batch = captions.batch(order[start : start + self.recipe.batch_size])
+            count = int((batch.targets != PAD).sum())
+            if self._plain:
+                loss = self.decoder.loss(batch)
+            else:
+                loss = self.objective.loss(pack(batch, round_up=captions.device.type == "cpu"))
+            total += loss.double() * count
+            tokens += count
+        return float(total) / tokens
+
+    def state(self) -> dict[str, Any]:
+        """Weights, optimizer and average as plain tensors: what `load` takes."""
+        return {
+            "parameters": self.parameters.named(self.parameters.values),
+            "buffers": {n: b.cpu().clone() for n, b in self.decoder.named_buffers()},
+            "optimizer": self.optimizer.state(),
+            "average": self.average.state() if self.average else None,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Raises KeyError, RuntimeError or TypeError if the state is of another decoder."""
+        self.parameters.load(state["parameters"], self.parameters.values)
+        for name, buffer in self.decoder.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self.optimizer.load(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"])
 
 
-def _dropout_seed(seed: int, step: int) -> int:
+def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-
-
-@torch.inference_mode()
-def validation_loss(decoder: CaptionDecoder, captions: CaptionSet, batch_size: int = 512) -> float:
-    """Mean cross-entropy per target token over all captions, without dropout."""
-    decoder.eval()
-    total, tokens = 0.0, 0
-    # Captions of like length share a batch: less padding, the same sum.
-    order = np.argsort(captions.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        batch = captions.batch(order[start : start + batch_size])
-        count = int((batch.targets != PAD).sum())
-        total += float(decoder.loss(batch)) * count
-        tokens += count
-    return total / tokens

@@ -1,7 +1,7 @@
 """A training run and its folder: what is logged, what is kept, how to go on after anything.
 
     runs/base/
-      best.cap         the model with the lowest validation loss
+      best.cap         the model with the best validation score (CIDEr, or the loss)
       last.cap         the model after the last epoch (or interruption)
       epoch-0-step-1000.cap …   one every `save_every` steps
       metrics.jsonl    one JSON object a log line and an epoch
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
 from train.batches import CaptionSet, caption_set, split_photos
 from train.bundle import Bundle
-from train.config import TrainConfig
+from train.config import Recipe, TrainConfig
 from train.decoder import CaptionDecoder, DecoderConfig
-from train.device import resolve_device
-from train.loop import fit, make_optimizer, validation_loss
+from train.device import is_out_of_memory, resolve_device
+from train.loop import Step, Trainer
+from train.validation import Validation, ValidationScores
 from train.vocab import Vocabulary, build_vocabulary
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class TrainError(CapError):
@@ -88,20 +89,24 @@ class StepLog:
 
 @dataclass(frozen=True)
 class EpochLog:
-    """After each epoch."""
+    """After each epoch. Scores are fractions, of greedy captions of the validation photos."""
 
     epoch: int
     epochs: int
     val_loss: float
-    best_val_loss: float  # of all epochs so far
+    bleu_4: float
+    cider: float
+    distinct: float  # share of the photos with a caption of their own
+    best: bool  # so far
     seconds: float
 
     def line(self) -> str:
-        best = " (best so far)" if self.val_loss == self.best_val_loss else ""
         return (
             f"Epoch [{self.epoch}/{self.epochs}] done in {self.seconds:.1f} s, "
             f"Validation loss: {self.val_loss:.4f}, "
-            f"Perplexity: {math.exp(min(self.val_loss, 700.0)):.2f}{best}"
+            f"Perplexity: {math.exp(min(self.val_loss, 700.0)):.2f}, "
+            f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}, "
+            f"{self.distinct:.0%} distinct{' (best so far)' if self.best else ''}"
         )
 
 
@@ -144,74 +149,94 @@ class _Run:
         cache = open_cache(config.from_cache)
         self.cache = cache
         self.vocabulary = build_vocabulary(cache.captions, config.min_count)
-        self.training, self.validation = _caption_sets(config, cache, self.vocabulary, self.device)
-        torch.manual_seed(config.fit.seed)
+        self.training, self.validation, self.judge = _data(
+            config, cache, self.vocabulary, self.device
+        )
+        torch.manual_seed(config.seed)
+        recipe = config.recipe
         self.decoder = CaptionDecoder(
             DecoderConfig(
                 feature_dim=cache.encoder.feature_dim,
                 vocab_size=len(self.vocabulary),
-                embedding_size=config.embedding_size,
-                hidden_size=config.hidden_size,
-                num_layers=config.num_layers,
-                dropout=config.dropout,
+                embedding_size=recipe.embedding_size,
+                hidden_size=recipe.hidden_size,
+                num_layers=recipe.num_layers,
+                dropout=recipe.dropout,
+                tie_embeddings=recipe.tie_embeddings,
             )
         ).to(self.device)
-        self.optimizer = make_optimizer(self.decoder, config.fit)
+        self.trainer = Trainer(
+            self.decoder,
+            self.training,
+            recipe,
+            seed=config.seed,
+            precision=config.precision,
+            plain=config.plain,
+        )
         self.epoch, self.step = 0, 0  # the next to do
-        self.best_val_loss = math.inf
+        self.best_score = (-math.inf, -math.inf)  # the higher, the better; then minus the loss
+        self.best_epoch = -1
         self._prepare_folder()
         self.metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
 
     def epochs(self) -> Generator[Report, None, None]:
         config = self.config
-        while self.epoch < config.fit.epochs:
+        while self.epoch < config.recipe.epochs and not self._out_of_patience():
             started = time.perf_counter()
             yield from self._steps()
-            val_loss = validation_loss(self.decoder, self.validation)
-            best = val_loss < self.best_val_loss
-            self.best_val_loss = min(val_loss, self.best_val_loss)
+            with self.trainer.best_weights():
+                val_loss = self._finite(self.trainer.validation_loss(self.validation))
+                scores = self.judge.score(self.decoder, self.vocabulary)
+                score = (-val_loss if config.select_by == "loss" else scores.cider, -val_loss)
+                best = score > self.best_score
+                if best:
+                    self.best_score, self.best_epoch = score, self.epoch
+                    self._save_model("best.cap", val_loss, scores)
+                self._save_model("last.cap", val_loss, scores)
             log = EpochLog(
-                self.epoch,
-                config.fit.epochs,
-                val_loss,
-                self.best_val_loss,
-                time.perf_counter() - started,
+                epoch=self.epoch,
+                epochs=config.recipe.epochs,
+                val_loss=val_loss,
+                bleu_4=scores.bleu_4,
+                cider=scores.cider,
+                distinct=scores.distinct / scores.count,
+                best=best,
+                seconds=time.perf_counter() - started,
             )
-            self._write_metrics({"epoch": self.epoch, "val_loss": val_loss, "best": best})
-            if best:
-                self._save_model("best.cap", val_loss)
-            self._save_model("last.cap", val_loss)
+            self._write_metrics(
+                {
+                    "epoch": self.epoch,
+                    "val_loss": val_loss,
+                    "bleu_4": scores.bleu_4,
+                    "cider": scores.cider,
+                    "distinct": scores.distinct,
+                    "best": best,
+                }
+            )
             self.epoch, self.step = self.epoch + 1, 0
             self._save_checkpoint()
             yield log
         self.metrics.close()
 
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.epoch - 1 - self.best_epoch >= patience
+
     def _steps(self) -> Generator[Report, None, None]:
         config = self.config
         losses: list[Tensor] = []
         captions, since = 0, time.perf_counter()
-        for report in fit(
-            self.decoder,
-            self.optimizer,
-            self.training,
-            config.fit,
-            epoch=self.epoch,
-            first_step=self.step,
-        ):
+        for report in self._trained():
             losses.append(report.loss)
             captions += report.captions
             self.step = report.step + 1
-            if self.step % config.log_every == 0 or self.step == report.steps:
-                loss = float(torch.stack(losses).mean())
-                if not math.isfinite(loss):
-                    raise TrainError(
-                        f"{self.out}: the loss is {loss} at epoch {self.epoch}, step {self.step}; "
-                        "lower --learning-rate (the last checkpoint is kept)"
-                    )
+            saves = self.step % config.save_every == 0
+            if self.step % config.log_every == 0 or self.step == report.steps or saves:
+                loss = self._finite(float(torch.stack(losses).mean()))
                 seconds = time.perf_counter() - since
                 log = StepLog(
                     self.epoch,
-                    config.fit.epochs,
+                    config.recipe.epochs,
                     self.step,
                     report.steps,
                     loss,
@@ -223,23 +248,48 @@ class _Run:
                 yield log
             else:
                 yield None
-            if self.step % config.save_every == 0:
+            if saves:
                 name = f"epoch-{self.epoch}-step-{self.step}.cap"
-                self._save_model(name, None)
+                with self.trainer.best_weights():
+                    self._save_model(name)
                 self._save_checkpoint()
                 yield Saved(self.out / name)
 
+    def _trained(self) -> Iterator[Step]:
+        try:
+            yield from self.trainer.epoch(self.epoch, self.step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self.config.recipe.batch_size
+            raise TrainError(
+                f"{self.device}: out of memory with batches of {size} captions; "
+                f"try --batch-size {max(1, size // 2)}"
+            ) from None
+
+    def _finite(self, loss: float) -> float:
+        if math.isfinite(loss):
+            return loss
+        raise TrainError(
+            f"{self.out}: the loss is {loss} at epoch {self.epoch}, step {self.step}; "
+            "lower --learning-rate (the last checkpoint is kept)"
+        )
+
     def save_position(self) -> None:
         """Keep everything at a step boundary, after an interruption."""
-        self._save_model("last.cap", None)
+        with self.trainer.best_weights():
+            self._save_model("last.cap")
         self._save_checkpoint()
         self.metrics.close()
 
-    def _save_model(self, name: str, val_loss: float | None) -> None:
+    def _save_model(
+        self, name: str, val_loss: float | None = None, scores: ValidationScores | None = None
+    ) -> None:
         facts = {
             "epoch": self.epoch,
             "step": self.step,
             "val_loss": val_loss,
+            "scores": asdict(scores) if scores else None,
             "captions": len(self.training),
             "config": _settings(self.config),
         }
@@ -251,11 +301,11 @@ class _Run:
             "version": CHECKPOINT_VERSION,
             "settings": _settings(self.config),
             "data": self._data_identity(),
-            "decoder": self.decoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "trainer": self.trainer.state(),
             "epoch": self.epoch,
             "step": self.step,
-            "best_val_loss": self.best_val_loss,
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
         }
         write_atomically(self.out / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
 
@@ -302,8 +352,10 @@ class _Run:
             raise TrainError(f"{path}: format {version}, this program reads {CHECKPOINT_VERSION}")
         asked = _settings(self.config)
         for name, value in state["settings"].items():
-            # More epochs are welcome: nothing in an epoch depends on how many follow.
-            if name != "epochs" and asked.get(name) != value:
+            # More epochs are welcome where nothing in an epoch depends on how many follow.
+            if name == "epochs" and _may_grow(self.config.recipe):
+                continue
+            if asked.get(name) != value:
                 raise TrainError(
                     f"{self.out}: was trained with {name} {value}, asked for {asked.get(name)}"
                 )
@@ -312,10 +364,9 @@ class _Run:
                 raise TrainError(
                     f"{self.out}: was trained on other {name} than {self.config.from_cache} holds"
                 )
-        self.decoder.load_state_dict(state["decoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.trainer.load(state["trainer"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.best_val_loss = state["best_val_loss"]
+        self.best_score, self.best_epoch = tuple(state["best_score"]), state["best_epoch"]
         self._drop_later_metrics()
 
     def _drop_later_metrics(self) -> None:
@@ -335,40 +386,40 @@ class _Run:
         write_text(path, "".join(kept))
 
 
-def _settings(config: TrainConfig) -> dict[str, int | float]:
+def _settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
     """What must not change when a run is resumed, and what a model records about its making."""
-    names = (
-        "val_share",
-        "embedding_size",
-        "hidden_size",
-        "num_layers",
-        "dropout",
-        "min_count",
-        "max_length",
-    )
-    return {name: getattr(config, name) for name in names} | asdict(config.fit)
+    names = ("val_share", "min_count", "max_length", "seed", "select_by", "precision", "plain")
+    return {name: getattr(config, name) for name in names} | asdict(config.recipe)
 
 
-def _caption_sets(
+def _may_grow(recipe: Recipe) -> bool:
+    return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
+
+
+def _data(
     config: TrainConfig, cache: FeatureCache, vocabulary: Vocabulary, device: torch.device
-) -> tuple[CaptionSet, CaptionSet]:
-    """(training, validation) captions; validation from its own cache, or photos held out."""
+) -> tuple[CaptionSet, CaptionSet, Validation]:
+    """(training captions, validation captions, the latter's photos and references).
+
+    Validation has its own cache, or photos held out.
+    """
     if config.val_cache is not None:
         other = open_cache(config.val_cache)
         difference = other.encoder.difference(cache.encoder)
         if difference is not None:
             raise CacheError(f"{config.val_cache}: made with {difference} as {config.from_cache}")
-        return (
-            caption_set(cache, vocabulary, device=device, max_length=config.max_length),
-            caption_set(other, vocabulary, device=device, max_length=config.max_length),
-        )
-    rows, held_out = split_photos(cache, held_out=config.val_share, seed=config.fit.seed)
-    if len(rows) == 1 and not len(held_out):
-        raise TrainError(
-            f"{config.from_cache}: one photo with captions; too few to hold one out, "
-            "use --val-cache"
-        )
+        rows = held_out = None
+    else:
+        other = cache
+        rows, held_out = split_photos(cache, held_out=config.val_share, seed=config.seed)
+        if len(rows) == 1 and not len(held_out):
+            raise TrainError(
+                f"{config.from_cache}: one photo with captions; too few to hold one out, "
+                "use --val-cache"
+            )
+    length = config.max_length
     return (
-        caption_set(cache, vocabulary, rows=rows, device=device, max_length=config.max_length),
-        caption_set(cache, vocabulary, rows=held_out, device=device, max_length=config.max_length),
+        caption_set(cache, vocabulary, rows=rows, device=device, max_length=length),
+        caption_set(other, vocabulary, rows=held_out, device=device, max_length=length),
+        Validation(other, rows=held_out),
     )

@@ -1,0 +1,320 @@
+"""The fast objective against the plain decoder and autograd: values, gradients, whole runs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import MakeCache
+from train.batches import Batch, caption_set
+from train.config import Recipe
+from train.decoder import CaptionDecoder, DecoderConfig
+from train.dropout import draw_masks
+from train.fast import FastObjective, Masks
+from train.flat import FlatParameters
+from train.loop import Trainer
+from train.packed import PackedBatch, pack
+from train.sampling import with_own_words
+from train.vocab import END, PAD, build_vocabulary
+
+FEATURES, WORDS = 20, 70
+# Cosine distance and relative length of each gradient from autograd's in float32.
+BFLOAT16_BOUND = 0.04
+
+
+def ragged(lengths: list[int], seed: int = 0) -> Batch:
+    """Captions of these many words, longest first; 0 is a caption that ends at once."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.full((len(lengths), lengths[0] + 1), PAD)
+    for row, length in enumerate(lengths):
+        targets[row, :length] = torch.randint(4, WORDS, (length,), generator=generator)
+        targets[row, length] = END
+    inputs = targets[:, :-1].masked_fill(targets[:, :-1] == END, PAD)
+    features = torch.randn(len(lengths), FEATURES, generator=generator).half()
+    return Batch(features, inputs, targets)
+
+
+BATCHES = {
+    "ragged": ragged([9, 7, 7, 4, 3, 1, 0]),
+    "one word each": ragged([1] * 5),
+    "one caption": ragged([6]),
+    "no words at all": ragged([0, 0]),
+    "more than a rounded step": ragged(sorted(np.random.default_rng(1).integers(1, 12, 37))[::-1]),
+}
+
+
+def decoder(**changes: object) -> CaptionDecoder:
+    torch.manual_seed(1)
+    sizes: dict[str, object] = {"embedding_size": 16, "hidden_size": 24}
+    return CaptionDecoder(DecoderConfig(FEATURES, WORDS, **(sizes | changes))).train()  # type: ignore[arg-type]
+
+
+class GivenMasks(nn.Module):
+    """Dropout with masks given in the order of its calls, from packed rows to (B, T, size)."""
+
+    def __init__(self, packed: PackedBatch, masks: list[Tensor], batch: Batch) -> None:
+        super().__init__()
+        self.left = list(masks)
+        self.shape = batch.targets.shape
+        self.rows: list[tuple[int, int, int]] = []  # caption, step, packed row
+        start = 0
+        for step, count in enumerate(packed.steps):
+            self.rows += [(b, step, start + b) for b in range(min(count, self.shape[0]))]
+            start += count
+
+    def forward(self, values: Tensor) -> Tensor:
+        mask, padded = self.left.pop(0), torch.zeros_like(values)
+        for caption, step, row in self.rows:
+            padded[caption, step] = mask[row].to(values.dtype)
+        return values * padded
+
+
+def fast(model: CaptionDecoder, dtype: torch.dtype, smoothing: float = 0.0) -> FastObjective:
+    parameters = FlatParameters(model, transposed=True)
+    return FastObjective(model, parameters, dtype=dtype, label_smoothing=smoothing)
+
+
+def assert_same_gradients(model: CaptionDecoder, plain: CaptionDecoder, bound: float) -> None:
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient, wanted = parameter.grad, expected[name].grad
+        assert gradient is not None
+        assert wanted is not None
+        if name == "project.bias" and plain.normalize.training:
+            continue  # BatchNorm cancels it: only rounding is left
+        assert (gradient - wanted).norm() <= bound * wanted.norm() + 1e-6, name
+
+
+OPTIONS = [
+    {"num_layers": layers, "tie_embeddings": tied, "label_smoothing": smoothing}
+    for layers, tied, smoothing in itertools.product((1, 2), (False, True), (0.0, 0.1))
+]
+
+
+@pytest.mark.parametrize("round_up", [True, False])
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loss_and_gradients_are_autograds(
+    options: dict[str, float], batch_name: str, round_up: bool
+) -> None:
+    options = dict(options)
+    smoothing, batch = options.pop("label_smoothing"), BATCHES[batch_name]
+    plain = decoder(**options)
+    model = copy.deepcopy(plain)
+    plain.normalize.train(len(batch.targets) > 1)
+    expected = plain.loss(batch, smoothing)
+    expected.backward()
+    objective = fast(model, torch.float32, smoothing)
+    packed = pack(batch, round_up=round_up)
+    loss = objective.loss_and_gradients(packed) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(model, plain, 2e-5)
+    for name, buffer in plain.named_buffers():  # BatchNorm measured the same
+        torch.testing.assert_close(model.get_buffer(name), buffer)
+    again = objective.loss_and_gradients(pack(BATCHES["ragged"], round_up=round_up))
+    assert torch.isfinite(again)  # buffers of another size are in order too
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_bfloat16_stays_within_its_bound(options: dict[str, float]) -> None:
+    options = dict(options)
+    smoothing, batch = options.pop("label_smoothing"), BATCHES["more than a rounded step"]
+    plain = decoder(**options)
+    model = copy.deepcopy(plain)
+    expected = plain.loss(batch, smoothing)
+    expected.backward()
+    objective = fast(model, torch.bfloat16, smoothing)
+    packed = pack(batch, round_up=True)
+    loss = objective.loss_and_gradients(packed) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-3)
+    assert_same_gradients(model, plain, BFLOAT16_BOUND)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("round_up", [True, False])
+def test_dropout_with_the_same_masks_gives_the_same(layers: int, round_up: bool) -> None:
+    batch = BATCHES["ragged"]
+    plain = decoder(num_layers=layers, dropout=0.4)
+    model = copy.deepcopy(plain)
+    packed = pack(batch, round_up=round_up)
+    masks = draw_masks(model.config, len(packed.words), torch.float32, torch.device("cpu"), 7)
+    assert isinstance(masks, Masks)
+    assert len(masks.layers) == layers
+    plain.lstm.dropout = 0.0  # its own is between layers, where nothing can be given to it
+    given = GivenMasks(packed, [masks.inputs, masks.layers[-1]], batch)
+    if layers == 2:
+        ones = torch.ones_like(masks.layers[0])
+        masks = Masks(masks.inputs, (ones, masks.layers[1]))
+    plain.dropout = given  # type: ignore[assignment]
+    expected = plain.loss(batch)
+    expected.backward()
+    objective = fast(model, torch.float32)
+    loss = objective.loss_and_gradients(packed, masks) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(model, plain, 2e-5)
+
+
+def test_weighted_rows_count_by_their_weight() -> None:
+    """Against autograd over the plain logits, each target's loss times its caption's weight."""
+    batch = BATCHES["ragged"]
+    plain = decoder()
+    model = copy.deepcopy(plain)
+    weights = torch.linspace(-1, 2, len(batch.targets))
+    log_probs = plain(batch.features, batch.inputs).log_softmax(-1)
+    picked = log_probs.gather(2, batch.targets.unsqueeze(-1)).squeeze(-1)
+    expected = -(picked * (batch.targets != PAD) * weights.unsqueeze(1)).sum()
+    expected.backward()
+    objective, packed = fast(model, torch.float32), pack(batch, round_up=True)
+    of_rows = torch.nn.functional.pad(weights, (0, 64))[packed.captions]
+    loss = objective.loss_and_gradients(packed, weights=of_rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(model, plain, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_validation_loss_is_the_plain_one_without_dropout(dtype: torch.dtype) -> None:
+    model = decoder(dropout=0.5, tie_embeddings=True)
+    plain = copy.deepcopy(model).eval()
+    objective = fast(model, dtype, smoothing=0.1)
+    with torch.no_grad():
+        expected = plain.loss(BATCHES["ragged"])
+    before = model.normalize.running_mean.clone()  # type: ignore[union-attr]
+    loss = objective.loss(pack(BATCHES["ragged"], round_up=True))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5 if dtype.itemsize == 4 else 1e-3)
+    assert torch.equal(model.normalize.running_mean, before)  # type: ignore[arg-type]
+
+
+def test_dropout_masks_keep_what_they_should() -> None:
+    config = DecoderConfig(5, 9, 64, 128, 2, dropout=0.3)
+    masks = draw_masks(config, 500, torch.float32, torch.device("cpu"), 3)
+    assert masks is not None
+    assert [mask.shape for mask in (masks.inputs, *masks.layers)] == [(500, 64)] + [(500, 128)] * 2
+    for mask in (masks.inputs, *masks.layers):
+        assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
+        assert float(mask.mean()) == pytest.approx(1, abs=0.02)
+    again = draw_masks(config, 500, torch.float32, torch.device("cpu"), 3)
+    assert again is not None
+    assert torch.equal(masks.layers[1], again.layers[1])
+    assert not torch.equal(masks.layers[0], masks.layers[1])
+    assert draw_masks(DecoderConfig(5, 9), 5, torch.float32, torch.device("cpu"), 3) is None
+
+
+def test_own_words_come_from_the_models_distribution() -> None:
+    """A decoder that is sure of one word replaces inputs with it, in about the share asked for."""
+    model = decoder()
+    model.head.bias.data[42] = 50.0
+    batch = ragged([9] * 40)
+    objective = fast(model, torch.float32)
+    mixed = with_own_words(objective, batch, 0.25, seed=0)
+    changed = mixed.inputs != batch.inputs
+    assert set(mixed.inputs[changed].tolist()) == {42}
+    assert 0.15 < float(changed.float().mean()) < 0.35
+    assert torch.equal(mixed.targets, batch.targets)
+    assert torch.equal(with_own_words(objective, batch, 0.25, seed=0).inputs, mixed.inputs)
+    assert not torch.equal(with_own_words(objective, batch, 0.25, seed=1).inputs, mixed.inputs)
+    short = ragged([5, 2, 1, 0])  # a caption's padding stays padding
+    mixed = with_own_words(objective, short, 1.0, seed=0)
+    assert torch.equal(mixed.inputs != PAD, short.inputs != PAD)
+
+
+def test_sampled_words_follow_their_probabilities() -> None:
+    model = decoder()
+    objective, batch = fast(model, torch.float32), ragged([1] * 2)
+    model.eval()
+    with torch.no_grad():
+        probs = model(batch.features, batch.inputs)[0, 0].softmax(-1)
+    draws = torch.linspace(0, 1, 20001)[:-1]
+    rows = torch.zeros(len(draws), dtype=torch.int64)
+    words = objective.sample_words(pack(batch, round_up=True), rows, draws)
+    shares = torch.bincount(words, minlength=WORDS) / len(draws)
+    assert float((shares - probs).abs().max()) < 2e-4
+
+
+def curves(make_cache: MakeCache, **changes: object) -> dict[str, list[float]]:
+    random = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(40)]
+    captions = [
+        [" ".join(words[(n * 7 + k * k) % 40] for k in range(random.integers(3, 9)))] * 2
+        for n in range(60)
+    ]
+    cache = make_cache(captions)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    device = torch.device("cpu")
+    recipe = Recipe(embedding_size=16, hidden_size=32, batch_size=16, learning_rate=0.01, epochs=40)
+    found = {}
+    for name, plain, precision in (
+        ("plain", True, "float32"),
+        ("fast", False, "float32"),
+        ("low", False, "bfloat16"),
+    ):
+        torch.manual_seed(0)
+        model = CaptionDecoder(DecoderConfig(8, len(vocabulary), 16, 32, **changes))  # type: ignore[arg-type]
+        captions_of = caption_set(cache, vocabulary, device=device, max_length=50)
+        trainer = Trainer(model, captions_of, recipe, seed=0, plain=plain, precision=precision)
+        found[name] = [float(step.loss) for epoch in range(40) for step in trainer.epoch(epoch)]
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_curves_lie_on_one_another(make_cache: MakeCache, tied: bool) -> None:
+    """Three hundred steps from one seed: in float32 to rounding, in bfloat16 within noise."""
+    found = {
+        name: np.array(losses) for name, losses in curves(make_cache, tie_embeddings=tied).items()
+    }
+    assert len(found["plain"]) == 320
+    assert found["plain"][-8:].mean() < 0.5 * found["plain"][:8].mean()
+    assert np.abs(found["fast"] - found["plain"])[:100].max() < 1e-3
+    smooth = {name: losses.reshape(-1, 8).mean(1) for name, losses in found.items()}
+    assert np.abs(smooth["fast"] - smooth["plain"]).max() < 0.02
+    assert np.abs(smooth["low"] - smooth["plain"]).max() < 0.1
+
+
+def test_parameters_move_into_one_buffer_and_stay_themselves() -> None:
+    for tied, transposed in itertools.product((False, True), repeat=2):
+        model = decoder(tie_embeddings=tied)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        parameters = FlatParameters(model, transposed=transposed)
+        assert parameters.padded_words == 80
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name])
+        with torch.no_grad():
+            parameters.values.mul_(2)
+        assert torch.equal(
+            model.get_parameter("lstm.weight_hh_l0"), 2 * before["lstm.weight_hh_l0"]
+        )
+        if tied:
+            assert model.head.weight is model.embed.weight
+        saved = parameters.named(parameters.values)
+        assert all(value.is_contiguous() for value in saved.values())
+        other = torch.zeros_like(parameters.values)
+        parameters.load(saved, other)
+        for name in parameters.names():
+            assert torch.equal(parameters.view(name, other), model.get_parameter(name))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graphed_run_on_a_gpu_follows_the_plain_one(
+    make_cache: MakeCache, tmp_path: Path
+) -> None:
+    cache = make_cache([[f"w{n % 7} w{n % 5} w{n % 3}" for _ in range(3)] for n in range(64)])
+    vocabulary = build_vocabulary(cache.captions, 1)
+    device = torch.device("cuda")
+    recipe = Recipe(embedding_size=16, hidden_size=32, batch_size=16, epochs=10, learning_rate=0.01)
+    losses = {}
+    for plain in (True, False):
+        torch.manual_seed(0)
+        model = CaptionDecoder(DecoderConfig(8, len(vocabulary), 16, 32)).to(device)
+        captions = caption_set(cache, vocabulary, device=device, max_length=50)
+        trainer = Trainer(model, captions, recipe, seed=0, plain=plain, precision="float32")
+        losses[plain] = [float(s.loss) for epoch in range(10) for s in trainer.epoch(epoch)]
+    np.testing.assert_allclose(losses[True], losses[False], atol=0.02)

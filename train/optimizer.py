@@ -1,0 +1,148 @@
+"""AdamW over a decoder's flat parameters, the learning rate's course, and the weights' average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Recipe
+from train.flat import FlatParameters
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """The rate of step `step` of `steps` in all: a linear rise, then level or half a cosine."""
+    warmup = math.ceil(recipe.warmup * steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    if recipe.decay == "constant":
+        return recipe.learning_rate
+    share = (step - warmup) / max(1, steps - warmup)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class FlatAdamW:
+    """AdamW (Loshchilov & Hutter, 2019), decoupled weight decay on matrices alone; β 0.9, 0.999.
+
+    Gradients are the sum over a batch's tokens; they are divided by the number of tokens, and
+    clipped to a norm, in the pass that reads them anyway. torch's fused kernel is called directly:
+    `torch.optim` brings its compiler along, a second and a half of imports.
+    """
+
+    def __init__(self, parameters: FlatParameters, recipe: Recipe) -> None:
+        self.parameters = parameters
+        self._recipe = recipe
+        self._mean = torch.zeros_like(parameters.values)
+        self._mean_of_squares = torch.zeros_like(parameters.values)
+        device = parameters.values.device
+        # Tensors, so that a captured graph reads them anew at every replay.
+        self._steps = torch.zeros((), device=device)
+        self._rate = torch.zeros((), device=device)
+
+    def set_rate(self, rate: float) -> None:
+        self._rate.fill_(rate)
+
+    @torch.no_grad()
+    def step(self, count: Tensor) -> None:
+        """Update the parameters. count: scalar, the tokens behind the gradients' sum."""
+        values, gradients = self.parameters.values, self.parameters.gradients
+        divisor = count.float()
+        excess = gradients.norm() / (divisor * self._recipe.clip_norm)
+        divisor = divisor * excess.clamp_min(1.0)
+        self._steps.add_(1)
+        cut = self.parameters.matrices
+        for part, decay in (
+            (slice(0, cut), self._recipe.weight_decay),
+            (slice(cut, None), 0.0),
+        ):
+            torch._fused_adamw_(
+                [values[part]],
+                [gradients[part]],
+                [self._mean[part]],
+                [self._mean_of_squares[part]],
+                [],
+                [self._steps],
+                lr=self._rate,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=decay,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The moments by parameter name, and the number of steps: plain tensors."""
+        return {
+            "steps": int(self._steps),
+            "mean": self.parameters.named(self._mean),
+            "mean_of_squares": self.parameters.named(self._mean_of_squares),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
+        self._steps.fill_(state["steps"])
+        self.parameters.load(state["mean"], self._mean)
+        self.parameters.load(state["mean_of_squares"], self._mean_of_squares)
+
+
+class WeightAverage:
+    """A moving average of the weights and of BatchNorm's statistics (Polyak & Juditsky, 1992).
+
+    Young averages forget faster, so that the first random weights do not stay in them.
+    """
+
+    def __init__(self, parameters: FlatParameters, normalize: nn.BatchNorm1d, decay: float) -> None:
+        assert normalize.running_mean is not None
+        assert normalize.running_var is not None
+        self._parameters = parameters
+        self._live = [parameters.values, normalize.running_mean, normalize.running_var]
+        self._average = [tensor.clone() for tensor in self._live]
+        self._decay = decay
+        self._weight = torch.zeros((), device=parameters.values.device)
+
+    def set_step(self, step: int) -> None:
+        """Say which step of the run (from 0) the next `update` follows."""
+        self._weight.fill_(1 - min(self._decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        for average, live in zip(self._average, self._live, strict=True):
+            average.lerp_(live, self._weight)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this context the decoder has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, live in zip(self._average, self._live, strict=True):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+    def state(self) -> dict[str, Any]:
+        values, mean, variance = self._average
+        return {
+            "values": self._parameters.named(values),
+            "running_mean": mean.cpu().clone(),
+            "running_var": variance.cpu().clone(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
+        values, mean, variance = self._average
+        self._parameters.load(state["values"], values)
+        mean.copy_(state["running_mean"])
+        variance.copy_(state["running_var"])

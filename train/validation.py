@@ -1,0 +1,102 @@
+"""Scores after every epoch: greedy captions of the whole validation set, against its references.
+
+The references are tokenized and counted once; after that an epoch's captions cost a greedy search
+and some tens of milliseconds. The scores are those of `train.metrics.score(…, java=False)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.store import DONE, FeatureCache
+from train.batches import TrainingSetError
+from train.config import SearchConfig
+from train.decoder import CaptionDecoder
+from train.ngrams import ReferenceNgrams
+from train.ptb import treebank_line
+from train.search import search
+from train.views import FULL, view_features
+from train.vocab import Vocabulary
+
+_ROWS = 1024  # photos whose features are in memory at once
+
+
+@dataclass(frozen=True)
+class ValidationScores:
+    """Corpus scores of one caption a photo, as fractions; `train.metrics.Scores` in short."""
+
+    bleu_4: float
+    cider: float
+    distinct: int  # different captions; one, or a few, means the decoder has collapsed
+    count: int  # captions scored
+
+
+class ValidationScorer:
+    """Scores captions of always the same photos.
+
+    references: for each photo its raw reference captions, at least one.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        self._ngrams = ReferenceNgrams([[*map(treebank_line, texts)] for texts in references])
+
+    def score(self, captions: Sequence[str]) -> ValidationScores:
+        """Scores of one raw caption for each photo, in the order of the references."""
+        bleu, cider = self._ngrams.score([treebank_line(caption) for caption in captions])
+        return ValidationScores(
+            bleu_4=float(bleu.bleu()[3]),
+            cider=float(cider.mean()),
+            distinct=len(set(captions)),
+            count=len(captions),
+        )
+
+
+class Validation:
+    """The photos of a cache that have captions, to be captioned and scored again and again."""
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        *,
+        rows: NDArray[np.int64] | None = None,
+        view: str = FULL,
+    ) -> None:
+        """rows: of the cache, those held out; None: all. view: `full` or `mean`.
+
+        Raises TrainingSetError where no extracted photo has captions.
+        """
+        texts = cache.captions.by_row(len(cache))
+        usable = cache.rows_with(DONE) if rows is None else rows[cache.status[rows] == DONE]
+        self.rows = np.array([row for row in usable.tolist() if texts[row]], np.int64)
+        if not len(self.rows):
+            raise TrainingSetError(f"{cache.path}: no captions of extracted photos to validate on")
+        self._cache, self._view = cache, view
+        self._scorer = ValidationScorer([texts[row] for row in self.rows.tolist()])
+
+    def captions(
+        self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
+    ) -> list[str]:
+        """A caption for each of `rows`; greedy unless `config` says otherwise."""
+        config = config or SearchConfig(beam_size=1)
+        device = next(decoder.parameters()).device
+        training = decoder.training
+        decoder.eval()
+        captions: list[str] = []
+        for start in range(0, len(self.rows), _ROWS):
+            rows = self.rows[start : start + _ROWS]
+            features = torch.from_numpy(view_features(self._cache, rows, self._view)).to(device)
+            found = search(decoder, features, config)
+            captions.extend(vocabulary.decode(hypothesis.words) for hypothesis in found)
+        decoder.train(training)
+        return captions
+
+    def score(
+        self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
+    ) -> ValidationScores:
+        """The scores of `captions`. The decoder is left in the mode it was in."""
+        return self._scorer.score(self.captions(decoder, vocabulary, config))
