@@ -73,3 +73,29 @@ def bench_train(
             print_json({**dataclasses.asdict(result), **derived, "machine": machine.summary()})
         else:
             print(result.table())
+
+
+@bench.command("predict")
+def bench_predict(
+    backbone: Annotated[str, typer.Option(help="Any torchvision classifier.")] = "resnet152",
+    weights: Annotated[str, typer.Option(help="As for extract-features.")] = "random",
+    photos: Annotated[int, typer.Option(min=8, help="Photos to caption.")] = 64,
+    cold_runs: Annotated[int, typer.Option(min=1, help="Fresh processes a beam size.")] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure captioning: a photo from the prompt, a photo with a loaded model, and a folder.
+
+    Example: cap bench predict
+    """
+    with errors():
+        from pipeline.bench_predict import bench_predict as run
+
+        result = run(
+            backbone=backbone, weights=weights, photos=photos, cold_runs=cold_runs, device=device
+        )
+        say(result.machine.summary())
+        if as_json:
+            print_json({**dataclasses.asdict(result), "machine": result.machine.summary()})
+        else:
+            print(result.table())

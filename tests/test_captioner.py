@@ -170,6 +170,7 @@ def test_predictions_do_not_depend_on_the_batch(
     together = captioner.caption(paths)
     monkeypatch.setattr("pipeline.captioner._BATCH_PHOTOS", 3)
     assert [p.caption for p in captioner.caption(paths)] == [p.caption for p in together]
+    assert [captioner.caption([path])[0].caption for path in paths] == [p.caption for p in together]
     assert [p.path for p in together] == [str(path) for path in paths]
 
 

@@ -258,10 +258,8 @@ def test_a_mistake_is_one_line_and_exit_code_1(
         ["extract-features", "--images", ".", "--out", "x.h5", "--views", "top"],
         ["extract-features", "--images", ".", "--out", "x.h5", "--precision", "int8"],
         ["train", "--from-cache", "x.h5", "--out", "x", "--epochs", "0"],
-<<<<<<< HEAD
         ["train", "--from-cache", "x.h5", "--out", "x", "--recipe", "worst"],
         ["train", "--from-cache", "x.h5", "--out", "x", "--select-by", "taste"],
-=======
         ["evaluate", "--model", "x"],
         ["evaluate", "--cache", "x.h5"],
         ["evaluate", "--model", "x", "--human", "--cache", "x.h5"],
@@ -269,7 +267,6 @@ def test_a_mistake_is_one_line_and_exit_code_1(
         ["evaluate", "--human", "--cache", "x.h5", "--captions", "x.json"],
         ["evaluate", "--human", "--cache", "x.h5", "--split", "test"],
         ["predict", "a.jpg", "--model", "x", "--view", "left"],
->>>>>>> scores
         ["nonsense"],
     ],
 )
