@@ -109,7 +109,9 @@ class Captioner:
         size = self.encoder.record.image_size
         if len(names) == 1:
             # A thread of its own would only compete with the encoder's for the cores.
-            yield from self._caption_batch(names, [read_photo(Path(names[0]), size, (self._view,))])
+            yield from self._caption_batch(
+                names, [read_photo(Path(names[0]), size, self._views)], 0
+            )
             return
         batches = [names[i : i + _BATCH_PHOTOS] for i in range(0, len(names), _BATCH_PHOTOS)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

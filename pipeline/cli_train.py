@@ -90,6 +90,13 @@ def train(
             max=1.0,
         ),
     ] = None,
+    self_critical_epochs: Annotated[
+        int | None,
+        _recipe("Then so many rewarded by CIDEr-D.", "self_critical_epochs", min=0),
+    ] = None,
+    self_critical_rate: Annotated[
+        float | None, _recipe("Learning rate of those.", "self_critical_rate", min=0.0)
+    ] = None,
     min_count: Annotated[
         int, typer.Option(min=1, help="Words seen less often become <unk>.")
     ] = _TRAIN["min_count"],
@@ -151,6 +158,8 @@ def train(
                 dropout=dropout,
                 label_smoothing=label_smoothing,
                 scheduled_sampling=scheduled_sampling,
+                self_critical_epochs=self_critical_epochs,
+                self_critical_rate=self_critical_rate,
             ),
             val_cache=val_cache,
             val_share=val_share,

@@ -93,6 +93,7 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
         (2, {"dropout": 0.3}),
         (5, {"dropout": 0.3, "plain": True}),
         (8, {"dropout": 0.3, "num_layers": 2, "precision": "float32"}),
+        (16, {"self_critical_epochs": 1, "self_critical_photos": 4, "average_decay": 0.9}),
         (9, dataclasses.asdict(dataclasses.replace(BEST, **SMALL)) | {"scheduled_sampling": 0.2}),
     ],
 )
@@ -206,6 +207,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: Mak
     with pytest.raises(TrainError, match=r"the loss is nan at epoch 0, step 1; .*learning-rate"):
         for _ in train(config(cache, tmp_path / "run")):
             pass
+
+
+def test_self_critical_epochs_can_be_added_to_a_finished_run(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "decay": "cosine", "average_decay": 0.9}
+    for _ in train(config(cache, tmp_path / "run", **settings)):
+        pass
+    more = settings | {"self_critical_epochs": 2, "self_critical_photos": 8, "resume": True}
+    logs = [report for report in train(config(cache, tmp_path / "run", **more)) if report]
+    steps = [report for report in logs if isinstance(report, StepLog)]
+    assert {step.epoch for step in steps} == {2, 3}
+    assert all("Reward: " in step.line() for step in steps)
+    with pytest.raises(TrainError, match="was trained with self_critical_epochs 2, asked for 3"):
+        next(train(config(cache, tmp_path / "run", **(more | {"self_critical_epochs": 3}))))
 
 
 def test_the_best_model_is_the_one_selection_asks_for(cache: FeatureCache, tmp_path: Path) -> None:

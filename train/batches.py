@@ -59,7 +59,7 @@ class CaptionSet:
         self.device = device
         self.views, self.feature_dim = features.shape[1:]
         self.full_view = full_view
-        self.feature_rows = caption_rows
+        self.feature_rows, self.words, self.offsets = caption_rows, words, offsets
         self.lengths = np.diff(offsets) + 1  # (M,) targets of each caption, <end> included
         self._words = torch.from_numpy(words).to(device)
         self._starts = torch.from_numpy(offsets[:-1].copy()).to(device)
@@ -100,6 +100,12 @@ class CaptionSet:
             features=self._features(self._rows[captions], views),
             inputs=words[:, :-1],
             targets=torch.where(steps == lengths - 1, END, words),
+        )
+
+    def photo_features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+        """(B, D) float16 on the device: of these rows of the cache, each by its view."""
+        return self._features(
+            torch.from_numpy(rows).to(self.device), torch.from_numpy(views).to(self.device)
         )
 
     def _features(self, rows: Tensor, views: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ class Recipe:
     label_smoothing: float = 0.0
     scheduled_sampling: float = 0.0  # share of input words, at the end, that the model chose itself
 
+    # Self-critical training, after the epochs above: CIDEr-D of drawn captions as the reward.
+    self_critical_epochs: int = 0
+    self_critical_rate: float = 5e-5  # learning rate, level
+    self_critical_photos: int = 32  # a step
+    self_critical_samples: int = 5  # captions drawn for each photo
+
+    @property
+    def all_epochs(self) -> int:
+        return self.epochs + self.self_critical_epochs
+
 
 # The CNN-LSTM tutorials' training, as thousands have run it.
 CLASSIC = Recipe()

@@ -94,20 +94,21 @@ class FastObjective:
         *,
         weights: Tensor | None = None,
         training: bool = True,
+        smooth: bool = True,
     ) -> Tensor:
         """The *sum* of all target tokens' cross-entropy, a float32 scalar; its gradients replace
         what is in `parameters.gradients`. Divided by `batch.count()`, both are the plain path's:
         the optimizer divides on its way through the gradients.
 
         weights: (R,) float32, a factor for each row's loss. training: BatchNorm measures the batch
-        and updates its running statistics, as the module does in training.
+        and updates its running statistics, as the module does in training. smooth: with the label
+        smoothing.
         """
+        smoothing = self.label_smoothing if smooth else 0.0
         states = self._hidden(batch, masks, training=training)
         logits = self._logits(states.before_head)
-        loss, smoothed = self._cross_entropy(
-            batch, logits, states.before_head, weights, self.label_smoothing
-        )
-        self._backward(batch, masks, states, logits, smoothed)
+        loss, smoothed = self._cross_entropy(batch, logits, states.before_head, weights, smoothing)
+        self._backward(batch, masks, states, logits, smoothed if smoothing else None)
         return loss
 
     @torch.no_grad()
@@ -289,13 +290,13 @@ class FastObjective:
         masks: Masks | None,
         states: _States,
         d_logits: Tensor,
-        smoothed: Tensor,
+        smoothed: Tensor | None,
     ) -> None:
         parameters, gradients = self.parameters, self.parameters.gradients
         d_outputs = self._product_backward(
             self._head, states.before_head, d_logits, "d_before_head"
         )
-        if self.label_smoothing:
+        if smoothed is not None:
             self._smooth(states.before_head, d_outputs, smoothed)
         if self.config.tie_embeddings:
             self._sum_rows(d_outputs, "transform.bias")

@@ -26,7 +26,8 @@ from train.graphs import GraphedSteps
 from train.optimizer import FlatAdamW, WeightAverage, learning_rate
 from train.packed import pack
 from train.sampling import with_own_words
-from train.vocab import PAD
+from train.self_critical import SelfCritical
+from train.vocab import PAD, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Step:
 
     epoch: int
     step: int  # of this epoch
-    steps: int  # in every epoch
+    steps: int  # in every epoch of its kind
     captions: int
-    loss: Tensor  # scalar: mean cross-entropy per target token
+    loss: Tensor  # scalar: mean cross-entropy per target token; self-critical: minus the reward
 
 
 class Trainer:
@@ -55,9 +56,11 @@ class Trainer:
         recipe: Recipe,
         *,
         seed: int,
+        vocabulary: Vocabulary | None = None,
         precision: str = "auto",
         plain: bool = False,
     ) -> None:
+        """vocabulary: of the captions; self-critical epochs need it."""
         self.decoder = decoder
         self.captions = captions
         self.recipe = recipe
@@ -72,6 +75,8 @@ class Trainer:
         self.objective = FastObjective(
             decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
         )
+        self._vocabulary = vocabulary
+        self._self_critical: SelfCritical | None = None  # made when it is needed
         self._plain = plain
         self._graphs: GraphedSteps | None = None
         if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
@@ -80,7 +85,14 @@ class Trainer:
             )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
-        """Train through this epoch, from `first_step` on."""
+        """Train through this epoch, from `first_step` on: by cross-entropy, or by reward in the
+        self-critical epochs that follow.
+        """
+        if epoch >= self.recipe.epochs:
+            return self._rewarded_epoch(epoch, first_step)
+        return self._epoch(epoch, first_step)
+
+    def _epoch(self, epoch: int, first_step: int) -> Iterator[Step]:
         captions, recipe = self.captions, self.recipe
         batches = epoch_batches(captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch)
         views = epoch_views(len(captions), captions.views, seed=self.seed, epoch=epoch)
@@ -93,6 +105,41 @@ class Trainer:
             seed = _step_seed(self.seed, position)
             loss = self._step(chosen, None if views is None else views[chosen], seed, epoch)
             yield Step(epoch, step, steps, len(chosen), loss)
+
+    def _rewarded_epoch(self, epoch: int, first_step: int) -> Iterator[Step]:
+        recipe = self.recipe
+        if self._self_critical is None:
+            assert self._vocabulary is not None
+            self._self_critical = SelfCritical(
+                self.decoder,
+                self.objective,
+                self.captions,
+                self._vocabulary,
+                samples=recipe.self_critical_samples,
+            )
+        if epoch == recipe.epochs and not first_step:
+            self._start_anew()
+        self.optimizer.set_rate(recipe.self_critical_rate)
+        batches = self._self_critical.epoch(
+            recipe.self_critical_photos, seed=self.seed, epoch=epoch
+        )
+        for step, (photos, views) in enumerate(batches[first_step:], first_step):
+            position = (epoch - recipe.epochs) * len(batches) + step
+            count, reward = self._self_critical.gradients(
+                photos, views, _step_seed(self.seed + 1, position)
+            )
+            if self.average is not None:
+                self.average.set_step(position)
+            self._apply(count)
+            yield Step(
+                epoch, step, len(batches), len(photos) * recipe.self_critical_samples, -reward
+            )
+
+    def _start_anew(self) -> None:
+        """Go on from the averaged weights, with an optimizer that remembers nothing."""
+        if self.average is not None:
+            self.average.take()
+        self.optimizer = FlatAdamW(self.parameters, self.recipe)
 
     def _step(
         self, chosen: NDArray[np.int64], views: NDArray[np.int64] | None, seed: int, epoch: int

@@ -132,6 +132,12 @@ class WeightAverage:
             live.copy_(average)
             average.copy_(kept)
 
+    @torch.no_grad()
+    def take(self) -> None:
+        """Give the decoder the averaged weights for good."""
+        for average, live in zip(self._average, self._live, strict=True):
+            live.copy_(average)
+
     def state(self) -> dict[str, Any]:
         values, mean, variance = self._average
         return {

@@ -15,7 +15,7 @@ from train.vocab import tokenize
 
 # What pycocoevalcap drops after tokenizing. Everything is lower case by then, so its upper-case
 # bracket names never match, and brackets count as words.
-_PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
+PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 # Where Stanford's tokens differ from NLTK's in more than a handful of captions.
 _STANFORD = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _STANFORD[".."] = "..."
@@ -72,4 +72,4 @@ def treebank_line(text: str) -> str:
 
 
 def _without_punctuation(tokens: Sequence[str]) -> str:
-    return " ".join(token for token in tokens if token not in _PUNCTUATION)
+    return " ".join(token for token in tokens if token not in PUNCTUATION)

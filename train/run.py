@@ -72,18 +72,23 @@ class StepLog:
     epochs: int
     step: int
     steps: int
-    loss: float  # mean cross-entropy per target token
+    loss: float  # mean cross-entropy per target token, or minus the mean reward
     captions_per_s: float
+    rewarded: bool = False  # self-critical: the reward is CIDEr-D, 0 to 10
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
     def line(self) -> str:
+        measured = (
+            f"Reward: {-self.loss:.4f}"
+            if self.rewarded
+            else f"Loss: {self.loss:.4f}, Perplexity: {self.perplexity:.2f}"
+        )
         return (
             f"Epoch [{self.epoch}/{self.epochs}], Step [{self.step}/{self.steps}], "
-            f"Loss: {self.loss:.4f}, Perplexity: {self.perplexity:.2f}, "
-            f"{self.captions_per_s:,.0f} captions/s"
+            f"{measured}, {self.captions_per_s:,.0f} captions/s"
         )
 
 
@@ -170,6 +175,7 @@ class _Run:
             self.training,
             recipe,
             seed=config.seed,
+            vocabulary=self.vocabulary,
             precision=config.precision,
             plain=config.plain,
         )
@@ -181,7 +187,7 @@ class _Run:
 
     def epochs(self) -> Generator[Report, None, None]:
         config = self.config
-        while self.epoch < config.recipe.epochs and not self._out_of_patience():
+        while self.epoch < config.recipe.all_epochs and not self._out_of_patience():
             started = time.perf_counter()
             yield from self._steps()
             with self.trainer.best_weights():
@@ -195,7 +201,7 @@ class _Run:
                 self._save_model("last.cap", val_loss, scores)
             log = EpochLog(
                 epoch=self.epoch,
-                epochs=config.recipe.epochs,
+                epochs=config.recipe.all_epochs,
                 val_loss=val_loss,
                 bleu_4=scores.bleu_4,
                 cider=scores.cider,
@@ -236,11 +242,12 @@ class _Run:
                 seconds = time.perf_counter() - since
                 log = StepLog(
                     self.epoch,
-                    config.recipe.epochs,
+                    config.recipe.all_epochs,
                     self.step,
                     report.steps,
                     loss,
                     captions / seconds,
+                    rewarded=self.epoch >= config.recipe.epochs,
                 )
                 self._write_metrics({"epoch": self.epoch, "step": self.step, "loss": loss})
                 losses.clear()
@@ -352,8 +359,12 @@ class _Run:
             raise TrainError(f"{path}: format {version}, this program reads {CHECKPOINT_VERSION}")
         asked = _settings(self.config)
         for name, value in state["settings"].items():
-            # More epochs are welcome where nothing in an epoch depends on how many follow.
+            # More epochs are welcome where nothing in an epoch depends on how many follow, and
+            # self-critical ones whenever none has begun.
             if name == "epochs" and _may_grow(self.config.recipe):
+                continue
+            begun = (state["epoch"], state["step"]) > (state["settings"]["epochs"], 0)
+            if name.startswith("self_critical") and not begun:
                 continue
             if asked.get(name) != value:
                 raise TrainError(
