@@ -10,6 +10,7 @@ import typer
 from pipeline.cli_bench import bench
 from pipeline.cli_cache import extract_features, info, verify
 from pipeline.cli_caption import demo, evaluate, predict
+from pipeline.cli_sweep import runs, sweep
 from pipeline.cli_train import build_vocab, train
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app.command()(info)
 app.command()(verify)
 app.command("build-vocab")(build_vocab)
 app.command()(train)
+app.command()(sweep)
+app.command()(runs)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(demo)

@@ -91,6 +91,18 @@ def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
     return Bundle(decoder.to(device or "cpu").eval(), vocabulary, encoder, record["training"])
 
 
+def read_training(path: Path) -> dict[str, Any]:
+    """The `training` facts of a model file; its weights are not read. Raises BundleError."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            training = json.loads((file.metadata() or {})[_KEY])["training"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BundleError(f"{path}: not a model file ({error or type(error).__name__})") from None
+    if not isinstance(training, dict):
+        raise BundleError(f"{path}: damaged model file")
+    return training
+
+
 def find_bundle(path: Path) -> Path:
     """A model file as given, or `best.cap` (else `last.cap`) of a run folder."""
     if path.is_file():

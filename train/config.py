@@ -91,6 +91,22 @@ FULL, MEAN, AUTO = "full", "mean", "auto"
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """What `cap sweep` does by default, and everything it can be told."""
+
+    from_cache: Path
+    out: Path
+    val_cache: Path | None = None
+    trials: int = 32  # in the folder, those of earlier calls included
+    epochs: int = BEST.epochs  # of each trial
+    jobs: int | None = None  # trials at a time; None: one per core (at most 8), one on a GPU
+    timeout_s: float | None = None  # after which no further trial starts
+    min_count: int = 4
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """How captions are looked for."""
 
