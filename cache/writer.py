@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 from collections.abc import Mapping
 from itertools import pairwise
@@ -14,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.create import create_file
 from cache.record import CacheError, Skeleton
 from cache.store import (
     DONE,
@@ -21,7 +23,6 @@ from cache.store import (
     PENDING,
     UNREADABLE,
     FeatureCache,
-    create_file,
     row_checksum,
 )
 
@@ -132,10 +133,10 @@ class CacheWriter:
         self._dirty.append(rows)
 
     def _put(self, name: str, row: int, values: NDArray[Any] | np.generic) -> None:
-        offset, shape, dtype = self.cache.region(name)
-        stride = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        data = memoryview(np.ascontiguousarray(values, dtype).tobytes())
-        position = offset + row * stride
+        region = self.cache.region(name)
+        stride = math.prod(region.shape[1:]) * region.dtype.itemsize
+        data = memoryview(np.ascontiguousarray(values, region.dtype).tobytes())
+        position = region.offset + row * stride
         try:
             while data:
                 written = os.pwrite(self._fd, data, position)
