@@ -69,7 +69,10 @@ def create_file(
             arrays[name] = _allocate(file, name, array.shape, array.dtype.str)
             if array.size:
                 file[name][...] = array
-    write_seal(fd, arrays, attributes)
+    try:
+        write_seal(fd, arrays, attributes)
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from None
     # Claims the blocks behind the arrays now: a full disk shows here, not hours later.
     os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
 
@@ -85,7 +88,7 @@ def _check_space(path: Path, fd: int, needed: int) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "" if error.errno == errno.ENOSPC else f" ({error.strerror})"
             raise CacheError(
-                f"needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free{reason}"
+                f"{path}: needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free{reason}"
             ) from None
         raise
 

@@ -101,7 +101,7 @@ class FeatureCache:
         self.status: NDArray[np.uint8] = self._map("status", "|u1", 1, rows)  # (N,)
         self.digests: NDArray[np.uint8] = self._map("digests", "|u1", 2, rows)  # (N, 16)
         self.checksums: NDArray[np.uint32] = self._map("checksums", "<u4", 1, rows)  # (N,)
-        self._errors: NDArray[np.uint8] = self._map("errors", "|u1", 2, rows)  # (N, 96)
+        self.error_bytes: NDArray[np.uint8] = self._map("errors", "|u1", 2, rows)  # (N, 96)
         self.image_ids = self._strings("image_ids", rows)
         self.paths = self._strings("paths", rows)
         texts, words = self._strings("captions"), self._strings("words")
@@ -126,7 +126,7 @@ class FeatureCache:
         if (
             self.features.shape != shape
             or self.digests.shape != (rows, DIGEST_BYTES)
-            or self._errors.shape != (rows, ERROR_BYTES)
+            or self.error_bytes.shape != (rows, ERROR_BYTES)
             or not _within(captions.rows, rows)
             or (np.diff(captions.rows) < 0).any()
             or not _within(captions.tokens, len(words))
@@ -201,7 +201,7 @@ class FeatureCache:
 
     def error(self, row: int) -> str:
         """Why a row is unreadable."""
-        return str(self._errors[row].tobytes().rstrip(b"\0"), "utf-8", "replace")
+        return str(self.error_bytes[row].tobytes().rstrip(b"\0"), "utf-8", "replace")
 
     def errors(self) -> list[tuple[str, str]]:
         """(path, reason) of every unreadable photo."""
@@ -210,7 +210,7 @@ class FeatureCache:
     def row_is_intact(self, row: int) -> bool:
         """Whether a done or unreadable row still has the checksum it was written with."""
         features = self.features[row] if self.status[row] == DONE else None
-        expected = row_checksum(self.digests[row], self._errors[row], features)
+        expected = row_checksum(self.digests[row], self.error_bytes[row], features)
         return expected == int(self.checksums[row])
 
 

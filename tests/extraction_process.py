@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline import encoding
 from pipeline import extract as module
 from pipeline.config import ExtractConfig
 from pipeline.encoder import Backbone, Encoder, load_backbone
@@ -15,7 +16,7 @@ from pipeline.loading import LoadedBatch
 
 torch.set_num_threads(1)  # threads would not survive the fork
 _load_once = cache(load_backbone)
-_encode = module._encode
+_encode = encoding._encode
 if __name__ != "__main__":
     _load_once("resnet18", "random")
 
@@ -28,7 +29,8 @@ def run_extraction(photos: Path, out: Path) -> None:
         time.sleep(0.015)  # more moments to be killed in, beside the building of the network
         return _encode(encoder, batch)
 
-    vars(module).update(load_backbone=load, _encode=encode_slowly)
+    vars(module).update(load_backbone=load)
+    vars(encoding).update(_encode=encode_slowly)
     module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once
     config = ExtractConfig(
         images=photos,
