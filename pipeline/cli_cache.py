@@ -86,7 +86,11 @@ def extract_features(
 
     Example: cap extract-features --images val2014 --captions captions_val2014.json --out val.h5
     """
-    kept = f"what is done is kept in {out}; run the same command to go on"
+
+    def kept() -> str:
+        done = f"what is done is kept in {out}" if out.exists() else "no photo was done yet"
+        return f"{done}; run the same command to go on"
+
     with errors(kept):
         from pipeline.encoder import DTYPES
         from pipeline.extract import Notice, extract

@@ -6,12 +6,13 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 an error 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,19 +32,32 @@ def defaults(config: type) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def errors(kept: str = "") -> Iterator[None]:
+def errors(kept: str | Callable[[], str] = "") -> Iterator[None]:
     """Turn errors into one line and exit code 1, Ctrl-C into `kept` and exit code 130."""
+    atexit.register(_end_at_once)  # now, so that whatever else is to be done at the end comes first
+    interrupted = False
     try:
         yield
     except CapError as error:
         say(f"error: {error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        interrupted = True
+        kept = kept() if callable(kept) else kept
         say(f"interrupted{'; ' + kept if kept else ''}")
         raise typer.Exit(130) from None
     except BrokenPipeError:  # `cap predict … | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+    finally:
+        if not interrupted:
+            atexit.unregister(_end_at_once)
+
+
+def _end_at_once() -> None:
+    """All is saved and said; to take torch apart costs the interpreter most of a second more."""
+    sys.stdout.flush()
+    os._exit(130)
 
 
 def print_json(value: object) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one worker is told. Sent to a fresh interpreter, so it holds plain things only."""
+    """What one worker is told."""
 
     cache: Path
     order: NDArray[np.int64]
@@ -80,16 +80,13 @@ def encode_on_devices(
         )
         for number in range(count)
     ]
-    # Not forked: neither CUDA nor a BLAS with threads survives it.
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, tuple[_Share, BaseProcess]] = {}
+    workers: dict[Connection, tuple[_Share, subprocess.Popen[bytes]]] = {}
     try:
         for share in shares:
-            ours, theirs = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(target=_work, args=(share, theirs), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            workers[ours] = share, _start(theirs)
             theirs.close()  # so that the end of the process is the end of the pipe
-            workers[ours] = share, process
+            ours.send(share)
         running = dict(workers)
         while running:
             for connection in wait(list(running)):
@@ -97,10 +94,9 @@ def encode_on_devices(
                 share, process = running[connection]
                 try:
                     item = connection.recv()
-                except EOFError:
-                    process.join()
+                except (EOFError, ConnectionResetError):
                     raise WorkerError(
-                        f"{share.device}: its process ended (exit code {process.exitcode}); "
+                        f"{share.device}: its process ended (exit code {process.wait()}); "
                         "what is done is kept, run the same command again to go on"
                     ) from None
                 if item is None:
@@ -114,21 +110,38 @@ def encode_on_devices(
             connection.close()
             process.terminate()
         for _, process in workers.values():
-            process.join(_EXIT_S)
-            if process.is_alive():  # deep in a driver or a dead disk
+            try:
+                process.wait(_EXIT_S)
+            except subprocess.TimeoutExpired:  # deep in a driver or a dead disk
                 process.kill()
 
 
-def _work(share: _Share, results: Connection) -> None:
+def _start(pipe: Connection) -> subprocess.Popen[bytes]:
+    """A worker that will read its share from this pipe.
+
+    A fresh interpreter, since neither CUDA nor a BLAS with threads survives a fork; and not one of
+    multiprocessing's, which would run the caller's main module again. In a session of its own,
+    since a terminal sends Ctrl-C to every process of one.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", "from pipeline.workers import main; main()", str(pipe.fileno())],
+        pass_fds=[pipe.fileno()],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        start_new_session=True,
+    )
+
+
+def main() -> None:
     """A worker's life. Ends, too, when its parent does: nobody reads its pipe any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    pipe = Connection(int(sys.argv[1]))
     try:
-        for item in _encode_share(share):
-            results.send(item)
-        results.send(None)
+        for item in _encode_share(pipe.recv()):
+            pipe.send(item)
+        pipe.send(None)
     except CapError as error:
-        results.send(_Failure(str(error)))
-    except BrokenPipeError:
+        pipe.send(_Failure(str(error)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)
 
 
