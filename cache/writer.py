@@ -275,6 +275,15 @@ def _publish(temporary: Path, fd: int, path: Path) -> None:
         os.close(folder)
 
 
+def check_place(path: Path) -> None:
+    """Raise CacheError now, before any work, if `open_writer` could not even begin at `path`."""
+    fd = _lock_existing(path)
+    if fd is not None:
+        os.close(fd)
+    if not os.access(path.parent, os.W_OK):
+        raise CacheError(f"{path}: cannot write (the folder is read-only)")
+
+
 def _lock_existing(path: Path) -> int | None:
     """The locked descriptor of the file at `path`, None if there is none. Raises CacheError."""
     if not path.parent.is_dir():

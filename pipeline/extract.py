@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cache.errors import CapError
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache
-from cache.writer import CacheWriter, open_writer
+from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.config import ExtractConfig
 from pipeline.datasets import Photo, read_photos
 from pipeline.encoder import (
@@ -75,6 +75,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
 
     Raises DatasetError, DeviceError, EncoderError, CacheError or ExtractError.
     """
+    check_place(config.out)
     photos = read_photos(
         config.images,
         config.captions,

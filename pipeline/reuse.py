@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.record import CacheError, EncoderRecord
-from cache.store import DONE, PENDING, FeatureCache
+from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter
 from pipeline.images import ImageError
 from pipeline.loading import STALL_S, StalledError
 from pipeline.photos import file_digest, read_file
 
 _TASK_PHOTOS = 32
+_Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]
 
 
 class KnownPhotos:
@@ -84,13 +85,13 @@ def new_rows(writer: CacheWriter, known: KnownPhotos) -> NDArray[np.int64]:
 
 def _digests(
     cache: FeatureCache, rows: NDArray[np.int64], images: Path, threads: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+) -> Iterator[_Digested]:
     """(rows, (B, 16) digests) of the photos that can be read, some at a time, in any order."""
     parts = np.array_split(rows, -(-len(rows) // _TASK_PHOTOS)) if len(rows) else []
     tasks: queue.SimpleQueue[NDArray[np.int64]] = queue.SimpleQueue()
     for part in parts:
         tasks.put(part)
-    finished: queue.SimpleQueue[tuple[NDArray[np.int64], NDArray[np.uint8]]] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[_Digested | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def work() -> None:
@@ -99,17 +100,24 @@ def _digests(
                 part = tasks.get_nowait()
             except queue.Empty:
                 return
-            digests = [_digest(images / cache.paths[row]) for row in part.tolist()]
+            try:
+                digests = [_digest(images / cache.paths[row]) for row in part.tolist()]
+            except BaseException as error:  # ours, not the photo's: let the caller have it
+                finished.put(error)
+                return
             readable = np.array([digest is not None for digest in digests], bool)
             read = [digest for digest in digests if digest is not None]
-            finished.put((part[readable], np.array(read, np.uint8).reshape(-1, 16)))
+            finished.put((part[readable], np.array(read, np.uint8).reshape(-1, DIGEST_BYTES)))
 
     # Daemons: a thread that hangs in a dead network drive must not keep the process alive.
     for number in range(threads):
         threading.Thread(target=work, name=f"digests-{number}", daemon=True).start()
     try:
         for _ in parts:
-            yield finished.get(timeout=STALL_S)
+            result = finished.get(timeout=STALL_S)
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     except queue.Empty:
         raise StalledError(
             f"{images}: the disk has given no photo for {STALL_S:.0f} s; what is done is kept, "
