@@ -64,8 +64,7 @@ class Strings(Sequence[str]):
     @classmethod
     def pack(cls, items: Iterable[str]) -> Strings:
         encoded = [item.encode("utf-8", "surrogateescape") for item in items]
-        offsets = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(item) for item in encoded], out=offsets[1:])
+        offsets = offsets_of(np.array([len(item) for item in encoded], np.int64))
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
     def __len__(self) -> int:
@@ -93,9 +92,26 @@ class Strings(Sequence[str]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def where(self, kept: NDArray[np.bool_]) -> Strings:
+        """The strings for which `kept` (N,) is true, in their order."""
+        lengths = np.diff(self.offsets)
+        return Strings(self.text[np.repeat(kept, lengths)], offsets_of(lengths[kept]))
+
+    @classmethod
+    def join(cls, parts: Sequence[Strings]) -> Strings:
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return cls(np.concatenate([part.text for part in parts]), offsets_of(lengths))
+
     def update(self, digest: hashlib._Hash) -> None:
         digest.update(np.ascontiguousarray(self.offsets).tobytes())
         digest.update(np.ascontiguousarray(self.text).tobytes())
+
+
+def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) lengths → (N + 1,) offsets of parts that lie one after the other."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,20 @@ def no_captions() -> CaptionTable:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which share of a larger set of photos a cache holds: rows `first_row` … of `all_rows`."""
+
+    number: int  # 1 … count
+    count: int
+    first_row: int
+    all_rows: int
+    all_photos_sha256: str  # of the whole set, as `Skeleton.photos_sha256`
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """Everything in a cache that is known before the first photo is decoded.
 
@@ -157,9 +187,15 @@ class Skeleton:
     captions: CaptionTable
     encoder: EncoderRecord
     batch_rows: int
+    shard: Shard | None = None
 
     def photos_sha256(self) -> str:
-        digest = hashlib.sha256()
-        self.image_ids.update(digest)
-        self.paths.update(digest)
-        return digest.hexdigest()
+        return photos_sha256(self.image_ids, self.paths)
+
+
+def photos_sha256(image_ids: Strings, paths: Strings) -> str:
+    """Says which photos in which order."""
+    digest = hashlib.sha256()
+    image_ids.update(digest)
+    paths.update(digest)
+    return digest.hexdigest()

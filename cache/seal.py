@@ -1,62 +1,85 @@
-"""The seal of a cache file: 4 KiB before the HDF5 data that make damage visible without HDF5.
+"""The seal of a cache file: 16 KiB before the HDF5 data from which a reader learns all it needs.
 
-HDF5 reserves a *user block* at the start of a file for the application. A cache keeps there a
-checksum over every byte that never changes after the file is made: HDF5's own structures, names,
-captions, tokens. It is checked before the HDF5 library sees the file, so a truncated, foreign or
-damaged file ends in one clear line and never inside a C library. Layout, little-endian:
+HDF5 reserves a *user block* at the start of a file for the application. A cache keeps there where
+each of its arrays lies, how it was made, and a checksum over every byte that never changes after
+the file is made. A reader checks that and then maps the arrays: the HDF5 library, which can crash
+or hang on a file that was tampered with, is never shown the file. Layout, little-endian:
 
 - bytes 0–7    `capcache`
 - bytes 8–11   uint32 format version
 - bytes 12–15  uint32 length L of the text
 - bytes 16–19  uint32 CRC-32 of the text
-- bytes 20–    L bytes of JSON: {"size": file size in bytes, "crc32": CRC-32 of all bytes from 4096
-  on that are outside `mutable`, "mutable": [[offset, size], …] ascending}
+- bytes 20–    L bytes of JSON, then zeros: {"size": file size in bytes, "crc32": CRC-32 of all
+  bytes from 16384 on that are outside mutable arrays, "arrays": {name: [dtype, shape, offset]},
+  "attributes": the root attributes of the HDF5 file}
 
-The mutable ranges (features, status, digests, checksums, errors) carry a checksum per row instead.
+The mutable arrays (features, status, digests, checksums, errors) carry a checksum per row instead.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cache.record import CacheError
 
 MAGIC = b"capcache"
-FORMAT_VERSION = 1
-SEAL_BYTES = 4096
+FORMAT_VERSION = 2
+SEAL_BYTES = 16384
+MUTABLE = ("features", "status", "digests", "errors", "checksums")
+DTYPES = ("|u1", "<i4", "<u4", "<i8", "<f2")
 _HEADER = struct.Struct("<8sIII")
 _CHUNK_BYTES = 1 << 20
 
-Ranges = list[tuple[int, int]]  # (offset, size), ascending and disjoint
+
+@dataclass(frozen=True)
+class Region:
+    """A contiguous array in the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file; 0 where the array is empty
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _fixed_crc32(fd: int, size: int, mutable: Ranges) -> int:
-    crc, position = 0, SEAL_BYTES
-    for start, length in [*mutable, (size, 0)]:
-        while position < start:
-            chunk = os.pread(fd, min(_CHUNK_BYTES, start - position), position)
-            if not chunk:
-                raise CacheError("the file is shorter than its own record of it")
-            crc = zlib.crc32(chunk, crc)
-            position += len(chunk)
-        position = start + length
-    return crc
+@dataclass(frozen=True)
+class Seal:
+    """What a checked seal says. Every region lies within the file and overlaps no other."""
+
+    size_bytes: int
+    arrays: Mapping[str, Region]
+    attributes: Mapping[str, str | int]
 
 
-def write_seal(fd: int, mutable: Ranges) -> None:
-    """Seal an open file (read-write descriptor) whose fixed bytes are all written."""
+def write_seal(fd: int, arrays: Mapping[str, Region], attributes: Mapping[str, str | int]) -> None:
+    """Seal an open file (read-write descriptor) whose fixed bytes are all written.
+
+    Raises CacheError where the attributes are too long for the seal, and OSError.
+    """
     size = os.fstat(fd).st_size
-    mutable = sorted(mutable)
     text = json.dumps(
-        {"size": size, "crc32": _fixed_crc32(fd, size, mutable), "mutable": mutable}
+        {
+            "size": size,
+            "crc32": _fixed_crc32(fd, size, arrays),
+            "arrays": {n: [a.dtype.str, a.shape, a.offset] for n, a in arrays.items()},
+            "attributes": dict(attributes),
+        }
     ).encode()
     block = _HEADER.pack(MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text
     if len(block) > SEAL_BYTES:
-        raise ValueError("too many mutable ranges for the seal")
+        raise CacheError("the names of its weights and versions are too long to be stored")
     os.pwrite(fd, block.ljust(SEAL_BYTES, b"\0"), 0)
 
 
@@ -69,25 +92,11 @@ def is_cache(path: Path) -> bool:
         return False
 
 
-def check_seal(path: Path) -> None:
-    """Raise CacheError, naming the file, unless every fixed byte is as it was written."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CacheError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CacheError(f"{path}: cannot open ({error.strerror})") from None
-    try:
-        _check_open_file(fd)
-    except CacheError as error:
-        raise CacheError(f"{path}: {error}") from None
-    except OSError as error:
-        raise CacheError(f"{path}: cannot read ({error.strerror})") from None
-    finally:
-        os.close(fd)
+def check_seal(fd: int) -> Seal:
+    """The seal of an open file whose every fixed byte is as it was written.
 
-
-def _check_open_file(fd: int) -> None:
+    Raises CacheError, without the file's name, and OSError.
+    """
     block = os.pread(fd, SEAL_BYTES, 0)
     if len(block) < _HEADER.size or not block.startswith(MAGIC):
         raise CacheError("not a feature cache")
@@ -99,10 +108,58 @@ def _check_open_file(fd: int) -> None:
     text = block[_HEADER.size : _HEADER.size + length]
     if len(text) != length or zlib.crc32(text) != text_crc or any(block[_HEADER.size + length :]):
         raise CacheError("damaged (the seal does not match its own checksum)")
-    record = json.loads(text)
-    size = os.fstat(fd).st_size
-    if size != record["size"]:
-        raise CacheError(f"damaged ({size} bytes, must be {record['size']}); extract again")
-    mutable = [(start, length) for start, length in record["mutable"]]
-    if _fixed_crc32(fd, size, mutable) != record["crc32"]:
+    try:
+        record = json.loads(text)
+        size, crc = _natural(record["size"]), _natural(record["crc32"])
+        arrays = {str(name): _region(value) for name, value in record["arrays"].items()}
+        attributes = {str(name): _plain(value) for name, value in record["attributes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CacheError("damaged (the seal makes no sense)") from None
+    actual = os.fstat(fd).st_size
+    if actual != size:
+        raise CacheError(f"damaged ({actual} bytes, must be {size}); extract again")
+    position = SEAL_BYTES
+    for region in _in_order(arrays.values()):
+        if region.offset < position or region.offset + region.size_bytes > size:
+            raise CacheError("damaged (its arrays do not fit into the file)")
+        position = region.offset + region.size_bytes
+    if _fixed_crc32(fd, size, arrays) != crc:
         raise CacheError("damaged (names, captions or structure changed); extract again")
+    return Seal(size, arrays, attributes)
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError("not a natural number")
+    return value
+
+
+def _plain(value: object) -> str | int:
+    if type(value) not in (str, int):
+        raise ValueError("neither text nor a number")
+    return value  # type: ignore[return-value]
+
+
+def _region(value: list[Any]) -> Region:
+    dtype, shape, offset = value
+    if dtype not in DTYPES:
+        raise ValueError("unknown dtype")
+    return Region(np.dtype(dtype), tuple(_natural(extent) for extent in shape), _natural(offset))
+
+
+def _in_order(regions: Iterable[Region]) -> list[Region]:
+    return sorted((r for r in regions if r.size_bytes), key=lambda region: region.offset)
+
+
+def _fixed_crc32(fd: int, size: int, arrays: Mapping[str, Region]) -> int:
+    crc, position = 0, SEAL_BYTES
+    mutable = _in_order(arrays[name] for name in MUTABLE if name in arrays)
+    for start, length in [*((r.offset, r.size_bytes) for r in mutable), (size, 0)]:
+        while position < start:
+            chunk = os.pread(fd, min(_CHUNK_BYTES, start - position), position)
+            if not chunk:
+                raise CacheError("the file is shorter than its own record of it")
+            crc = zlib.crc32(chunk, crc)
+            position += len(chunk)
+        position = start + length
+    return crc

@@ -1,8 +1,9 @@
 """The feature cache: one HDF5 file per split, safe against any kill, readable at memory speed.
 
-Format, version 1. N photos, V views, D features, M captions, K tokens, W words.
+Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
 
-- Bytes 0–4095: the seal (`cache.seal`). From byte 4096: an ordinary HDF5 file.
+- Bytes 0–16383: the seal (`cache.seal`). From byte 16384: an ordinary HDF5 file, for others; this
+  program reads the arrays at the places that the seal gives.
 - Every dataset is contiguous, little-endian, allocated in full when the file is made. The file is
   built as `NAME.tmp`, synced and renamed; afterwards only the bytes of the five mutable arrays ever
   change, so a kill at any moment leaves a valid file.
@@ -23,37 +24,34 @@ Format, version 1. N photos, V views, D features, M captions, K tokens, W words.
     int64. A vocabulary for any minimum count is a prefix of `words`.
 - Root attributes: `format_version`, `backbone`, `weights`, `weights_sha256`, `feature_dim`,
   `image_size`, `views` (comma-separated), `preprocessing`, `precision`, `batch_rows`,
-  `photos_sha256`, `captions_sha256`, `library_versions` (JSON).
+  `photos_sha256`, `captions_sha256`, `library_versions` (JSON). A shard of a larger set of photos
+  has four more: `shard` (as in `2/8`), `shard_first_row`, `all_rows`, `all_photos_sha256`.
 
 There are no timestamps: the same photos through the same encoder give the same bytes.
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import mmap
 import os
-import shutil
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.record import CacheError, CaptionTable, EncoderRecord, Skeleton, Strings
-from cache.seal import FORMAT_VERSION, SEAL_BYTES, check_seal, write_seal
+from cache.record import CacheError, CaptionTable, EncoderRecord, Shard, Strings
+from cache.seal import Region, Seal, check_seal
 
 PENDING, DONE, UNREADABLE = 0, 1, 2
 DIGEST_BYTES = 16
 ERROR_BYTES = 96
-MUTABLE = ("features", "status", "digests", "errors", "checksums")
 
 _READ_BYTES = 1 << 24  # at once
-# Large arrays start on a page, so that mapping them costs nothing extra.
-_ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
 
 
 def row_checksum(
@@ -66,150 +64,102 @@ def row_checksum(
     return crc if features is None else zlib.crc32(features.tobytes(), crc)
 
 
-def create_file(
-    path: Path, fd: int, skeleton: Skeleton, library_versions: Mapping[str, str]
-) -> None:
-    """Write a sealed cache with every row pending into `path`, whose open descriptor is `fd`.
-
-    Raises CacheError where the disk cannot hold the finished file.
-    """
-    rows, encoder, captions = len(skeleton.paths), skeleton.encoder, skeleton.captions
-    views, dim = len(encoder.views), encoder.feature_dim
-    needed = rows * (2 * views * dim + DIGEST_BYTES + ERROR_BYTES + 5) + captions.texts.text.nbytes
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise CacheError(_disk_full(needed, free))
-    attributes = {
-        "format_version": FORMAT_VERSION,
-        "backbone": encoder.backbone,
-        "weights": encoder.weights,
-        "weights_sha256": encoder.weights_sha256,
-        "feature_dim": dim,
-        "image_size": encoder.image_size,
-        "views": ",".join(encoder.views),
-        "preprocessing": encoder.preprocessing,
-        "precision": encoder.precision,
-        "batch_rows": skeleton.batch_rows,
-        "photos_sha256": skeleton.photos_sha256(),
-        "captions_sha256": captions.sha256(),
-        "library_versions": json.dumps(dict(library_versions), sort_keys=True),
-    }
-    # HDF5's own lock would clash with the writer's, which is on the same file.
-    with h5py.File(path, "w", userblock_size=SEAL_BYTES, locking=False, **_ALIGNMENT) as file:
-        for name, value in attributes.items():
-            file.attrs[name] = value
-        mutable = [
-            _allocate(file, "status", (rows,), "u1"),
-            _allocate(file, "digests", (rows, DIGEST_BYTES), "u1"),
-            _allocate(file, "checksums", (rows,), "<u4"),
-            _allocate(file, "errors", (rows, ERROR_BYTES), "u1"),
-            _allocate(file, "features", (rows, views, dim), "<f2"),
-        ]
-        for name, strings in (
-            ("image_ids", skeleton.image_ids),
-            ("paths", skeleton.paths),
-            ("captions", captions.texts),
-            ("words", captions.words),
-        ):
-            _write(file, f"{name}/text", strings.text, "u1")
-            _write(file, f"{name}/offsets", strings.offsets, "<i8")
-        _write(file, "captions/rows", captions.rows, "<i4")
-        _write(file, "captions/tokens", captions.tokens, "<i4")
-        _write(file, "captions/token_offsets", captions.token_offsets, "<i8")
-        _write(file, "words/counts", captions.counts, "<i8")
-    write_seal(fd, [region for region in mutable if region[1]])
-    try:
-        # Claims the blocks behind the arrays now: a full disk shows here, not hours later.
-        os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise CacheError(_disk_full(needed, shutil.disk_usage(path.parent).free)) from None
-        raise
-
-
-def _disk_full(needed: int, free: int) -> str:
-    return f"needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free"
-
-
-def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
-    """Make a contiguous, allocated, unfilled dataset; returns its (offset, size) in the file."""
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_layout(h5py.h5d.CONTIGUOUS)
-    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    dataset = h5py.h5d.create(
-        file.id,
-        name.encode(),
-        h5py.h5t.py_create(np.dtype(dtype), logical=True),
-        h5py.h5s.create_simple(shape),
-        dcpl=properties,
-        lcpl=links,
-    )
-    size = dataset.get_storage_size()
-    return (dataset.get_offset() if size else 0), size
-
-
-def _write(file: h5py.File, name: str, values: NDArray[Any], dtype: str) -> None:
-    _allocate(file, name, values.shape, dtype)
-    if values.size:
-        file[name][...] = values
-
-
 class FeatureCache:
     """A cache open for reading; arrays are memory-mapped, strings are decoded when asked for.
 
     Rows are not copied: `cache.features[rows]` reads just those rows. Use `open_cache` to make one.
+    Pickled, it is its path, so it may go to other processes.
     """
 
     def __init__(self, path: Path) -> None:
-        check_seal(path)
         self.path = path
+        fd = _open(path)
         try:
-            with h5py.File(path, "r", locking=False) as file:
-                attributes = dict(file.attrs)
-                self._regions = {name: _region(file[name]) for name in MUTABLE}
-                self.image_ids = _strings(file["image_ids"])
-                self.paths = _strings(file["paths"])
-                self.captions = CaptionTable(
-                    texts=_strings(file["captions"]),
-                    rows=file["captions/rows"][...],
-                    tokens=file["captions/tokens"][...],
-                    token_offsets=file["captions/token_offsets"][...],
-                    words=_strings(file["words"]),
-                    counts=file["words/counts"][...],
-                )
-        except (OSError, KeyError) as error:
-            raise CacheError(f"{path}: cannot read ({error})") from None
-        self.encoder = EncoderRecord(
-            backbone=str(attributes["backbone"]),
-            weights=str(attributes["weights"]),
-            weights_sha256=str(attributes["weights_sha256"]),
-            feature_dim=int(attributes["feature_dim"]),
-            image_size=int(attributes["image_size"]),
-            views=tuple(str(attributes["views"]).split(",")),
-            preprocessing=str(attributes["preprocessing"]),
-            precision=str(attributes["precision"]),
-        )
-        self.batch_rows = int(attributes["batch_rows"])
-        self.photos_sha256 = str(attributes["photos_sha256"])
-        self.captions_sha256 = str(attributes["captions_sha256"])
-        self.library_versions: dict[str, str] = json.loads(attributes["library_versions"])
-        self.features: NDArray[np.float16] = self._map("features")  # (N, V, D)
-        self.status: NDArray[np.uint8] = self._map("status")  # (N,)
-        self.digests: NDArray[np.uint8] = self._map("digests")  # (N, 16)
-        self.checksums: NDArray[np.uint32] = self._map("checksums")  # (N,)
-        self._errors: NDArray[np.uint8] = self._map("errors")  # (N, 96)
-        if self.status.size and int(self.status.max()) > UNREADABLE:
-            raise CacheError(f"{path}: damaged (a row has an unknown status); extract again")
+            seal = check_seal(fd)
+            status = os.fstat(fd)
+            self._file_id = status.st_dev, status.st_ino
+            self._mapped = mmap.mmap(fd, seal.size_bytes, prot=mmap.PROT_READ)
+            self._take(seal)
+        except CacheError as error:
+            raise CacheError(f"{path}: {error}") from None
+        except OSError as error:
+            raise CacheError(f"{path}: cannot read ({error.strerror})") from None
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+            raise CacheError(f"{path}: damaged (its record makes no sense)") from None
+        finally:
+            os.close(fd)
 
-    def _map(self, name: str) -> NDArray[Any]:
-        offset, shape, dtype = self._regions[name]
-        if 0 in shape:
-            return np.zeros(shape, dtype)
-        return np.memmap(self.path, dtype, "r", offset, shape)
+    def _take(self, seal: Seal) -> None:
+        """Raises CacheError, KeyError or ValueError unless the arrays are a cache's.
+
+        A seal's checksums tell of accidents; what follows is for files made by others. Every number
+        that later serves as an index is checked here, once.
+        """
+        self._regions = seal.arrays
+        self.features: NDArray[np.float16] = self._map("features", "<f2", 3)  # (N, V, D)
+        rows = len(self.features)
+        self.status: NDArray[np.uint8] = self._map("status", "|u1", 1, rows)  # (N,)
+        self.digests: NDArray[np.uint8] = self._map("digests", "|u1", 2, rows)  # (N, 16)
+        self.checksums: NDArray[np.uint32] = self._map("checksums", "<u4", 1, rows)  # (N,)
+        self.error_bytes: NDArray[np.uint8] = self._map("errors", "|u1", 2, rows)  # (N, 96)
+        self.image_ids = self._strings("image_ids", rows)
+        self.paths = self._strings("paths", rows)
+        texts, words = self._strings("captions"), self._strings("words")
+        tokens: NDArray[np.int32] = self._map("captions/tokens", "<i4", 1)
+        self.captions = CaptionTable(
+            texts=texts,
+            rows=self._map("captions/rows", "<i4", 1, len(texts)),
+            tokens=tokens,
+            token_offsets=self._offsets("captions/token_offsets", len(tokens), len(texts)),
+            words=words,
+            counts=self._map("words/counts", "<i8", 1, len(words)),
+        )
+        self.encoder, self.batch_rows, self.shard = _made_by(seal.attributes)
+        self.photos_sha256 = str(seal.attributes["photos_sha256"])
+        self.captions_sha256 = str(seal.attributes["captions_sha256"])
+        self.library_versions: dict[str, str] = {
+            str(name): str(version)
+            for name, version in json.loads(str(seal.attributes["library_versions"])).items()
+        }
+        captions = self.captions
+        shape = (rows, len(self.encoder.views), self.encoder.feature_dim)
+        if (
+            self.features.shape != shape
+            or self.digests.shape != (rows, DIGEST_BYTES)
+            or self.error_bytes.shape != (rows, ERROR_BYTES)
+            or not _within(captions.rows, rows)
+            or (np.diff(captions.rows) < 0).any()
+            or not _within(captions.tokens, len(words))
+            or (captions.counts < 1).any()
+            or (np.diff(captions.counts) > 0).any()
+        ):
+            raise CacheError("damaged (its arrays do not belong together); extract again")
+        if self.status.max(initial=0) > UNREADABLE:
+            raise CacheError("damaged (a row has an unknown status); extract again")
+
+    def _map(self, name: str, dtype: str, dimensions: int, rows: int | None = None) -> NDArray[Any]:
+        region = self._regions[name]
+        if region.dtype.str != dtype or len(region.shape) != dimensions:
+            raise CacheError(f"damaged ({name} is of another kind); extract again")
+        if rows is not None and region.shape[0] != rows:
+            raise CacheError(f"damaged ({name} has {region.shape[0]} rows, not {rows})")
+        if not region.size_bytes:
+            return np.zeros(region.shape, region.dtype)
+        return np.ndarray(region.shape, region.dtype, self._mapped, region.offset)
+
+    def _offsets(self, name: str, end: int, parts: int | None = None) -> NDArray[np.int64]:
+        """Offsets of parts that lie one after the other and end at `end`."""
+        offsets = self._map(name, "<i8", 1, None if parts is None else parts + 1)
+        if not len(offsets) or offsets[0] or offsets[-1] != end or (np.diff(offsets) < 0).any():
+            raise CacheError(f"damaged ({name} are not ascending); extract again")
+        return offsets
+
+    def _strings(self, name: str, count: int | None = None) -> Strings:
+        text: NDArray[np.uint8] = self._map(f"{name}/text", "|u1", 1)
+        return Strings(text, self._offsets(f"{name}/offsets", len(text), count))
+
+    def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
+        return FeatureCache, (self.path,)
 
     def __len__(self) -> int:
         return len(self.status)
@@ -219,12 +169,15 @@ class FeatureCache:
 
         Raises CacheError if the file cannot be read to its end.
         """
-        offset, shape, dtype = self._regions["features"]
-        features = np.empty(shape, dtype)
+        region = self._regions["features"]
+        features = np.empty(region.shape, region.dtype)
         left = features.reshape(-1).view(np.uint8).data
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) != self._file_id:
+                    raise CacheError(f"{self.path}: has been replaced since it was opened")
+                file.seek(region.offset)
                 while len(left):
                     count = file.readinto(left[:_READ_BYTES])
                     if not count:
@@ -234,9 +187,13 @@ class FeatureCache:
             raise CacheError(f"{self.path}: cannot read ({error.strerror})") from None
         return features
 
-    def region(self, name: str) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-        """(byte offset in the file, shape, dtype) of a mutable array."""
+    def region(self, name: str) -> Region:
+        """Where an array lies in the file."""
         return self._regions[name]
+
+    def forget_pages(self) -> None:
+        """Let go of the memory behind rows that were read; they are read anew when needed."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def rows_with(self, status: int) -> NDArray[np.int64]:
         """Row numbers with this status (PENDING, DONE or UNREADABLE), ascending."""
@@ -244,7 +201,7 @@ class FeatureCache:
 
     def error(self, row: int) -> str:
         """Why a row is unreadable."""
-        return str(self._errors[row].tobytes().rstrip(b"\0"), "utf-8", "replace")
+        return str(self.error_bytes[row].tobytes().rstrip(b"\0"), "utf-8", "replace")
 
     def errors(self) -> list[tuple[str, str]]:
         """(path, reason) of every unreadable photo."""
@@ -253,17 +210,56 @@ class FeatureCache:
     def row_is_intact(self, row: int) -> bool:
         """Whether a done or unreadable row still has the checksum it was written with."""
         features = self.features[row] if self.status[row] == DONE else None
-        expected = row_checksum(self.digests[row], self._errors[row], features)
+        expected = row_checksum(self.digests[row], self.error_bytes[row], features)
         return expected == int(self.checksums[row])
 
 
-def _region(dataset: h5py.Dataset) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-    offset = dataset.id.get_offset() if dataset.size else 0
-    return offset, dataset.shape, dataset.dtype
+def _open(path: Path) -> int:
+    try:
+        # O_NONBLOCK: a named pipe must not be waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CacheError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CacheError(f"{path}: cannot open ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CacheError(f"{path}: not a feature cache")
+    return fd
 
 
-def _strings(group: h5py.Group) -> Strings:
-    return Strings(group["text"][...], group["offsets"][...])
+def _within(values: NDArray[np.int32], end: int) -> bool:
+    return not len(values) or (int(values.min()) >= 0 and int(values.max()) < end)
+
+
+def _made_by(attributes: Mapping[str, str | int]) -> tuple[EncoderRecord, int, Shard | None]:
+    """(encoder, batch_rows, shard) from a cache's attributes. Raises KeyError or ValueError."""
+    encoder = EncoderRecord(
+        backbone=str(attributes["backbone"]),
+        weights=str(attributes["weights"]),
+        weights_sha256=str(attributes["weights_sha256"]),
+        feature_dim=int(attributes["feature_dim"]),
+        image_size=int(attributes["image_size"]),
+        views=tuple(str(attributes["views"]).split(",")),
+        preprocessing=str(attributes["preprocessing"]),
+        precision=str(attributes["precision"]),
+    )
+    batch_rows = int(attributes["batch_rows"])
+    if min(batch_rows, encoder.image_size, encoder.feature_dim) < 1:
+        raise ValueError("sizes are positive")
+    if "shard" not in attributes:
+        return encoder, batch_rows, None
+    number, count = map(int, str(attributes["shard"]).split("/"))
+    shard = Shard(
+        number=number,
+        count=count,
+        first_row=int(attributes["shard_first_row"]),
+        all_rows=int(attributes["all_rows"]),
+        all_photos_sha256=str(attributes["all_photos_sha256"]),
+    )
+    if not 1 <= number <= count or not 0 <= shard.first_row < shard.all_rows:
+        raise ValueError("no such shard")
+    return encoder, batch_rows, shard
 
 
 def open_cache(path: str | Path, *, allow_pending: bool = False) -> FeatureCache:

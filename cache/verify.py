@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.record import photos_sha256
 from cache.store import DONE, PENDING, FeatureCache
 
 
@@ -35,11 +36,12 @@ def verify(
     sample: int = 64,
     seed: int = 0,
 ) -> tuple[VerifyReport, NDArray[np.int64]]:
-    """Check every finished row's checksum, and a seeded sample of photos against their digests.
+    """Check every finished row's checksum, the names and captions against the digests they were
+    made with, and a seeded sample of photos against theirs.
 
     digest_of: reads a photo and returns its (16,) uint8 digest, raising OSError if it cannot.
     Returns the report and the sampled rows whose photos are unchanged. Opening the cache has
-    already checked its seal: names, captions and structure.
+    already checked its seal.
     """
     finished = np.flatnonzero(cache.status != PENDING)
     damaged = [
@@ -47,6 +49,11 @@ def verify(
         for row in finished.tolist()
         if not cache.row_is_intact(row)
     ]
+    # The seal covers these too, but against accidents only.
+    if photos_sha256(cache.image_ids, cache.paths) != cache.photos_sha256:
+        damaged.append(f"{cache.path}: its photos' names are not those it was made with")
+    if cache.captions.sha256() != cache.captions_sha256:
+        damaged.append(f"{cache.path}: its captions are not those it was made with")
     changed: list[str] = []
     same: list[int] = []
     done = cache.rows_with(DONE)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +16,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.record import CacheError, Skeleton
+from cache.create import create_file
+from cache.record import CacheError, Shard, Skeleton
 from cache.store import (
     DONE,
     ERROR_BYTES,
     PENDING,
     UNREADABLE,
     FeatureCache,
-    create_file,
     row_checksum,
 )
 
+_GO_ON = "what is done is kept, run the same command again to go on"
 _NO_ERROR = np.zeros(ERROR_BYTES, np.uint8)
 
 
@@ -36,8 +39,9 @@ class CacheWriter:
     the descriptor and dies with the process.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, advice: str = _GO_ON) -> None:
         self.path = path
+        self._advice = advice  # for when the disk fails
         self.cache = FeatureCache(path)
         self._fd = fd
         self._status = np.array(self.cache.status)  # as it will be after the next flush
@@ -80,6 +84,35 @@ class CacheWriter:
         self._put("digests", row, digest)
         self._put("checksums", row, np.uint32(row_checksum(digest, error, None)))
         self._mark(np.array([row]), UNREADABLE)
+
+    def copy(self, first: int, source: FeatureCache, rows: NDArray[np.int64]) -> None:
+        """Store these rows of another cache, none of them pending, as rows `first` … of this one.
+
+        Raises CacheError if one of them is damaged, or the disk is full.
+        """
+        status = source.status[rows]
+        features = source.features[rows]
+        features[status != DONE] = 0  # never written there, so it may hold anything
+        digests, errors, checksums = (
+            source.digests[rows],
+            source.error_bytes[rows],
+            source.checksums[rows],
+        )
+        for place, row in enumerate(rows.tolist()):
+            kept = features[place] if status[place] == DONE else None
+            if row_checksum(digests[place], errors[place], kept) != checksums[place]:
+                raise CacheError(
+                    f"{source.path}: row {row} ({source.paths[row]}) does not match its checksum"
+                )
+        for name, values in (
+            ("features", features),
+            ("digests", digests),
+            ("errors", errors),
+            ("checksums", checksums),
+        ):
+            self._put(name, first, values)
+        for kind in (DONE, UNREADABLE):
+            self._mark(first + np.flatnonzero(status == kind), kind)
 
     def retry_unreadable(self) -> int:
         """Make every unreadable row pending again; returns how many there were."""
@@ -132,10 +165,10 @@ class CacheWriter:
         self._dirty.append(rows)
 
     def _put(self, name: str, row: int, values: NDArray[Any] | np.generic) -> None:
-        offset, shape, dtype = self.cache.region(name)
-        stride = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        data = memoryview(np.ascontiguousarray(values, dtype).tobytes())
-        position = offset + row * stride
+        region = self.cache.region(name)
+        stride = math.prod(region.shape[1:]) * region.dtype.itemsize
+        data = memoryview(np.ascontiguousarray(values, region.dtype).tobytes())
+        position = region.offset + row * stride
         try:
             while data:
                 written = os.pwrite(self._fd, data, position)
@@ -145,10 +178,7 @@ class CacheWriter:
 
     def _failure(self, error: OSError) -> CacheError:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        return CacheError(
-            f"{self.path}: cannot write ({reason}); what is done is kept, run the same command "
-            "again to go on"
-        )
+        return CacheError(f"{self.path}: cannot write ({reason}); {self._advice}")
 
 
 def _runs(rows: NDArray[np.int64]) -> list[slice]:
@@ -172,43 +202,95 @@ def open_writer(
     and `overwrite` is off, or if the folder cannot be written to.
     """
     path = Path(path)
+    while True:
+        existing = _lock_existing(path)
+        try:
+            if existing is not None and not overwrite:
+                _check_same(path, skeleton)
+                writer = CacheWriter(path, existing)
+                existing = None  # the writer's to close now
+                return writer
+            with _draft(path) as (temporary, fd):
+                if existing is None and path.exists():  # another process was faster
+                    continue
+                create_file(temporary, fd, skeleton, library_versions)
+                _publish(temporary, fd, path)
+                return CacheWriter(path, os.dup(fd))
+        finally:
+            if existing is not None:
+                os.close(existing)
+
+
+@contextlib.contextmanager
+def new_cache(
+    path: Path, skeleton: Skeleton, *, library_versions: Mapping[str, str], overwrite: bool = False
+) -> Iterator[CacheWriter]:
+    """A writer of a cache that appears at `path` when the block ends, or not at all.
+
+    Raises CacheError as `open_writer` does, or if a file is there and `overwrite` is off.
+    """
+    existing = _lock_existing(path)
+    try:
+        if existing is not None and not overwrite:
+            raise CacheError(f"{path}: exists already; name another --out, or --overwrite it")
+        with _draft(path) as (temporary, fd):
+            create_file(temporary, fd, skeleton, library_versions)
+            with CacheWriter(temporary, os.dup(fd), "nothing was made") as writer:
+                yield writer
+            _publish(temporary, fd, path)
+    finally:
+        if existing is not None:
+            os.close(existing)
+
+
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[tuple[Path, int]]:
+    """(a temporary file beside `path`, its locked descriptor), gone after the block unless renamed.
+
+    A duplicate of the descriptor keeps the lock beyond the block. Errors speak of `path`.
+    """
     temporary = path.with_name(path.name + ".tmp")
+    fd = _lock(temporary, create=True)
+    assert fd is not None
+    try:
+        yield temporary, fd
+    except CacheError as error:
+        raise CacheError(str(error).replace(f"{temporary}: ", f"{path}: ", 1)) from None
+    except OSError as error:
+        raise CacheError(f"{path}: cannot write ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(fd), os.stat(temporary)):
+                temporary.unlink()
+        os.close(fd)
+
+
+def _publish(temporary: Path, fd: int, path: Path) -> None:
+    os.fsync(fd)
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_place(path: Path) -> None:
+    """Raise CacheError now, before any work, if `open_writer` could not even begin at `path`."""
+    fd = _lock_existing(path)
+    if fd is not None:
+        os.close(fd)
+    if not os.access(path.parent, os.W_OK):
+        raise CacheError(f"{path}: cannot write (the folder is read-only)")
+
+
+def _lock_existing(path: Path) -> int | None:
+    """The locked descriptor of the file at `path`, None if there is none. Raises CacheError."""
     if not path.parent.is_dir():
         raise CacheError(f"{path.parent}: no such folder")
     if path.is_dir():
         raise CacheError(f"{path}: is a folder; name a file")
-    while True:
-        existing = _lock(path, create=False)
-        if existing is not None and not overwrite:
-            try:
-                _check_same(path, skeleton)
-                return CacheWriter(path, existing)
-            except BaseException:
-                os.close(existing)
-                raise
-        fd = _lock(temporary, create=True)
-        assert fd is not None
-        try:
-            if existing is None and path.exists():  # another process was faster
-                temporary.unlink(missing_ok=True)
-                os.close(fd)
-                continue
-            create_file(temporary, fd, skeleton, library_versions)
-            os.fsync(fd)
-            os.rename(temporary, path)
-            _sync_folder(path.parent)
-            return CacheWriter(path, fd)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            os.close(fd)
-            if isinstance(error, CacheError):
-                raise CacheError(f"{path}: {error}") from None
-            if isinstance(error, OSError):
-                raise CacheError(f"{path}: cannot write ({error.strerror or error})") from None
-            raise
-        finally:
-            if existing is not None:
-                os.close(existing)
+    return _lock(path, create=False)
 
 
 def _lock(path: Path, *, create: bool) -> int | None:
@@ -236,9 +318,15 @@ def _lock(path: Path, *, create: bool) -> int | None:
         os.close(fd)  # renamed or removed between open and lock: look again
 
 
+def _share(shard: Shard | None) -> str:
+    return "all photos" if shard is None else f"--shard {shard}"
+
+
 def _check_same(path: Path, skeleton: Skeleton) -> None:
     there = FeatureCache(path)
     difference = there.encoder.difference(skeleton.encoder)
+    if difference is None and str(there.shard) != str(skeleton.shard):
+        difference = f"{_share(there.shard)}, not {_share(skeleton.shard)}"
     if difference is None and there.photos_sha256 != skeleton.photos_sha256():
         if len(there) == len(skeleton.paths):
             difference = "other photos (names, ids or order), not those asked for"
@@ -248,11 +336,3 @@ def _check_same(path: Path, skeleton: Skeleton) -> None:
         difference = "other captions, not those asked for"
     if difference is not None:
         raise CacheError(f"{path}: written with {difference}. Use another --out, or --overwrite.")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from pipeline.cli_bench import bench
-from pipeline.cli_cache import extract_features, info, verify
+from pipeline.cli_cache import extract_features, info, merge, verify
 from pipeline.cli_caption import demo, evaluate, predict
 from pipeline.cli_sweep import runs, sweep
 from pipeline.cli_train import build_vocab, train
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 app.command("extract-features")(extract_features)
+app.command()(merge)
 app.command()(info)
 app.command()(verify)
 app.command("build-vocab")(build_vocab)

@@ -1,4 +1,4 @@
-"""The commands around a cache: extract-features, info, verify."""
+"""The commands around a cache: extract-features, merge, info, verify."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def extract_features(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads.  [default: one per core]")
     ] = _EXTRACT["workers"],
-    device: Device = _EXTRACT["device"],
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda (every GPU), cuda:N, or several: cuda:0,cuda:1.")
+    ] = _EXTRACT["device"],
     precision: Annotated[
         str,
         typer.Option(help="auto (fast where it agrees with float32), float32, bfloat16, float16."),
@@ -62,6 +64,14 @@ def extract_features(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many photos.")
     ] = _EXTRACT["limit"],
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N: only the I-th of N shares, for `cap merge` to join.  [as in 2/8]"),
+    ] = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(help="An older cache of the same encoder: unchanged photos come from it."),
+    ] = _EXTRACT["reuse"],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where a cache exists.")
     ] = False,
@@ -76,16 +86,25 @@ def extract_features(
 
     Example: cap extract-features --images val2014 --captions captions_val2014.json --out val.h5
     """
-    kept = f"what is done is kept in {out}; run the same command to go on"
+
+    def kept() -> str:
+        done = f"what is done is kept in {out}" if out.exists() else "no photo was done yet"
+        return f"{done}; run the same command to go on"
+
     with errors(kept):
         from pipeline.encoder import DTYPES
         from pipeline.extract import Notice, extract
         from pipeline.images import parse_views
+        from pipeline.shards import parse_shard
 
         try:
             parsed_views = parse_views(views)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--views") from None
+        try:
+            share = parse_shard(shard) if shard is not None else None
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--shard") from None
         if precision != "auto" and precision not in DTYPES:
             raise typer.BadParameter(
                 f"{precision!r} is not auto, {', '.join(DTYPES)}", param_hint="--precision"
@@ -105,6 +124,8 @@ def extract_features(
             device=device,
             precision=precision,
             limit=limit,
+            shard=share,
+            reuse=reuse,
             overwrite=overwrite,
             retry_unreadable=retry_unreadable,
         )
@@ -158,6 +179,43 @@ def _list_unreadable(cache: FeatureCache) -> None:
         )
 
 
+def merge(
+    caches: Annotated[list[Path], typer.Argument(help="Finished caches of one encoder.")],
+    out: Annotated[Path, typer.Option(help="The cache to make.")],
+    deduplicate: Annotated[
+        bool,
+        typer.Option(
+            "--deduplicate", help="Leave out photos that an earlier cache has, byte for byte."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Join caches into one: the shards of one set of photos, or several sets.
+
+    Example: cap merge train.1.h5 train.2.h5 --out train.h5
+    """
+    with errors(f"{out} was not made"):
+        from cache.merge import merge as join
+
+        report = join(caches, out, deduplicate=deduplicate, overwrite=overwrite)
+        if as_json:
+            print_json({"cache": str(out), **dataclasses.asdict(report)})
+            return
+        left_out = (
+            f"; {report.duplicates:,} duplicates left out"
+            f" with {report.duplicate_captions:,} captions"
+            if report.duplicates
+            else ""
+        )
+        print(
+            f"{out}: {report.photos:,} photos of {report.caches} caches,"
+            f" {report.captions:,} captions; {report.unreadable:,} set aside{left_out}"
+        )
+
+
 def info(
     cache: Annotated[Path, typer.Argument(help="A feature cache.")],
     unreadable: Annotated[
@@ -187,6 +245,7 @@ def info(
             "size_bytes": cache.stat().st_size,
             **dataclasses.asdict(opened.encoder),
             "batch_rows": opened.batch_rows,
+            **({"shard": str(opened.shard)} if opened.shard else {}),
             "library_versions": opened.library_versions,
         }
         if as_json:

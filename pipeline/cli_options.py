@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,19 +62,23 @@ _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 
 
 @contextlib.contextmanager
-def errors(kept: str = "") -> Iterator[None]:
+def errors(kept: str | Callable[[], str] = "") -> Iterator[None]:
     """Around every command: turn errors into one line and exit code 1, Ctrl-C into `kept` and exit
     code 130.
     """
     thresholds = gc.get_threshold()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, *thresholds[1:])
     atexit.register(gc.freeze)  # what is left at the end needs no last walk
+    atexit.register(_end_at_once)  # now, so that whatever else is to be done at the end comes first
+    interrupted = False
     try:
         yield
     except CapError as error:
         say(f"error: {error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        interrupted = True
+        kept = kept() if callable(kept) else kept
         say(f"interrupted{'; ' + kept if kept else ''}")
         raise typer.Exit(130) from None
     except BrokenPipeError:  # `cap predict … | head`: the reader has enough
@@ -82,6 +86,14 @@ def errors(kept: str = "") -> Iterator[None]:
         raise typer.Exit(1) from None
     finally:
         gc.set_threshold(*thresholds)
+        if not interrupted:
+            atexit.unregister(_end_at_once)
+
+
+def _end_at_once() -> None:
+    """All is saved and said; to take torch apart costs the interpreter most of a second more."""
+    sys.stdout.flush()
+    os._exit(130)
 
 
 def print_json(value: object) -> None:

@@ -24,6 +24,8 @@ class ExtractConfig:
     device: str = "auto"
     precision: str = "auto"
     limit: int | None = None
+    shard: tuple[int, int] | None = None  # (I, N): the I-th of N shares
+    reuse: Path | None = None  # an older cache of the same encoder
     overwrite: bool = False
     retry_unreadable: bool = False
 

@@ -210,6 +210,23 @@ def _sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def encoder_record(
+    backbone: Backbone, image_size: int, views: tuple[str, ...], precision: str
+) -> EncoderRecord:
+    """How features of this backbone are made. Raises EncoderError if it cannot take such images."""
+    _check_output(backbone, image_size)
+    return EncoderRecord(
+        backbone=backbone.name,
+        weights=backbone.weights,
+        weights_sha256=backbone.weights_sha256,
+        feature_dim=backbone.feature_dim,
+        image_size=image_size,
+        views=views,
+        preprocessing=PREPROCESSING,
+        precision=precision,
+    )
+
+
 class Encoder:
     """A backbone ready to run on one device in one precision. Make one with `Encoder.load`."""
 
@@ -222,19 +239,9 @@ class Encoder:
         image_size: int = 224,
         views: tuple[str, ...] = ("full",),
     ) -> None:
-        _check_output(backbone, image_size)
         self.backbone = backbone
         self.device = device
-        self.record = EncoderRecord(
-            backbone=backbone.name,
-            weights=backbone.weights,
-            weights_sha256=backbone.weights_sha256,
-            feature_dim=backbone.feature_dim,
-            image_size=image_size,
-            views=views,
-            preprocessing=PREPROCESSING,
-            precision=precision,
-        )
+        self.record = encoder_record(backbone, image_size, views, precision)
         self.notices: list[str] = []  # what the user should know of; whoever shows them clears them
         dtype = DTYPES[precision]
         self._network = fuse_convolutions(

@@ -1,32 +1,36 @@
-"""Photos to a feature cache: read and decode in threads, encode in batches, write as they come."""
+"""Photos to a feature cache: known rows are copied, the rest encoded, all written as they come."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cache.errors import CapError
-from cache.record import Skeleton, Strings
-from cache.store import DONE, PENDING, UNREADABLE, FeatureCache
-from cache.writer import CacheWriter, open_writer
+from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256
+from cache.store import DONE, UNREADABLE, FeatureCache
+from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.config import ExtractConfig
 from pipeline.datasets import Photo, read_photos
 from pipeline.encoder import (
     Backbone,
     Encoder,
     choose_precision,
+    encoder_record,
     load_backbone,
 )
-from pipeline.loading import LoadedBatch, PhotoLoader
+from pipeline.encoding import EncodedRows, encode_batches, pending_batches
 from pipeline.photos import read_photo
-from train.device import resolve_device
+from pipeline.reuse import KnownPhotos, copy_known, new_rows, open_known
+from pipeline.shards import shard_of
+from pipeline.workers import encode_on_devices
+from train.device import resolve_devices
 from train.vocab import build_caption_table
 
 # A CPU is at its best with a few megabytes of activations a layer, a GPU with many.
@@ -69,8 +73,9 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     """Make the cache, or finish one that was begun. Yields notices and progress; the last item is
     the final progress. Closing the generator keeps what is done.
 
-    Raises DatasetError, EncoderError, CacheError or ExtractError.
+    Raises DatasetError, DeviceError, EncoderError, CacheError or ExtractError.
     """
+    check_place(config.out)
     photos = read_photos(
         config.images,
         config.captions,
@@ -78,25 +83,13 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
         only=config.only,
         limit=config.limit,
     )
-    device = resolve_device(config.device)
+    devices = resolve_devices(config.device)
     backbone = load_backbone(config.backbone, config.weights)
-    existing = None if config.overwrite else _existing_cache(config.out)
-    precision, notices = _precision(config, backbone, photos, device, existing)
+    precision, notices = _precision(config, backbone, photos, devices[0])
     yield from (Notice(text) for text in notices)
-    encoder = Encoder(
-        backbone,
-        device=device,
-        precision=precision,
-        image_size=config.image_size,
-        views=config.views,
-    )
-    skeleton = Skeleton(
-        image_ids=Strings.pack(photo.image_id for photo in photos),
-        paths=Strings.pack(photo.path for photo in photos),
-        captions=build_caption_table([photo.captions for photo in photos]),
-        encoder=encoder.record,
-        batch_rows=min(config.batch_size or _BATCH_PHOTOS[device.type], len(photos)),
-    )
+    record = encoder_record(backbone, config.image_size, config.views, precision)
+    skeleton = _skeleton(config, photos, record, devices[0])
+    known = _known_photos(config, record)
     with open_writer(
         config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
     ) as writer:
@@ -104,24 +97,48 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
             yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
         if config.retry_unreadable:
             yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
-        yield from _fill(writer, encoder, config)
+        yield from _Filling(writer, config).run(backbone, devices, known)
 
 
-def _existing_cache(path: Path) -> FeatureCache | None:
-    return FeatureCache(path) if path.is_file() else None
+def _skeleton(
+    config: ExtractConfig, photos: Sequence[Photo], record: EncoderRecord, device: torch.device
+) -> Skeleton:
+    batch_rows = min(config.batch_size or _BATCH_PHOTOS[device.type], len(photos))
+    shard = None
+    if config.shard is not None:
+        names = (photo.image_id for photo in photos), (photo.path for photo in photos)
+        digest = photos_sha256(*map(Strings.pack, names))
+        shard, share = shard_of(len(photos), batch_rows, *config.shard, digest)
+        photos = photos[share]
+    return Skeleton(
+        image_ids=Strings.pack(photo.image_id for photo in photos),
+        paths=Strings.pack(photo.path for photo in photos),
+        captions=build_caption_table([photo.captions for photo in photos]),
+        encoder=record,
+        batch_rows=batch_rows,
+        shard=shard,
+    )
+
+
+def _known_photos(config: ExtractConfig, record: EncoderRecord) -> KnownPhotos | None:
+    if config.reuse is None:
+        return None
+    known = open_known(config.reuse, record)
+    if config.out.exists() and config.out.samefile(config.reuse):
+        raise CacheError(f"{config.reuse}: cannot be reused for itself; name another --out")
+    return known
 
 
 def _precision(
-    config: ExtractConfig,
-    backbone: Backbone,
-    photos: Sequence[Photo],
-    device: torch.device,
-    existing: FeatureCache | None,
+    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
 ) -> tuple[str, list[str]]:
+    """(precision, notices). Shards judge by the first photos of the whole set, so they agree."""
     if config.precision != "auto":
         return config.precision, []
-    if existing is not None:  # whatever was chosen then is what the other rows have
-        return existing.encoder.precision, []
+    if config.out.is_file() and not config.overwrite:  # as the rows that are there already
+        return FeatureCache(config.out).encoder.precision, []
+    if config.reuse is not None:
+        return FeatureCache(config.reuse).encoder.precision, []
     pixels: list[torch.Tensor] = []
     for photo in photos[: 4 * _PRECISION_CHECK_PHOTOS]:
         read = read_photo(config.images / photo.path, config.image_size, ("full",))
@@ -134,91 +151,108 @@ def _precision(
     return choose_precision(backbone, torch.cat(pixels), device=device)
 
 
-def _fill(
-    writer: CacheWriter, encoder: Encoder, config: ExtractConfig
-) -> Generator[Notice | Progress, None, None]:
-    """Work through the pending rows batch by batch, loading a few batches ahead.
+class _Filling:
+    """One run over the pending rows of a cache."""
 
-    Every photo is encoded at its own place of a batch of one shape, with black where a row is done
-    already or unreadable: features may depend in the last bit on both, and with both fixed an
-    interrupted run computes what an unbroken one does.
-    """
-    cache, status = writer.cache, writer.status
-    batches = [
-        (first, (first + np.flatnonzero(part == PENDING)).tolist())
-        for first in range(0, len(cache), cache.batch_rows)
-        if (part := status[first : first + cache.batch_rows]).min() == PENDING
-    ]
-    before = int((status != PENDING).sum())
-    start = last_flush = time.perf_counter()
+    def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
+        self._writer, self._config = writer, config
+        self._threads = config.workers or len(os.sched_getaffinity(0))
+        self._done = int((writer.status == DONE).sum())
+        self._unreadable = int((writer.status == UNREADABLE).sum())
+        self._before = self._done + self._unreadable
+        self._start = self._last_flush = time.perf_counter()
 
-    def progress() -> Progress:
-        done, unreadable = int((status == DONE).sum()), int((status == UNREADABLE).sum())
-        return Progress(
-            done=done,
-            unreadable=unreadable,
-            total=len(cache),
-            new=done + unreadable - before,
-            elapsed_s=time.perf_counter() - start,
+    def run(
+        self, backbone: Backbone, devices: Sequence[torch.device], known: KnownPhotos | None
+    ) -> Generator[Notice | Progress, None, None]:
+        writer = self._writer
+        yield self._progress()
+        order = np.arange(len(writer.cache))
+        if known is not None:
+            for count in copy_known(writer, known, self._config.images, self._threads):
+                self._done += count
+                self._flush_now_and_then()
+                yield self._progress()
+            order = new_rows(writer, known)
+            yield Notice(
+                f"{len(writer.cache) - len(order):,} photos are known; encoding the others"
+            )
+        writer.flush()
+        for item in self._encoded(backbone, devices, order):
+            if isinstance(item, str):
+                yield Notice(item)
+            else:
+                self._store(item)
+                yield self._progress()
+        writer.flush()
+        yield self._progress()
+
+    def _encoded(
+        self, backbone: Backbone, devices: Sequence[torch.device], order: NDArray[np.int64]
+    ) -> Iterator[EncodedRows | str]:
+        cache, config = self._writer.cache, self._config
+        batches = pending_batches(order, self._writer.status, cache.batch_rows)
+        if not batches:
+            return iter(())
+        if len(devices) > 1:
+            return encode_on_devices(
+                cache,
+                order,
+                batches,
+                devices,
+                images=config.images,
+                weights=config.weights,
+                threads=self._threads,
+            )
+        encoder = Encoder(
+            backbone,
+            device=devices[0],
+            precision=cache.encoder.precision,
+            image_size=cache.encoder.image_size,
+            views=cache.encoder.views,
+        )
+        return encode_batches(
+            encoder,
+            order,
+            batches,
+            images=config.images,
+            paths=cache.paths,
+            batch_rows=cache.batch_rows,
+            threads=self._threads,
         )
 
-    loader = PhotoLoader(
-        batches,
-        lambda row: config.images / cache.paths[row],
-        batch_rows=cache.batch_rows,
-        image_size=encoder.record.image_size,
-        views=encoder.record.views,
-        threads=config.workers or len(os.sched_getaffinity(0)),
-        pin_memory=encoder.device.type == "cuda",
-    )
-    running: _Encoded | None = None  # queued on the device while the next batch comes
-    yield progress()
-    with loader:
-        for batch in loader:
-            encoded = _encode(encoder, batch)
-            if running is not None:
-                running.store(writer)
-                loader.release(running.batch)
-            running = encoded
-            if time.perf_counter() - last_flush > _FLUSH_INTERVAL_S:
-                writer.flush()
-                last_flush = time.perf_counter()
-            while encoder.notices:
-                yield Notice(encoder.notices.pop(0))
-            yield progress()
-        if running is not None:
-            running.store(writer)
-    writer.flush()
-    yield progress()
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A batch whose features are computed, or queued on a GPU, but not yet in the file."""
-
-    features: torch.Tensor | None  # (R, V, D) float16, of every place; None if all are black
-    batch: LoadedBatch
-
-    def store(self, writer: CacheWriter) -> None:
-        batch = self.batch
-        for row, read in batch.reads.items():
-            if read.error:
-                writer.set_unreadable(row, read.error, read.digest)
-        if self.features is None:
-            return
-        rows = np.array(sorted(batch.decoded))
-        features = self.features.cpu().numpy()[rows - batch.first]
-        if not np.isfinite(features).all():
-            bad = rows[~np.isfinite(features).all(axis=(1, 2))]
+    def _store(self, encoded: EncodedRows) -> None:
+        writer, rows = self._writer, encoded.rows
+        # A folder that vanished, as a drive does, is not the fault of each of its photos.
+        if encoded.unreadable and not os.path.isdir(self._config.images):
             raise ExtractError(
-                f"{writer.cache.paths[bad[0]]}: its features are not finite in "
-                f"{writer.cache.encoder.precision}; use --precision float32 --overwrite"
+                f"{self._config.images}: the folder is gone; what is done is kept, run the same "
+                "command again to go on"
             )
-        writer.write(rows, features, np.stack([batch.reads[row].digest for row in rows.tolist()]))
+        for row, reason, digest in encoded.unreadable:
+            writer.set_unreadable(row, reason, digest)
+        if len(rows):
+            finite = np.isfinite(encoded.features).all(axis=(1, 2))
+            if not finite.all():
+                raise ExtractError(
+                    f"{writer.cache.paths[rows[~finite][0]]}: its features are not finite in "
+                    f"{writer.cache.encoder.precision}; use --precision float32 --overwrite"
+                )
+            writer.write(rows, encoded.features, encoded.digests)
+        self._done += len(rows)
+        self._unreadable += len(encoded.unreadable)
+        self._flush_now_and_then()
 
+    def _flush_now_and_then(self) -> None:
+        if time.perf_counter() - self._last_flush > _FLUSH_INTERVAL_S:
+            self._writer.flush()
+            self._last_flush = time.perf_counter()
 
-def _encode(encoder: Encoder, batch: LoadedBatch) -> _Encoded:
-    if not batch.decoded:
-        return _Encoded(None, batch)
-    features = encoder.encode(batch.pixels.flatten(0, 1))
-    return _Encoded(features.unflatten(0, batch.pixels.shape[:2]), batch)
+    def _progress(self) -> Progress:
+        return Progress(
+            done=self._done,
+            unreadable=self._unreadable,
+            total=len(self._writer.cache),
+            new=self._done + self._unreadable - self._before,
+            elapsed_s=time.perf_counter() - self._start,
+        )

@@ -18,13 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.errors import CapError
-from pipeline.photos import KnownFeatures, ReadPhoto, read_photo
+from pipeline.photos import ReadPhoto, read_photo
 
 # Photos that a thread takes at once: fewer hand-overs, still a fine grain.
 _TASK_PHOTOS = 4
@@ -42,14 +40,13 @@ class LoadedBatch:
     """Photos of rows `first` … `first + len(pixels)`; those that were not asked for are black.
 
     pixels: (R, V, 3, S, S) uint8, valid until `release`. reads: what became of each row asked for;
-    their own pixels are gone. known: features of rows that were not decoded.
+    their own pixels are gone.
     """
 
     first: int
     pixels: Tensor
     reads: dict[int, ReadPhoto] = field(default_factory=dict)
     decoded: set[int] = field(default_factory=set)
-    known: dict[int, NDArray[np.float16]] = field(default_factory=dict)
 
 
 class PhotoLoader:
@@ -69,7 +66,6 @@ class PhotoLoader:
         views: tuple[str, ...],
         threads: int,
         pin_memory: bool = False,
-        known: KnownFeatures | None = None,
         stall_s: float = STALL_S,
     ) -> None:
         self._batches = batches
@@ -77,7 +73,6 @@ class PhotoLoader:
         self._shape = (batch_rows, len(views), 3, image_size, image_size)
         self._image_size, self._views = image_size, views
         self._pin_memory = pin_memory
-        self._known = known
         self._stall_s = stall_s
         self._free: list[Tensor] = []
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -164,15 +159,13 @@ class PhotoLoader:
                         self._finished.notify_all()
 
     def _load(self, batch: LoadedBatch, row: int) -> None:
-        read = read_photo(self._path_of(row), self._image_size, self._views, self._known)
+        read = read_photo(self._path_of(row), self._image_size, self._views)
         place = batch.pixels[row - batch.first]
         if read.pixels is None:
             place.zero_()
         else:
             place.copy_(read.pixels)
             batch.decoded.add(row)
-        if read.known is not None:
-            batch.known[row] = read.known
         batch.reads[row] = ReadPhoto(None, read.digest, read.error)
 
 

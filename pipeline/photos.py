@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,26 +26,14 @@ class ReadPhoto:
     pixels: Tensor | None  # (V, 3, S, S) uint8
     digest: NDArray[np.uint8]  # (16,), zeros if the file could not be read
     error: str = ""
-    known: NDArray[np.float16] | None = None  # (V, D) features, so that no pixels were needed
 
 
-# The features of the photo with this digest, if they are known from elsewhere.
-KnownFeatures = Callable[[NDArray[np.uint8]], NDArray[np.float16] | None]
-
-
-def read_photo(
-    path: Path, size: int, views: tuple[str, ...], known: KnownFeatures | None = None
-) -> ReadPhoto:
-    """Read, digest and decode one file. Whatever is wrong with it is in `error`, not raised.
-
-    known: asked first; a photo whose features it has is not decoded.
-    """
+def read_photo(path: Path, size: int, views: tuple[str, ...]) -> ReadPhoto:
+    """Read, digest and decode one file. Whatever is wrong with it is in `error`, not raised."""
     digest = np.zeros(DIGEST_BYTES, np.uint8)
     try:
         data = read_file(path)
         digest = file_digest(data)
-        if known is not None and (features := known(digest)) is not None:
-            return ReadPhoto(None, digest, known=features)
         return ReadPhoto(preprocess(data, size, views), digest)
     except ImageError as error:
         return ReadPhoto(None, digest, str(error))

@@ -62,6 +62,11 @@ def verify_cache(
     cache = open_cache(cache_path, allow_pending=True)
     report, unchanged = verify(cache, _digest, images, sample=sample)
     problems = [*report.damaged, *report.changed]
+    if report.pending:  # a status byte that was flipped to "pending" looks like this, too
+        problems.append(
+            f"{cache_path}: {report.pending:,} of {report.rows:,} photos are not extracted yet; "
+            "run the same `cap extract-features` again to finish it"
+        )
     if images is None or not len(unchanged):
         return _verification(report, problems)
     try:

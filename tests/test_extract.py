@@ -81,7 +81,7 @@ def test_going_on_keeps_the_batch_size_and_so_the_bytes(photos: Path, tmp_path: 
 def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL at 50 random moments, from before the file exists to its last row."""
     for seed in range(160):
-        write_photo(tmp_path / "photos" / f"{seed:03d}.jpg", seed, (320, 240))
+        write_photo(tmp_path / "photos" / f"{seed:03d}.jpg", seed)
     # The fork server has everything imported and loaded; its children start at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.extraction_process"])
@@ -101,22 +101,25 @@ def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         assert whole.exitcode == 0
         whole_s = time.perf_counter() - started
     chance = random.Random(0)
-    kills = partly = 0
-    for attempt in range(50):
+    attempts = kills = partly = 0
+    while kills < 50:
+        attempts += 1
+        assert attempts < 300  # they were done before they could be killed
         process = start(tmp_path / "x.h5")
-        # Half of so short a run is the building of the network: most kills come after it.
-        time.sleep(chance.uniform(0.9 * until_file_s if attempt % 5 else 0, whole_s))
+        # One in five comes before or while the file is made, the others while it is filled.
+        # A run that goes on has less to do than the measured one.
+        latest_s = until_file_s + 0.6 * (whole_s - until_file_s)
+        time.sleep(chance.uniform(until_file_s if attempts % 5 else 0, latest_s))
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         if (tmp_path / "x.h5").exists():
             left = len(open_cache(tmp_path / "x.h5", allow_pending=True).rows_with(PENDING))
             partly += 0 < left < 160
-            if not left and attempt < 45:
+            if not left:
                 assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
                 (tmp_path / "x.h5").unlink()
-    assert kills >= 20
-    assert partly >= 5
+    assert partly >= 10
     last = start(tmp_path / "x.h5")
     last.join()
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()

@@ -29,3 +29,17 @@ def resolve_device(name: str) -> torch.device:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch, on any device, found no memory for a tensor."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def resolve_devices(names: str) -> list[torch.device]:
+    """Like `resolve_device`, for work that several devices can share.
+
+    `cuda`, or `auto` where there is one, is every GPU; `cuda:0,cuda:2` are these. All are of one
+    kind. Raises DeviceError.
+    """
+    devices = [resolve_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise DeviceError(f"devices {names!r} are of two kinds; use CPUs or GPUs")
+    if len(devices) == 1 and devices[0].type == "cuda" and devices[0].index is None:
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return devices

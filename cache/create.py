@@ -1,0 +1,141 @@
+"""Making a cache file: every array at full size, names and captions written, every row pending."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.record import CacheError, Skeleton
+from cache.seal import FORMAT_VERSION, SEAL_BYTES, Region, write_seal
+from cache.store import DIGEST_BYTES, ERROR_BYTES
+
+# Large arrays start on a page, so that mapping them costs nothing extra.
+_ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
+_OVERHEAD_BYTES = 1 << 17  # the seal, HDF5's structures and padding, generously
+
+
+def create_file(
+    path: Path, fd: int, skeleton: Skeleton, library_versions: Mapping[str, str]
+) -> None:
+    """Write a sealed cache with every row pending into `path`, whose open descriptor is `fd`.
+
+    Raises CacheError where the disk cannot hold the finished file, and OSError.
+    """
+    rows, encoder, captions = len(skeleton.paths), skeleton.encoder, skeleton.captions
+    views, dim = len(encoder.views), encoder.feature_dim
+    unfilled = {
+        "status": ((rows,), "u1"),
+        "digests": ((rows, DIGEST_BYTES), "u1"),
+        "checksums": ((rows,), "<u4"),
+        "errors": ((rows, ERROR_BYTES), "u1"),
+        "features": ((rows, views, dim), "<f2"),
+    }
+    filled: dict[str, NDArray[Any]] = {
+        "captions/rows": captions.rows.astype("<i4", copy=False),
+        "captions/tokens": captions.tokens.astype("<i4", copy=False),
+        "captions/token_offsets": captions.token_offsets.astype("<i8", copy=False),
+        "words/counts": captions.counts.astype("<i8", copy=False),
+    }
+    for name, strings in (
+        ("image_ids", skeleton.image_ids),
+        ("paths", skeleton.paths),
+        ("captions", captions.texts),
+        ("words", captions.words),
+    ):
+        filled[f"{name}/text"] = strings.text
+        filled[f"{name}/offsets"] = strings.offsets.astype("<i8", copy=False)
+    needed = (
+        rows * (2 * views * dim + DIGEST_BYTES + ERROR_BYTES + 5)
+        + sum(array.nbytes for array in filled.values())
+        + _OVERHEAD_BYTES
+    )
+    _check_space(path, fd, needed)
+    attributes = _attributes(skeleton, library_versions)
+    # HDF5's own lock would clash with the writer's, which is on the same file.
+    with h5py.File(path, "w", userblock_size=SEAL_BYTES, locking=False, **_ALIGNMENT) as file:
+        for name, value in attributes.items():
+            file.attrs[name] = value
+        arrays = {n: _allocate(file, n, shape, kind) for n, (shape, kind) in unfilled.items()}
+        for name, array in filled.items():
+            arrays[name] = _allocate(file, name, array.shape, array.dtype.str)
+            if array.size:
+                file[name][...] = array
+    try:
+        write_seal(fd, arrays, attributes)
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from None
+    # Claims the blocks behind the arrays now: a full disk shows here, not hours later.
+    os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+
+
+def _check_space(path: Path, fd: int, needed: int) -> None:
+    """Before HDF5 comes upon a full disk, which it reports in its own words, or a quota."""
+    free = shutil.disk_usage(path.parent).free
+    try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(fd, 0, needed)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = "" if error.errno == errno.ENOSPC else f" ({error.strerror})"
+            raise CacheError(
+                f"{path}: needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free{reason}"
+            ) from None
+        raise
+
+
+def _attributes(skeleton: Skeleton, library_versions: Mapping[str, str]) -> dict[str, str | int]:
+    encoder, shard = skeleton.encoder, skeleton.shard
+    attributes: dict[str, str | int] = {
+        "format_version": FORMAT_VERSION,
+        "backbone": encoder.backbone,
+        "weights": encoder.weights,
+        "weights_sha256": encoder.weights_sha256,
+        "feature_dim": encoder.feature_dim,
+        "image_size": encoder.image_size,
+        "views": ",".join(encoder.views),
+        "preprocessing": encoder.preprocessing,
+        "precision": encoder.precision,
+        "batch_rows": skeleton.batch_rows,
+        "photos_sha256": skeleton.photos_sha256(),
+        "captions_sha256": skeleton.captions.sha256(),
+        "library_versions": json.dumps(dict(library_versions), sort_keys=True),
+    }
+    if shard is not None:
+        attributes |= {
+            "shard": str(shard),
+            "shard_first_row": shard.first_row,
+            "all_rows": shard.all_rows,
+            "all_photos_sha256": shard.all_photos_sha256,
+        }
+    return attributes
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> Region:
+    """Make a contiguous, allocated, unfilled dataset; returns where it lies in the file."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    dataset = h5py.h5d.create(
+        file.id,
+        name.encode(),
+        h5py.h5t.py_create(np.dtype(dtype), logical=True),
+        h5py.h5s.create_simple(shape),
+        dcpl=properties,
+        lcpl=links,
+    )
+    offset = dataset.get_offset() if dataset.get_storage_size() else 0
+    return Region(np.dtype(dtype), shape, offset)

@@ -1,0 +1,39 @@
+"""One share of a set of photos: `--shard 2/8`."""
+
+from __future__ import annotations
+
+import re
+
+from cache.errors import CapError
+from cache.record import Shard
+
+
+class ShardError(CapError):
+    """A set of photos cannot be shared out like this. One line."""
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` → (2, 8). Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{text!r} is not I/N with 1 ≤ I ≤ N, as in 2/8")
+    return int(match[1]), int(match[2])
+
+
+def shard_of(
+    rows: int, batch_rows: int, number: int, count: int, all_photos_sha256: str
+) -> tuple[Shard, slice]:
+    """Share `number` of `count` of so many rows, and which rows these are.
+
+    Shares are runs of whole batches, as even as that allows: every photo keeps its place in its
+    batch, so the shards, merged, are the bytes of one extraction. Raises ShardError where there are
+    fewer batches than shards.
+    """
+    batches = -(-rows // batch_rows)
+    if count > batches:
+        raise ShardError(
+            f"--shard {number}/{count}: {rows:,} photos are {batches} batches of {batch_rows}; "
+            f"make at most {batches} shards, or the --batch-size smaller"
+        )
+    first, stop = (min(rows, batches * n // count * batch_rows) for n in (number - 1, number))
+    return Shard(number, count, first, rows, all_photos_sha256), slice(first, stop)
