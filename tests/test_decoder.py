@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -99,9 +101,11 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(decoder.loss(short), decoder.loss(padded))
 
 
-def test_one_step_at_a_time_gives_the_same_logits() -> None:
+@pytest.mark.parametrize("photo_every_step", [False, True])
+def test_one_step_at_a_time_gives_the_same_logits(photo_every_step: bool) -> None:
     torch.manual_seed(0)
-    decoder = CaptionDecoder(CONFIG).eval()
+    config = dataclasses.replace(CONFIG, photo_every_step=photo_every_step, tie_embeddings=True)
+    decoder = CaptionDecoder(config).eval()
     whole = decoder(batch().features, batch().inputs)
     assert whole.shape == (3, 4, 9)
     logits, state = decoder.step(decoder.read_photo(batch().features), None)

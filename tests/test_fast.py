@@ -92,7 +92,12 @@ def assert_same_gradients(model: CaptionDecoder, plain: CaptionDecoder, bound: f
 
 
 OPTIONS = [
-    {"num_layers": layers, "tie_embeddings": tied, "label_smoothing": smoothing}
+    {
+        "num_layers": layers,
+        "tie_embeddings": tied,
+        "photo_every_step": tied if layers == 1 else not tied,
+        "label_smoothing": smoothing,
+    }
     for layers, tied, smoothing in itertools.product((1, 2), (False, True), (0.0, 0.1))
 ]
 

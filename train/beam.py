@@ -14,7 +14,6 @@ from torch import Tensor
 
 from train.config import SearchConfig
 from train.decoder import CaptionDecoder
-from train.rollout import select
 from train.selection import IMPOSSIBLE, forbid, forbid_repeats, top_k
 from train.vocab import END, PAD
 
@@ -69,7 +68,7 @@ def beam_search(decoder: CaptionDecoder, features: Tensor, config: SearchConfig)
     # The first step has one beam a photo, which all groups share; its extensions become K.
     logits, state = decoder.step(decoder.read_photo(features), None)
     logits = logits.float().repeat_interleave(groups, 0)
-    state = select(state, photos.repeat_interleave(groups))
+    state = state.rows(photos.repeat_interleave(groups))
     sums = torch.zeros(count, groups, 1, device=device)  # (P, G, K)
     words = torch.full((count, groups, 1, steps), PAD, dtype=torch.int64, device=device)
     log_probs = torch.zeros(count, groups, 1, steps, device=device)
@@ -107,7 +106,7 @@ def beam_search(decoder: CaptionDecoder, features: Tensor, config: SearchConfig)
         first = torch.arange(len(photos) * groups, device=device).view(-1, groups, 1) * live
         rows = (first[alive] + parent).flatten()  # the state's row of each kept beam
         sums, photos, going = sums[alive], photos[alive], going[alive]
-        state = select(state, rows)
+        state = state.rows(rows)
         logits, state = decoder.step(decoder.embed(words[..., length].flatten()), state)
         logits = logits.float()
     return found

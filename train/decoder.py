@@ -6,7 +6,8 @@
 
 Step 1 reads the photo and predicts the first word; each later step reads the true previous word.
 The sizes are those of the classic CNN-LSTM captioner (Vinyals et al., 2015, «Show and Tell»).
-With `tie_embeddings` a word is read and written by the same vector (Press & Wolf, 2017), and
+With `photo_every_step` each word comes with the photo, which otherwise must be remembered. With
+`tie_embeddings` a word is read and written by the same vector (Press & Wolf, 2017), and
 `transform` takes the LSTM's outputs to the size of a word.
 """
 
@@ -21,8 +22,18 @@ from torch.nn.functional import cross_entropy
 from train.batches import Batch
 from train.vocab import PAD
 
-# Hidden and cell state of the LSTM, (layers, B, H) each.
-State = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class State:
+    """Where the decoding of B captions stands."""
+
+    hidden: Tensor  # (layers, B, H)
+    cell: Tensor  # (layers, B, H)
+    photo: Tensor  # (B, E), as `read_photo` gave it
+
+    def rows(self, index: Tensor) -> State:
+        """The state of these captions, in this order."""
+        return State(self.hidden[:, index], self.cell[:, index], self.photo[index])
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class DecoderConfig:
     num_layers: int = 1
     dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
     tie_embeddings: bool = False
+    photo_every_step: bool = False  # added to each word that is read, not at step 1 alone
 
 
 class CaptionDecoder(nn.Module):
@@ -74,7 +86,10 @@ class CaptionDecoder(nn.Module):
     def hidden(self, features: Tensor, inputs: Tensor) -> Tensor:
         """The LSTM's outputs (B, T, H). Padding follows the words, so it never reaches them."""
         photo = self.read_photo(features).unsqueeze(1)  # (B, 1, E)
-        steps = torch.cat([photo, self.embed(inputs)], dim=1)  # (B, T, E)
+        words = self.embed(inputs)
+        if self.config.photo_every_step:
+            words = words + photo
+        steps = torch.cat([photo, words], dim=1)  # (B, T, E)
         outputs, _ = self.lstm(self.dropout(steps))
         return self.dropout(outputs)  # type: ignore[no-any-return]
 
@@ -92,6 +107,13 @@ class CaptionDecoder(nn.Module):
         return self.normalize(self.project(features.float()))  # type: ignore[no-any-return]
 
     def step(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """One step of decoding: (B, E) inputs and the state before → (B, W) logits, state after."""
-        outputs, state = self.lstm(inputs.unsqueeze(1), state)
-        return self.logits(outputs.squeeze(1)), state
+        """One step of decoding: (B, E) inputs and the state before → (B, W) logits, state after.
+
+        inputs: from `read_photo` at the first step, without a state; then embedded words.
+        """
+        photo = inputs if state is None else state.photo
+        before = None if state is None else (state.hidden, state.cell)
+        if state is not None and self.config.photo_every_step:
+            inputs = inputs + photo
+        outputs, (hidden, cell) = self.lstm(inputs.unsqueeze(1), before)
+        return self.logits(outputs.squeeze(1)), State(hidden, cell, photo)

@@ -153,6 +153,9 @@ class FastObjective:
         torch.index_select(
             self.parameters.memory("embed.weight", self._low), 0, batch.words, out=inputs
         )
+        if self.config.photo_every_step:
+            # Filling and the rows past a step's captions get some photo; nothing comes of it.
+            inputs.add_(photo.normalized.to(self.dtype)[batch.captions.clamp_max(count - 1)])
         inputs[:count].copy_(photo.normalized)
         inputs[count:first].zero_()
         if masks is not None:
@@ -316,7 +319,13 @@ class FastObjective:
             embedding.zero_()
         first, last = batch.steps[0], sum(batch.steps)
         embedding.index_add_(0, batch.words[first:last], d_inputs[first:last])
-        self._photo_backward(batch, states.photo, d_inputs[: len(batch.features)])
+        count = len(batch.features)
+        d_photo = d_inputs[:count]
+        if self.config.photo_every_step:
+            d_photo.index_add_(
+                0, batch.captions[first:last].clamp_max(count - 1), d_inputs[first:last]
+            )
+        self._photo_backward(batch, states.photo, d_photo)
 
     def _product_backward(
         self, weight: str, inputs: Tensor, d_outputs: Tensor, name: str

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.decoder import CaptionDecoder, State
+from train.decoder import CaptionDecoder
 from train.selection import draw, forbid, forbid_repeats, nucleus
 from train.vocab import END, PAD
 
@@ -121,7 +121,7 @@ def _roll_out(
     # A photo's captions part at their first word: up to there it is read once.
     logits, state = decoder.step(decoder.read_photo(features), None)
     logits = logits.float().repeat_interleave(count, 0)
-    state = select(state, torch.arange(len(features), device=device).repeat_interleave(count))
+    state = state.rows(torch.arange(len(features), device=device).repeat_interleave(count))
     rows = torch.arange(total, device=device)  # (B,) those still going on
     running = torch.ones(total, dtype=torch.bool, device=device)  # (B,)
     step = 0
@@ -145,14 +145,8 @@ def _roll_out(
                 break
             if len(kept) < len(rows):
                 rows, running, word = rows[kept], running[kept], word[kept]
-                state = select(state, kept)
+                state = state.rows(kept)
         logits, state = decoder.step(decoder.embed(word), state)
         logits = logits.float()
     longest = int((words != PAD).sum(1).amax())
     return words[:, :longest], log_probs[:, :longest]
-
-
-def select(state: State, rows: Tensor) -> State:
-    """The decoder's state of these rows (B,)."""
-    hidden, cell = state
-    return hidden[:, rows], cell[:, rows]

@@ -168,6 +168,7 @@ class _Run:
                 num_layers=recipe.num_layers,
                 dropout=recipe.dropout,
                 tie_embeddings=recipe.tie_embeddings,
+                photo_every_step=recipe.photo_every_step,
             )
         ).to(self.device)
         self.trainer = Trainer(
