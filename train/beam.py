@@ -74,12 +74,12 @@ def beam_search(decoder: CaptionDecoder, features: Tensor, config: SearchConfig)
     log_probs = torch.zeros(count, groups, 1, steps, device=device)
     for length in range(steps):
         live = sums.shape[2]
-        total = logits.logsumexp(1)  # (P * G * live,)
+        logits = logits.log_softmax(1)
         forbid(logits, length, config.max_length)
         if config.no_repeat_ngram:
             forbid_repeats(logits, words.flatten(0, 2)[:, :length], config.no_repeat_ngram)
         top, parent, word = _extensions(
-            logits, total.view(sums.shape), sums, beams, config.diversity * going
+            logits, sums, beams, config.diversity * going
         )  # (P, G, 2K) each
 
         ends = (word == END) & (top > IMPOSSIBLE) & going.unsqueeze(-1)
@@ -113,28 +113,27 @@ def beam_search(decoder: CaptionDecoder, features: Tensor, config: SearchConfig)
 
 
 def _extensions(
-    logits: Tensor, total: Tensor, sums: Tensor, beams: int, diversity: Tensor
+    log_probs: Tensor, sums: Tensor, beams: int, diversity: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The 2K best extensions of each group: (log-probability so far, parent beam, word).
 
-    logits: (P * G * K', W); total: (P, G, K') their logsumexp; sums: (P, G, K') log-probability so
-    far; diversity: (P, G) what a word costs later groups when a beam of this one goes on with it.
-    Returns (P, G, 2K) each, best first.
+    log_probs: (P * G * K', W) of the next word; sums: (P, G, K') of the beams so far; diversity:
+    (P, G) what a word costs later groups when a beam of this one goes on with it. Returns
+    (P, G, 2K) each, best first.
     """
     photos, groups, live = sums.shape
-    width = logits.shape[1]
-    base = sums - total
+    width = log_probs.shape[1]
     if groups == 1:
-        top, parent, word = _best(logits, base.flatten(0, 1), beams)
+        top, parent, word = _best(log_probs, sums.flatten(0, 1), beams)
         return top.unsqueeze(1), parent.unsqueeze(1), word.unsqueeze(1)
-    grouped = logits.view(photos, groups, live, width)
-    cost = torch.zeros(photos, width, device=logits.device)
+    grouped = log_probs.view(photos, groups, live, width)
+    cost = torch.zeros(photos, width, device=log_probs.device)
     found = []
     for group in range(groups):
         penalized = grouped[:, group] - cost.unsqueeze(1)
-        _, parent, word = _best(penalized.flatten(0, 1), base[:, group], beams)
+        _, parent, word = _best(penalized.flatten(0, 1), sums[:, group], beams)
         row = parent * width + word
-        top = grouped[:, group].flatten(1).gather(1, row) + base[:, group].gather(1, parent)
+        top = grouped[:, group].flatten(1).gather(1, row) + sums[:, group].gather(1, parent)
         found.append((top, parent, word))
         # The K that go on are the first K that do not end.
         goes_on = (word != END) & ((word != END).cumsum(1) <= beams)
@@ -143,14 +142,14 @@ def _extensions(
     return tops, parents, words
 
 
-def _best(logits: Tensor, base: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (P * K', W) logits and (P, K') what to add to a beam's: the 2K best, (P, 2K) each."""
-    photos, live = base.shape
-    width = logits.shape[1]
+def _best(log_probs: Tensor, sums: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The 2K best of one group: (P * K', W) and (P, K') as above → (P, 2K) each."""
+    photos, live = sums.shape
+    width = log_probs.shape[1]
     # A group's 2K best are among the 2K best of each of its beams.
     each = min(2 * beams, width)
-    top, word = top_k(logits, each)
-    candidates = (top.view(photos, live, each) + base.unsqueeze(-1)).flatten(1)
+    top, word = top_k(log_probs, each)
+    candidates = (top.view(photos, live, each) + sums.unsqueeze(-1)).flatten(1)
     best, place = candidates.topk(min(2 * beams, live * each), dim=1)
     return best, place // each, word.view(photos, live * each).gather(1, place)
 

@@ -97,8 +97,8 @@ def greedy(
 
 
 def _weights(logits: Tensor, temperature: float) -> Tensor:
-    """(B, W) unnormalized probabilities, the likeliest word's being 1; 0 for what is forbidden."""
-    return (logits - logits.amax(1, keepdim=True)).div_(temperature).exp_()
+    """(B, W) probabilities; 0 for what is forbidden."""
+    return (logits / temperature if temperature != 1 else logits).softmax(1)
 
 
 def _roll_out(
@@ -126,14 +126,15 @@ def _roll_out(
     running = torch.ones(total, dtype=torch.bool, device=device)  # (B,)
     step = 0
     while True:
-        total_log = logits.logsumexp(1) if scores else None
+        if scores:
+            logits = logits.log_softmax(1)
         forbid(logits, step, max_length)
         if no_repeat_ngram:
             forbid_repeats(logits, words[rows, :step], no_repeat_ngram)
         word = torch.where(running, choose(logits, step, rows), PAD)
         words[rows, step] = word
-        if total_log is not None:
-            chosen = logits.gather(1, word.unsqueeze(1)).squeeze(1) - total_log
+        if scores:
+            chosen = logits.gather(1, word.unsqueeze(1)).squeeze(1)
             log_probs[rows, step] = torch.where(running, chosen, 0.0)
         running = running & (word != END)
         step += 1

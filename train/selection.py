@@ -41,19 +41,22 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     uniform: (B,) in [0, 1): the same numbers draw the same places.
     """
     width = weights.shape[1]
-    blocks = -(-width // _BLOCK)
-    padded = torch.nn.functional.pad(weights, (0, blocks * _BLOCK - width))
-    blocked = padded.unflatten(1, (blocks, _BLOCK))
-    sums = blocked.sum(2, dtype=torch.float64)  # (B, blocks)
+    blocks = width // _BLOCK
+    even = blocks * _BLOCK
+    sums = weights[:, :even].unflatten(1, (blocks, _BLOCK)).sum(2)
+    tail = weights[:, even:].sum(1, keepdim=True)  # the words after the last block
+    sums = torch.cat([sums, tail], 1).double()  # (B, blocks + 1)
     ends = sums.cumsum(1)
     target = uniform.double().unsqueeze(1) * ends[:, -1:]
     # The first block, then the first word of it, whose running sum exceeds the target.
-    block = (ends <= target).sum(1, keepdim=True).clamp_(max=blocks - 1)  # (B, 1)
+    block = (ends <= target).sum(1, keepdim=True).clamp_(max=blocks)  # (B, 1)
     before = ends.gather(1, block) - sums.gather(1, block)
-    inside = blocked.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).double()
-    place = (inside.cumsum(1) <= (target - before).clamp_(min=0)).sum(1)
+    words = torch.arange(_BLOCK, device=weights.device)
+    index = block * _BLOCK + words  # (B, 64), past the last word in the tail
+    inside = weights.gather(1, index.clamp(max=width - 1)).masked_fill_(index >= width, 0)
+    place = (inside.double().cumsum(1) <= (target - before).clamp_(min=0)).sum(1)
     # Rounding may point past the last word that has a weight.
-    last = torch.where(inside > 0, torch.arange(_BLOCK, device=weights.device), 0).amax(1)
+    last = torch.where(inside > 0, words, 0).amax(1)
     drawn: Tensor = block.squeeze(1) * _BLOCK + torch.minimum(place, last)
     return drawn
 
