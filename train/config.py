@@ -31,6 +31,7 @@ class Recipe:
     # The objective.
     label_smoothing: float = 0.0
     scheduled_sampling: float = 0.0  # share of input words, at the end, that the model chose itself
+    random_views: bool = True  # each caption sees any view of its photo; else the full one
 
     # Self-critical training, after the epochs above: CIDEr-D of drawn captions as the reward.
     self_critical_epochs: int = 0

@@ -95,7 +95,8 @@ class Trainer:
     def _epoch(self, epoch: int, first_step: int) -> Iterator[Step]:
         captions, recipe = self.captions, self.recipe
         batches = epoch_batches(captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch)
-        views = epoch_views(len(captions), captions.views, seed=self.seed, epoch=epoch)
+        count = captions.views if recipe.random_views else 1
+        views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
         steps = len(batches)
         for step, chosen in enumerate(batches[first_step:], first_step):
             position = epoch * steps + step
