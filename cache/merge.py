@@ -104,7 +104,7 @@ def merge_captions(
     chosen = [mask[table.rows] for table, mask in zip(tables, kept, strict=True)]  # captions
     spans = [np.diff(table.token_offsets) for table in tables]
     tokens = [
-        table.tokens[np.repeat(captions, lengths)]
+        table.tokens if captions.all() else table.tokens[np.repeat(captions, lengths)]
         for table, captions, lengths in zip(tables, chosen, spans, strict=True)
     ]
     counts: Counter[str] = Counter()

@@ -94,6 +94,8 @@ class Strings(Sequence[str]):
 
     def where(self, kept: NDArray[np.bool_]) -> Strings:
         """The strings for which `kept` (N,) is true, in their order."""
+        if kept.all():
+            return self
         lengths = np.diff(self.offsets)
         return Strings(self.text[np.repeat(kept, lengths)], offsets_of(lengths[kept]))
 
@@ -103,8 +105,8 @@ class Strings(Sequence[str]):
         return cls(np.concatenate([part.text for part in parts]), offsets_of(lengths))
 
     def update(self, digest: hashlib._Hash) -> None:
-        digest.update(np.ascontiguousarray(self.offsets).tobytes())
-        digest.update(np.ascontiguousarray(self.text).tobytes())
+        digest.update(np.ascontiguousarray(self.offsets).data)
+        digest.update(np.ascontiguousarray(self.text).data)
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -144,7 +146,7 @@ class CaptionTable:
         self.texts.update(digest)
         self.words.update(digest)
         for array in (self.rows, self.tokens, self.token_offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 

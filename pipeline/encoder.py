@@ -395,11 +395,12 @@ def normalizer(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], T
 
 @contextlib.contextmanager
 def _reproducible_kernels(device: torch.device) -> Iterator[None]:
-    """On a GPU: no autotuning, which may choose otherwise next time, and no hidden TF32."""
+    """On a GPU, made current: no autotuning, which may choose otherwise next time, and no TF32."""
     if device.type == "cpu":
         yield
         return
-    with torch.backends.cudnn.flags(
+    flags = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
+    )
+    with torch.cuda.device(device), flags:  # a graph is replayed on the current device's stream
         yield

@@ -23,10 +23,11 @@ from pipeline.encoder import (
     Encoder,
     choose_precision,
     encoder_record,
+    fast_precisions,
     load_backbone,
 )
 from pipeline.encoding import EncodedRows, encode_batches, pending_batches
-from pipeline.photos import read_photo
+from pipeline.loading import PhotoLoader
 from pipeline.reuse import KnownPhotos, copy_known, new_rows, open_known
 from pipeline.shards import shard_of
 from pipeline.workers import encode_on_devices
@@ -139,16 +140,30 @@ def _precision(
         return FeatureCache(config.out).encoder.precision, []
     if config.reuse is not None:
         return FeatureCache(config.reuse).encoder.precision, []
+    if fast_precisions(device) == ("float32",):
+        return "float32", []
     pixels: list[torch.Tensor] = []
-    for photo in photos[: 4 * _PRECISION_CHECK_PHOTOS]:
-        read = read_photo(config.images / photo.path, config.image_size, ("full",))
-        if read.pixels is not None:
-            pixels.append(read.pixels)
-        if len(pixels) == _PRECISION_CHECK_PHOTOS:
-            break
+    first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
+    loader = PhotoLoader(
+        [
+            (row, first[row : row + _PRECISION_CHECK_PHOTOS])
+            for row in first[::_PRECISION_CHECK_PHOTOS]
+        ],
+        lambda row: config.images / photos[row].path,
+        batch_rows=_PRECISION_CHECK_PHOTOS,
+        image_size=config.image_size,
+        views=("full",),
+        threads=config.workers or len(os.sched_getaffinity(0)),
+    )
+    with loader:
+        for batch in loader:
+            pixels.extend(batch.pixels[row - batch.first] for row in sorted(batch.decoded))
+            if len(pixels) >= _PRECISION_CHECK_PHOTOS:
+                break
     if not pixels:
         return "float32", ["none of the first photos can be decoded; computing in float32"]
-    return choose_precision(backbone, torch.cat(pixels), device=device)
+    checked = torch.cat(pixels[:_PRECISION_CHECK_PHOTOS])
+    return choose_precision(backbone, checked, device=device)
 
 
 class _Filling:
@@ -194,7 +209,7 @@ class _Filling:
         batches = pending_batches(order, self._writer.status, cache.batch_rows)
         if not batches:
             return iter(())
-        if len(devices) > 1:
+        if min(len(devices), len(batches)) > 1:
             return encode_on_devices(
                 cache,
                 order,

@@ -148,6 +148,8 @@ def main() -> None:
 def _encode_share(share: _Share) -> Iterator[EncodedRows | str]:
     cache = FeatureCache(share.cache)
     device = torch.device(share.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or pinned memory would take a corner of the first GPU
     encoder = Encoder.load(cache.encoder, device=device, weights=share.weights)
     torch.set_num_threads(share.compute_threads)
     return encode_batches(

@@ -94,6 +94,9 @@ def test_views_are_drawn_anew_each_epoch_and_validation_sees_the_full_one(
     views = epoch_views(1000, 2, seed=0, epoch=0)
     assert views is not None
     assert 400 < views.sum() < 600
+    others = epoch_views(1000, 2, seed=0, epoch=1)
+    assert others is not None
+    assert 400 < (views != others).sum() < 600
     assert epoch_views(1000, 1, seed=0, epoch=0) is None
 
 

@@ -20,6 +20,7 @@ from cache.store import open_cache
 from cache.verify import verify
 from cache.writer import open_writer
 from pipeline import encoding, loading, reuse
+from pipeline import extract as extraction
 from pipeline import photos as photos_module
 from pipeline.extract import ExtractError, Progress, extract
 from pipeline.images import MAX_PIXELS
@@ -190,6 +191,19 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
     with pytest.raises(StalledError, match=r"photos: the disk has given no photo for 0 s; what"):
         run(folder, tmp_path / "y.h5", captions=None, reuse=tmp_path / "x.h5")
     back.set()
+
+
+def test_a_drive_that_stalls_from_the_start_leaves_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+    monkeypatch.setattr(loading, "read_photo", lambda *arguments: [None, back.wait()][0])
+    monkeypatch.setattr(extraction, "PhotoLoader", partial(PhotoLoader, stall_s=0.2))
+    monkeypatch.setattr(extraction, "fast_precisions", lambda device: ("bfloat16", "float32"))
+    with pytest.raises(StalledError, match=r"a\.jpg: the disk has given no photo for"):
+        run(photos, tmp_path / "x.h5")
+    back.set()
+    assert not list(tmp_path.iterdir())
 
 
 def png_of(width: int, height: int) -> bytes:
