@@ -30,9 +30,9 @@ from train.device import resolve_device
 from train.vocab import build_caption_table
 
 # A CPU is at its best with a few megabytes of activations a layer, a GPU with many.
-_BATCH_PHOTOS = {"cpu": 32, "cuda": 256}
+_BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
 _FLUSH_INTERVAL_S = 2.0
-_PRECISION_CHECK_PHOTOS = 16
+_PRECISION_CHECK_PHOTOS = 8
 
 
 class ExtractError(CapError):
@@ -107,6 +107,11 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
         yield from _fill(writer, encoder, config)
 
 
+def decoding_threads(workers: int | None) -> int:
+    """As many as the cores this process may use, unless told otherwise."""
+    return workers or len(os.sched_getaffinity(0))
+
+
 def _existing_cache(path: Path) -> FeatureCache | None:
     return FeatureCache(path) if path.is_file() else None
 
@@ -168,7 +173,7 @@ def _fill(
         batch_rows=cache.batch_rows,
         image_size=encoder.record.image_size,
         views=encoder.record.views,
-        threads=config.workers or len(os.sched_getaffinity(0)),
+        threads=decoding_threads(config.workers),
         pin_memory=encoder.device.type == "cuda",
     )
     running: _Encoded | None = None  # queued on the device while the next batch comes

@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 1 << 29
 class ReadPhoto:
     """One photo after reading and decoding; `error` says why there are no pixels."""
 
-    pixels: Tensor | None  # (V, 3, S, S) uint8
+    pixels: Tensor | None  # (V, 3, S, S) uint8, channels last in memory
     digest: NDArray[np.uint8]  # (16,), zeros if the file could not be read
     error: str = ""
     known: NDArray[np.float16] | None = None  # (V, D) features, so that no pixels were needed
@@ -35,11 +35,16 @@ KnownFeatures = Callable[[NDArray[np.uint8]], NDArray[np.float16] | None]
 
 
 def read_photo(
-    path: Path, size: int, views: tuple[str, ...], known: KnownFeatures | None = None
+    path: Path,
+    size: int,
+    views: tuple[str, ...],
+    known: KnownFeatures | None = None,
+    out: Tensor | None = None,
 ) -> ReadPhoto:
     """Read, digest and decode one file. Whatever is wrong with it is in `error`, not raised.
 
-    known: asked first; a photo whose features it has is not decoded.
+    known: asked first; a photo whose features it has is not decoded. out: where the pixels go; see
+    `preprocess`. It may hold anything if there is an error.
     """
     digest = np.zeros(DIGEST_BYTES, np.uint8)
     try:
@@ -47,7 +52,7 @@ def read_photo(
         digest = file_digest(data)
         if known is not None and (features := known(digest)) is not None:
             return ReadPhoto(None, digest, known=features)
-        return ReadPhoto(preprocess(data, size, views), digest)
+        return ReadPhoto(preprocess(data, size, views, out), digest)
     except ImageError as error:
         return ReadPhoto(None, digest, str(error))
     except IsADirectoryError:
