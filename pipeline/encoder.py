@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cache.errors import CapError
@@ -276,6 +278,7 @@ class Encoder:
         self._network = backbone.fast_network(device, dtype, image_size)
         self._normalize = normalizer(device, dtype)
         self._graphs = CapturedGraphs(self._forward, device) if device.type == "cuda" else None
+        self._told_failure = False
         self._most_photos = sys.maxsize  # at once; less where the device's memory is too small
 
     @classmethod
@@ -340,15 +343,47 @@ class Encoder:
                 f"going on with {self._most_photos}"
             )
 
+    def queue(self, pixels: Tensor) -> QueuedFeatures:
+        """As `encode`, on the way to the CPU. Pinned pixels must stay as they are until then."""
+        return QueuedFeatures(self.encode(pixels))
+
     def _encode(self, pixels: Tensor) -> Tensor:
         with _reproducible_kernels(self.device):
-            if self._graphs is not None:
-                return self._graphs(pixels)
-            return self._forward(pixels.to(self.device))
+            if self._graphs is None:
+                return self._forward(pixels)
+            features = self._graphs(pixels)
+            if self._graphs.failure and not self._told_failure:
+                self._told_failure = True
+                self.notices.append(
+                    f"{self.device}: no CUDA graph ({self._graphs.failure}); going on without"
+                )
+            return features
 
     def _forward(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._network(self._normalize(pixels))
         return features.to(torch.float16)
+
+
+class QueuedFeatures:
+    """Features that a GPU may still be computing, while the next batch is queued behind them."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._ready: torch.cuda.Event | None = None
+        if features.is_cuda:
+            # Waiting for the stream instead would be waiting for the batches queued later, too.
+            on_cpu = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+            on_cpu.copy_(features, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(features.device))
+            features = on_cpu
+        self._features = features
+
+    def wait(self) -> NDArray[np.float16]:
+        """(B, D). When this returns, the pixels they come from are no longer read."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        features: NDArray[np.float16] = self._features.numpy()
+        return features
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -21,6 +21,7 @@ from pipeline.datasets import Photo, read_photos
 from pipeline.encoder import (
     Backbone,
     Encoder,
+    QueuedFeatures,
     choose_precision,
     load_backbone,
 )
@@ -201,7 +202,7 @@ def _fill(
 class _Encoded:
     """A batch whose features are computed, or queued on a GPU, but not yet in the file."""
 
-    features: torch.Tensor | None  # (R, V, D) float16, of every place; None if all are black
+    features: QueuedFeatures | None  # (R · V, D), of every place; None if all are black
     batch: LoadedBatch
 
     def store(self, writer: CacheWriter) -> None:
@@ -212,7 +213,8 @@ class _Encoded:
         if self.features is None:
             return
         rows = np.array(sorted(batch.decoded))
-        features = self.features.cpu().numpy()[rows - batch.first]
+        places = batch.pixels.shape[:2]  # (R, V)
+        features = self.features.wait().reshape(*places, -1)[rows - batch.first]
         if not np.isfinite(features).all():
             bad = rows[~np.isfinite(features).all(axis=(1, 2))]
             raise ExtractError(
@@ -225,5 +227,4 @@ class _Encoded:
 def _encode(encoder: Encoder, batch: LoadedBatch) -> _Encoded:
     if not batch.decoded:
         return _Encoded(None, batch)
-    features = encoder.encode(batch.pixels.flatten(0, 1))
-    return _Encoded(features.unflatten(0, batch.pixels.shape[:2]), batch)
+    return _Encoded(encoder.queue(batch.pixels.flatten(0, 1)), batch)
