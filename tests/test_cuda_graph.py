@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.cuda_graph import CapturedGraphs
-from pipeline.encoder import Encoder, load_backbone
+from pipeline.encoder import Encoder, QueuedFeatures, load_backbone
 from tests.test_encoder import random_pixels
 
 pytestmark = [
@@ -41,7 +41,7 @@ def test_results_are_their_own_and_pinned_buffers_can_be_used_again() -> None:
     batches = random_pixels(8 * 12).view(12, 8, 3, 64, 64)
     expected = [encoder.encode(batch).cpu() for batch in batches]
     buffers = [torch.empty(8, 3, 64, 64, dtype=torch.uint8).pin_memory() for _ in range(2)]
-    queued = []
+    queued: list[QueuedFeatures] = []
     for number, batch in enumerate(batches):
         if number >= 2:
             assert torch.equal(torch.from_numpy(queued[number - 2].wait()), expected[number - 2])
