@@ -103,6 +103,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     ) as writer:
         if writer.cache.batch_rows != skeleton.batch_rows:
             yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
+        del photos, skeleton  # the cache knows it all, in a tenth of the memory
         if config.retry_unreadable:
             yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
         yield from _fill(writer, encoder, config)
