@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,9 +64,11 @@ class Strings(Sequence[str]):
 
     @classmethod
     def pack(cls, items: Iterable[str]) -> Strings:
-        encoded = [item.encode("utf-8", "surrogateescape") for item in items]
-        offsets = offsets_of(np.array([len(item) for item in encoded], np.int64))
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+        text, offsets = bytearray(), array("q", [0])
+        for item in items:
+            text += item.encode("utf-8", "surrogateescape")
+            offsets.append(len(text))
+        return cls(np.array(text, np.uint8), np.array(offsets, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -145,8 +148,8 @@ class CaptionTable:
         digest = hashlib.sha256()
         self.texts.update(digest)
         self.words.update(digest)
-        for array in (self.rows, self.tokens, self.token_offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        for numbers in (self.rows, self.tokens, self.token_offsets):
+            digest.update(np.ascontiguousarray(numbers).data)
         return digest.hexdigest()
 
 

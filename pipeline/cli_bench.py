@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated
 
 import typer
@@ -97,5 +98,46 @@ def bench_predict(
         say(result.machine.summary())
         if as_json:
             print_json({**dataclasses.asdict(result), "machine": result.machine.summary()})
+        else:
+            print(result.table())
+
+
+@bench.command("extract")
+def bench_extract(
+    backbone: Annotated[str, typer.Option(help="Any torchvision classifier.")] = "resnet152",
+    photos: Annotated[
+        int | None,
+        typer.Option(min=1, help="For end to end.  [default: 192 on a CPU, 16384 on a GPU]"),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Width x height of a photo, in pixels.")] = "640x480",
+    device: Device = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Each part is as good as its best.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure each part of an extraction alone, and the whole, on JPEGs made on the spot.
+
+    Takes one or two minutes. The weights are random: speed does not depend on them.
+
+    Example: cap bench extract --backbone resnet50
+    """
+    match = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size)
+    if match is None:
+        raise typer.BadParameter(f"{size!r} is not like 640x480", param_hint="--size")
+    with errors():
+        from pipeline.bench_extract import bench_extract as run
+        from train.device import resolve_device
+        from train.machine import describe_machine
+
+        machine = describe_machine(resolve_device(device))
+        say(machine.summary())
+        result = run(
+            backbone,
+            photos,
+            size=(int(match[1]), int(match[2])),
+            device=device,
+            rounds=rounds,
+        )
+        if as_json:
+            print_json(result.as_dict() | {"machine": machine.summary()})
         else:
             print(result.table())

@@ -49,7 +49,7 @@ def extract_features(
     ],
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Photos at once.  [default: 32 on a CPU, 256 on a GPU]"),
+        typer.Option(min=1, help="Photos at once.  [default: 16 on a CPU, 256 on a GPU]"),
     ] = _EXTRACT["batch_size"],
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads.  [default: one per core]")

@@ -19,7 +19,7 @@ class ExtractConfig:
     weights: str = "IMAGENET1K_V1"
     views: tuple[str, ...] = ("full",)
     image_size: int = 224
-    batch_size: int | None = None  # photos; None: 32 on a CPU, 256 on a GPU
+    batch_size: int | None = None  # photos; None: 16 on a CPU, 256 on a GPU
     workers: int | None = None  # decoding threads; None: one per core
     device: str = "auto"
     precision: str = "auto"

@@ -34,30 +34,48 @@ class CapturedGraphs:
         self._device = device
         self._seen: set[tuple[int, ...]] = set()
         self._captured: dict[tuple[int, ...], _Captured] = {}
+        self._copies = torch.cuda.Stream(device)  # so that copies overlap with the work before
+        self.failure = ""  # why no graph could be captured; everything is called directly then
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """inputs: on any device, copied without waiting where they are pinned. The result is a
-        tensor of its own on the GPU.
+        """inputs: on any device, copied without waiting where they are pinned: they must stay as
+        they are until the result is there. The result is a tensor of its own on the GPU; the work
+        is queued on the current stream.
         """
         shape = tuple(inputs.shape)
-        captured = self._captured.get(shape)
-        if captured is None:
-            if shape not in self._seen:
-                self._seen.add(shape)
-                return self._function(inputs.to(self._device, non_blocking=True))
-            with torch.cuda.device(self._device):
-                captured = self._captured[shape] = self._capture(inputs)
-        captured.inputs.copy_(inputs, non_blocking=True)
-        captured.graph.replay()
-        return captured.outputs.clone()
+        with torch.cuda.device(self._device):
+            on_device = self._copied(inputs)
+            captured = self._captured.get(shape)
+            if captured is None:
+                if shape not in self._seen or self.failure:
+                    self._seen.add(shape)
+                    return self._function(on_device)
+                captured = self._capture(on_device)
+                if captured is None:
+                    return self._function(on_device)
+                self._captured[shape] = captured
+            captured.inputs.copy_(on_device)  # after the last replay, which is on the same stream
+            captured.graph.replay()
+            return captured.outputs.clone()
 
     def clear(self) -> None:
         """Let go of the memory that the graphs hold."""
         self._captured.clear()
         self._seen.clear()
 
-    def _capture(self, example: Tensor) -> _Captured:
-        inputs = example.to(self._device, copy=True)
+    def _copied(self, inputs: Tensor) -> Tensor:
+        if inputs.device == self._device:
+            return inputs
+        with torch.cuda.stream(self._copies):
+            copied = inputs.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._copies)
+        copied.record_stream(current)  # its memory is the other stream's
+        return copied
+
+    def _capture(self, example: Tensor) -> _Captured | None:
+        """None, and `failure` says why, if it cannot be done. Raises where memory is too small."""
+        inputs = example.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate their workspaces outside the graph
@@ -65,6 +83,13 @@ class CapturedGraphs:
                 self._function(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._function(inputs)
+        try:
+            # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outputs = self._function(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failure = str(error).splitlines()[0]
+            return None
         return _Captured(graph, inputs, outputs)

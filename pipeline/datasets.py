@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -237,6 +238,7 @@ def _pairs(
         yield name, _clean(parts[1])
 
 
+@lru_cache(maxsize=8)  # a photo's captions follow one another
 def _names_image(name: str) -> bool:
     return PurePosixPath(name.strip().split("#")[0]).suffix.lower() in IMAGE_SUFFIXES
 

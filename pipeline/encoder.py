@@ -8,15 +8,18 @@ CUDA graph for each shape of batch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cache.errors import CapError
@@ -32,11 +35,12 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# A row whose fast features point elsewhere than float32's by more than this is not the same row.
-MIN_COSINE = 0.999
+# Fast features that point elsewhere than float32's by more than this are not the same features.
+MIN_COSINE = 0.999  # of every photo
+MEAN_COSINE = 0.9999  # of all together
 
 # For which the weights are laid out in memory; any other works.
-_TYPICAL_BATCH = 32
+_TYPICAL_BATCH = 16
 _RANDOM_SEED = 0
 _CALIBRATION_IMAGES = 8
 
@@ -54,6 +58,26 @@ class Backbone:
     weights_sha256: str
     feature_dim: int
     network: nn.Module  # float32, on the CPU, in eval mode, frozen
+    # The network last made ready to run, and for what: the one a precision was judged by is the
+    # one that is then used.
+    _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def fast_network(self, device: torch.device, dtype: torch.dtype, image_size: int) -> nn.Module:
+        """The network with fused convolutions, on `device` in `dtype`; see `pipeline.fused`.
+
+        Raises EncoderError unless this image size gives one vector a photo.
+        """
+        key = (device, dtype, image_size)
+        if key not in self._fast:
+            _check_output(self, image_size)
+            self._fast.clear()  # its memory first
+            example = torch.empty(_TYPICAL_BATCH, 3, image_size, image_size, device="meta")
+            self._fast[key] = fuse_convolutions(
+                fold_batchnorm(self.network), device, dtype, example
+            )
+        return self._fast[key]
 
 
 def load_backbone(name: str, weights: str) -> Backbone:
@@ -181,11 +205,12 @@ def _random_network(name: str) -> tuple[nn.Module, int, str]:
 
     With untouched statistics a deep ResNet's activations grow past float16 (5e7 at depth 152). The
     measured ones may differ in the last bit between machines, so the hash is that of the seeded
-    weights alone.
+    weights alone. Residual branches are scaled as training leaves them; see `_scale_branches`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
         network, feature_dim = _headless(name, device="cpu")
+        _scale_branches(network)
         sha256 = _sha256(network.state_dict())
         # Coarse noise, enlarged: like photos, it has structure at every scale.
         coarse = torch.randn(_CALIBRATION_IMAGES, 3, 14, 14)
@@ -197,6 +222,24 @@ def _random_network(name: str) -> tuple[nn.Module, int, str]:
             with torch.no_grad():
                 network.train()(images)
     return network, feature_dim, sha256
+
+
+def _scale_branches(network: nn.Module) -> None:
+    """Let each of L residual branches of a ResNet add 1/L of the variance of the blocks' input.
+
+    De and Smith (2020) find that trained residual networks have branches about 1/√L as large as
+    their shortcuts. With branches of full size a ResNet-152 is chaotic: rounding its input to
+    bfloat16 alone turns some photos' features by a tenth, which no trained network does.
+    """
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    lasts = [
+        block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        for block in network.modules()
+        if isinstance(block, BasicBlock | Bottleneck)
+    ]
+    for batchnorm in lasts:
+        nn.init.constant_(batchnorm.weight, len(lasts) ** -0.5)
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:
@@ -239,19 +282,14 @@ class Encoder:
         image_size: int = 224,
         views: tuple[str, ...] = ("full",),
     ) -> None:
-        self.backbone = backbone
         self.device = device
         self.record = encoder_record(backbone, image_size, views, precision)
         self.notices: list[str] = []  # what the user should know of; whoever shows them clears them
         dtype = DTYPES[precision]
-        self._network = fuse_convolutions(
-            fold_batchnorm(backbone.network),
-            device,
-            dtype,
-            torch.empty(_TYPICAL_BATCH, 3, image_size, image_size, device="meta"),
-        )
+        self._network = backbone.fast_network(device, dtype, image_size)
         self._normalize = normalizer(device, dtype)
         self._graphs = CapturedGraphs(self._forward, device) if device.type == "cuda" else None
+        self._told_failure = False
         self._most_photos = sys.maxsize  # at once; less where the device's memory is too small
 
     @classmethod
@@ -316,24 +354,56 @@ class Encoder:
                 f"going on with {self._most_photos}"
             )
 
+    def queue(self, pixels: Tensor) -> QueuedFeatures:
+        """As `encode`, on the way to the CPU. Pinned pixels must stay as they are until then."""
+        return QueuedFeatures(self.encode(pixels))
+
     def _encode(self, pixels: Tensor) -> Tensor:
         with _reproducible_kernels(self.device):
-            if self._graphs is not None:
-                return self._graphs(pixels)
-            return self._forward(pixels.to(self.device))
+            if self._graphs is None:
+                return self._forward(pixels)
+            features = self._graphs(pixels)
+            if self._graphs.failure and not self._told_failure:
+                self._told_failure = True
+                self.notices.append(
+                    f"{self.device}: no CUDA graph ({self._graphs.failure}); going on without"
+                )
+            return features
 
     def _forward(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._network(self._normalize(pixels))
         return features.to(torch.float16)
 
 
-@torch.inference_mode()
+class QueuedFeatures:
+    """Features that a GPU may still be computing, while the next batch is queued behind them."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._ready: torch.cuda.Event | None = None
+        if features.is_cuda:
+            # Waiting for the stream instead would be waiting for the batches queued later, too.
+            on_cpu = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+            on_cpu.copy_(features, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(features.device))
+            features = on_cpu
+        self._features = features
+
+    def wait(self) -> NDArray[np.float16]:
+        """(B, D). When this returns, the pixels they come from are no longer read."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        features: NDArray[np.float16] = self._features.numpy()
+        return features
+
+
 def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Tensor:
     """The reference: the network as torchvision builds it, float32, eager. (B, D) float32."""
-    network = backbone.network.to(device)
-    with _reproducible_kernels(device):
+    network = backbone.network
+    if device.type != "cpu":
+        network = copy.deepcopy(network).to(device)
+    with torch.inference_mode(), _reproducible_kernels(device):
         features: Tensor = network(normalizer(device, torch.float32)(pixels.to(device)))
-    backbone.network.to("cpu")
     return features
 
 
@@ -356,7 +426,8 @@ def choose_precision(
     """The fastest precision whose features agree with plain float32 on these photos.
 
     pixels: (B, 3, S, S) uint8, B ≥ 1 real photos. Returns the precision and a notice for each one
-    that was turned down (a row's cosine to float32 below MIN_COSINE).
+    that was turned down: a photo's cosine to float32 below MIN_COSINE, or their mean below
+    MEAN_COSINE.
     """
     candidates = candidates or fast_precisions(device)
     notices: list[str] = []
@@ -370,12 +441,14 @@ def choose_precision(
             backbone, device=device, precision=precision, image_size=int(pixels.shape[-1])
         )
         fast = encoder.encode(pixels).float()
-        worst = float(nn.functional.cosine_similarity(fast, reference).nan_to_num(-1).min())
-        if worst >= MIN_COSINE:
+        cosines = nn.functional.cosine_similarity(fast, reference).nan_to_num(-1)
+        worst, mean = float(cosines.min()), float(cosines.mean())
+        if worst >= MIN_COSINE and mean >= MEAN_COSINE:
             return precision, notices
         notices.append(
-            f"{backbone.name} in {precision} strays from float32 (worst cosine {worst:.4f} of "
-            f"{len(pixels)} photos, at least {MIN_COSINE} wanted); trying the next precision"
+            f"{backbone.name} in {precision} strays from float32 (cosine {mean:.5f}, at worst "
+            f"{worst:.4f}, over {len(pixels)} photos; {MEAN_COSINE} and {MIN_COSINE} wanted); "
+            "trying the next precision"
         )
     return "float32", notices
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cache.record import Strings
 from cache.store import DIGEST_BYTES, PENDING
-from pipeline.encoder import Encoder
+from pipeline.encoder import Encoder, QueuedFeatures
 from pipeline.loading import LoadedBatch, PhotoLoader
 
 
@@ -76,7 +75,7 @@ def encode_batches(
         threads=threads,
         pin_memory=encoder.device.type == "cuda",
     )
-    running: tuple[Tensor | None, LoadedBatch] | None = None
+    running: tuple[QueuedFeatures | None, LoadedBatch] | None = None  # on the device
     with loader:
         for batch in loader:
             queued = _encode(encoder, batch), batch
@@ -90,16 +89,13 @@ def encode_batches(
             yield _encoded_rows(*running, order)
 
 
-def _encode(encoder: Encoder, batch: LoadedBatch) -> Tensor | None:
-    """(B, V, D) float16 of every place; None if none of them holds a photo."""
-    if not batch.decoded:
-        return None
-    places, views = batch.pixels.shape[:2]
-    return encoder.encode(batch.pixels.flatten(0, 1)).reshape(places, views, -1)
+def _encode(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
+    """The features of every place; None if none of them holds a photo."""
+    return encoder.queue(batch.pixels.flatten(0, 1)) if batch.decoded else None
 
 
 def _encoded_rows(
-    features: Tensor | None, batch: LoadedBatch, order: NDArray[np.int64]
+    features: QueuedFeatures | None, batch: LoadedBatch, order: NDArray[np.int64]
 ) -> EncodedRows:
     positions = np.array(sorted(batch.decoded), np.int64)
     digests = [batch.reads[position].digest for position in positions.tolist()]
@@ -108,7 +104,7 @@ def _encoded_rows(
         features=(
             np.zeros((0, 0, 0), np.float16)
             if features is None
-            else features.cpu().numpy()[positions - batch.first]
+            else features.wait().reshape(*batch.pixels.shape[:2], -1)[positions - batch.first]
         ),
         digests=np.array(digests, np.uint8).reshape(-1, DIGEST_BYTES),
         unreadable=[

@@ -35,9 +35,9 @@ from train.device import resolve_devices
 from train.vocab import build_caption_table
 
 # A CPU is at its best with a few megabytes of activations a layer, a GPU with many.
-_BATCH_PHOTOS = {"cpu": 32, "cuda": 256}
+_BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
 _FLUSH_INTERVAL_S = 2.0
-_PRECISION_CHECK_PHOTOS = 16
+_PRECISION_CHECK_PHOTOS = 8
 
 
 class ExtractError(CapError):
@@ -96,6 +96,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     ) as writer:
         if writer.cache.batch_rows != skeleton.batch_rows:
             yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
+        del photos, skeleton  # the cache knows it all, in a tenth of the memory
         if config.retry_unreadable:
             yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
         yield from _Filling(writer, config).run(backbone, devices, known)
@@ -130,6 +131,11 @@ def _known_photos(config: ExtractConfig, record: EncoderRecord) -> KnownPhotos |
     return known
 
 
+def decoding_threads(workers: int | None) -> int:
+    """As many as the cores this process may use, unless told otherwise."""
+    return workers or len(os.sched_getaffinity(0))
+
+
 def _precision(
     config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
 ) -> tuple[str, list[str]]:
@@ -153,7 +159,7 @@ def _precision(
         batch_rows=_PRECISION_CHECK_PHOTOS,
         image_size=config.image_size,
         views=("full",),
-        threads=config.workers or len(os.sched_getaffinity(0)),
+        threads=decoding_threads(config.workers),
     )
     with loader:
         for batch in loader:
@@ -171,7 +177,7 @@ class _Filling:
 
     def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
         self._writer, self._config = writer, config
-        self._threads = config.workers or len(os.sched_getaffinity(0))
+        self._threads = decoding_threads(config.workers)
         self._done = int((writer.status == DONE).sum())
         self._unreadable = int((writer.status == UNREADABLE).sum())
         self._before = self._done + self._unreadable

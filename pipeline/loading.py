@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from cache.errors import CapError
+from pipeline.images import empty_pixels
 from pipeline.photos import ReadPhoto, read_photo
 
 # Photos that a thread takes at once: fewer hand-overs, still a fine grain.
@@ -39,8 +39,8 @@ class StalledError(CapError):
 class LoadedBatch:
     """Photos of rows `first` … `first + len(pixels)`; those that were not asked for are black.
 
-    pixels: (R, V, 3, S, S) uint8, valid until `release`. reads: what became of each row asked for;
-    their own pixels are gone.
+    pixels: (R, V, 3, S, S) uint8, channels last in memory, valid until `release`. reads: what
+    became of each row asked for; their own pixels are gone.
     """
 
     first: int
@@ -70,7 +70,7 @@ class PhotoLoader:
     ) -> None:
         self._batches = batches
         self._path_of = path_of
-        self._shape = (batch_rows, len(views), 3, image_size, image_size)
+        self._batch_rows = batch_rows
         self._image_size, self._views = image_size, views
         self._pin_memory = pin_memory
         self._stall_s = stall_s
@@ -120,7 +120,9 @@ class PhotoLoader:
         first, rows = wanted
         pixels = self._free.pop() if self._free else None
         if pixels is None:
-            pixels = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+            count = self._batch_rows * len(self._views)
+            flat = empty_pixels(count, self._image_size, pin_memory=self._pin_memory)
+            pixels = flat.unflatten(0, (self._batch_rows, len(self._views)))
         loading = _Loading(LoadedBatch(first, pixels), set(rows))
         for place in set(range(len(pixels))) - {row - first for row in rows}:
             pixels[place] = 0
@@ -145,26 +147,26 @@ class PhotoLoader:
 
     def _work(self) -> None:
         while not self._stopped and (task := self._tasks.get()) is not None:
+            batch = task.loading.batch
             for row in task.rows:
                 if self._stopped:
                     return
                 try:
-                    self._load(task.loading.batch, row)
+                    self._load(batch, row)
                 except BaseException as error:  # ours, not the photo's: let the caller have it
                     task.loading.failure = error
-                with self._finished:
-                    task.loading.left.discard(row)
-                    self._last_photo = time.monotonic()
-                    if not task.loading.left or task.loading.failure is not None:
-                        self._finished.notify_all()
+                self._last_photo = time.monotonic()
+            with self._finished:
+                task.loading.left.difference_update(task.rows)
+                if not task.loading.left or task.loading.failure is not None:
+                    self._finished.notify_all()
 
     def _load(self, batch: LoadedBatch, row: int) -> None:
-        read = read_photo(self._path_of(row), self._image_size, self._views)
         place = batch.pixels[row - batch.first]
+        read = read_photo(self._path_of(row), self._image_size, self._views, out=place)
         if read.pixels is None:
             place.zero_()
         else:
-            place.copy_(read.pixels)
             batch.decoded.add(row)
         batch.reads[row] = ReadPhoto(None, read.digest, read.error)
 

@@ -23,18 +23,23 @@ MAX_FILE_BYTES = 1 << 29
 class ReadPhoto:
     """One photo after reading and decoding; `error` says why there are no pixels."""
 
-    pixels: Tensor | None  # (V, 3, S, S) uint8
+    pixels: Tensor | None  # (V, 3, S, S) uint8, channels last in memory
     digest: NDArray[np.uint8]  # (16,), zeros if the file could not be read
     error: str = ""
 
 
-def read_photo(path: Path, size: int, views: tuple[str, ...]) -> ReadPhoto:
-    """Read, digest and decode one file. Whatever is wrong with it is in `error`, not raised."""
+def read_photo(
+    path: Path, size: int, views: tuple[str, ...], out: Tensor | None = None
+) -> ReadPhoto:
+    """Read, digest and decode one file. Whatever is wrong with it is in `error`, not raised.
+
+    out: where the pixels go; see `preprocess`. It may hold anything if there is an error.
+    """
     digest = np.zeros(DIGEST_BYTES, np.uint8)
     try:
         data = read_file(path)
         digest = file_digest(data)
-        return ReadPhoto(preprocess(data, size, views), digest)
+        return ReadPhoto(preprocess(data, size, views, out), digest)
     except ImageError as error:
         return ReadPhoto(None, digest, str(error))
     except IsADirectoryError:

@@ -9,11 +9,13 @@ from torch import nn
 from torchvision import models
 
 from pipeline import encoder as encoder_module
+from pipeline.bench_photos import write_bench_photos
 from pipeline.encoder import (
     Encoder,
     EncoderError,
     choose_precision,
     encode_plain,
+    fast_precisions,
     load_backbone,
 )
 from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
@@ -147,6 +149,39 @@ def test_fast_features_agree_with_the_plain_network(precision: str) -> None:
     fast = encoder.encode(random_pixels(8)).float()
     cosine = torch.cosine_similarity(fast, encode_plain(backbone, random_pixels(8), CPU))
     assert float(cosine.min()) > (0.99999 if precision == "float32" else 0.999)
+
+
+def test_resnet152_is_fast_only_where_it_agrees_with_the_plain_network(tmp_path: Path) -> None:
+    """Every precision that `auto` may take on this machine, on photo-like pictures."""
+    write_bench_photos(tmp_path, 4, 256, 256)
+    pixels = torch.cat([preprocess(path.read_bytes(), 224) for path in sorted(tmp_path.iterdir())])
+    backbone = load_backbone("resnet152", "random")
+    plain = encode_plain(backbone, pixels, CPU)
+    for precision in fast_precisions(CPU):
+        fast = Encoder(backbone, device=CPU, precision=precision).encode(pixels).float()
+        cosines = torch.cosine_similarity(fast, plain)
+        assert float(cosines.min()) >= 0.999
+        assert float(cosines.mean()) >= 0.9999
+    assert float(torch.cosine_similarity(plain[:1], plain[1:]).max()) < 0.999  # photos differ
+
+
+def test_a_precision_is_judged_by_the_mean_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("resnet18", "random")
+    monkeypatch.setattr(encoder_module, "MEAN_COSINE", 0.9999999)
+    chosen = choose_precision(
+        backbone, random_pixels(4), device=CPU, candidates=("bfloat16", "float32")
+    )
+    assert chosen[0] == "float32"
+
+
+def test_the_network_a_precision_was_judged_by_is_the_one_used() -> None:
+    backbone = load_backbone("resnet18", "random")
+    pixels = random_pixels(4)
+    choose_precision(backbone, pixels, device=CPU, candidates=("bfloat16", "float32"))
+    judged = backbone.fast_network(CPU, torch.bfloat16, 64)
+    used = Encoder(backbone, device=CPU, precision="bfloat16", image_size=64)
+    assert used._network is judged
+    assert backbone.fast_network(CPU, torch.float32, 64) is not judged
 
 
 def test_a_precision_that_strays_is_turned_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ from torchvision import models
 from pipeline.encoder import load_backbone
 from pipeline.fused import (
     _CudnnConvolution,
+    _MaxPool3,
     _OneDnnConvolution,
+    _replace_max_pools,
     fold_batchnorm,
     fuse_convolutions,
     has_batchnorm,
@@ -138,6 +140,24 @@ def test_what_cannot_be_traced_runs_as_it_is() -> None:
     torch.testing.assert_close(fused(images()), network(images()))
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 2), (12, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_max_pooling_is_torchs(size: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(3, 16, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(_MaxPool3()(x), nn.MaxPool2d(3, 2, 1)(x))
+    assert _MaxPool3()(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_only_max_pools_of_that_kind_are_replaced() -> None:
+    network = nn.Sequential(
+        nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2), nn.MaxPool2d((3, 3), (2, 2), (1, 1)),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2),
+    )  # fmt: skip
+    _replace_max_pools(network)
+    assert [isinstance(pool, _MaxPool3) for pool in network] == [True, False, True, False, False]
+
+
 def test_a_twin_has_shapes_and_no_numbers() -> None:
     network = load_backbone("resnet18", "random").network
     twin = meta_twin(network)
@@ -156,7 +176,8 @@ def test_fused_networks_agree_on_a_gpu(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         expected = network(pixels)
         fused = fuse_convolutions(fold_batchnorm(network), device, dtype, pixels)
-        assert any(isinstance(m, _CudnnConvolution) for m in fused.modules())
+        by_cudnn = any(isinstance(m, _CudnnConvolution) for m in fused.modules())
+        assert by_cudnn == (dtype is not torch.float32)
         batch = pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
         features = fused(batch).float().cpu()
     assert float(torch.cosine_similarity(features, expected).min()) > 0.999

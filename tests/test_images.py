@@ -9,7 +9,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.images import ImageError, decode, parse_views, preprocess
+from pipeline.images import (
+    ImageError,
+    _needs_pillow,
+    decode,
+    empty_pixels,
+    parse_views,
+    preprocess,
+)
 
 QUADRANTS = np.zeros((40, 60, 3), np.uint8)  # red | green over blue | white
 QUADRANTS[:20, :30] = (255, 0, 0)
@@ -173,3 +180,31 @@ def test_unknown_views_are_named() -> None:
         parse_views("full,top")
     with pytest.raises(ValueError, match="named twice"):
         parse_views("corners,top-left")
+
+
+@pytest.mark.parametrize("size", [32, 48])  # 48: no resize, a view is the photo itself
+def test_pixels_are_written_in_place_and_nowhere_else(size: int) -> None:
+    picture = np.random.default_rng(3).integers(0, 256, (48, 48, 3), np.uint8)
+    data = saved(Image.fromarray(picture), "PNG")
+    for names in ("full", "flip", "corners", "flip,full,center"):
+        views = parse_views(names)
+        batch = empty_pixels(3 * len(views), size).unflatten(0, (3, len(views)))
+        batch.fill_(7)
+        preprocess(data, size, views, batch[1])
+        assert torch.equal(batch[1], preprocess(data, size, views))
+        assert batch[0].eq(7).all()
+        assert batch[2].eq(7).all()
+        assert batch.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_jpeg_says_by_its_segments_whether_pillow_must_look() -> None:
+    picture = Image.fromarray(QUADRANTS)
+    plain = saved(picture, "JPEG", comment=b"\xff\xe1 in a comment is no segment")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert not _needs_pillow(plain)
+    assert _needs_pillow(saved(picture, "JPEG", exif=exif))
+    assert _needs_pillow(saved(picture, "PNG"))
+    for length in range(600):  # cut anywhere, it ends, and Pillow has the word or the decoder fails
+        _needs_pillow(plain[:length])
+    assert _needs_pillow(plain[:200])

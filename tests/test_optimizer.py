@@ -74,7 +74,7 @@ def test_the_rate_rises_and_falls_as_the_recipe_says() -> None:
 def test_the_average_follows_and_changes_places() -> None:
     model = decoder()
     parameters = FlatParameters(model, transposed=True)
-    average = WeightAverage(parameters, model.normalize, decay=0.5)
+    average = WeightAverage(parameters, decay=0.5)
     start = model.head.weight.detach().clone()
     for step in range(30, 33):
         with torch.no_grad():

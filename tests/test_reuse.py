@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from cache.record import CacheError
 from cache.store import DONE, open_cache
 from pipeline import encoding
-from pipeline.encoder import Encoder
+from pipeline.encoder import Encoder, QueuedFeatures
 from pipeline.extract import Progress, extract
 from pipeline.loading import LoadedBatch
 from tests.conftest import write_photo
@@ -23,7 +22,7 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of photos in each batch that is really encoded."""
     real, counts = encoding._encode, []
 
-    def count(encoder: Encoder, batch: LoadedBatch) -> Tensor | None:
+    def count(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
         counts.append(len(batch.decoded))
         return real(encoder, batch)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from cache.merge import merge
 from cache.record import CacheError
@@ -167,10 +168,10 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
     run(folder, tmp_path / "whole.h5", captions=None)
     back, real = threading.Event(), photos_module.read_photo
 
-    def read_photo(path: Path, size: int, views: tuple[str, ...]) -> ReadPhoto:
+    def read_photo(path: Path, size: int, views: tuple[str, ...], out: Tensor) -> ReadPhoto:
         if path.name >= "20.jpg":
             back.wait()
-        return real(path, size, views)
+        return real(path, size, views, out)
 
     monkeypatch.setattr(loading, "read_photo", read_photo)
     monkeypatch.setattr(encoding, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
@@ -197,7 +198,7 @@ def test_a_drive_that_stalls_from_the_start_leaves_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
-    monkeypatch.setattr(loading, "read_photo", lambda *arguments: [None, back.wait()][0])
+    monkeypatch.setattr(loading, "read_photo", lambda *_, **__: [None, back.wait()][0])
     monkeypatch.setattr(extraction, "PhotoLoader", partial(PhotoLoader, stall_s=0.2))
     monkeypatch.setattr(extraction, "fast_precisions", lambda device: ("bfloat16", "float32"))
     with pytest.raises(StalledError, match=r"a\.jpg: the disk has given no photo for"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.config import Recipe
 from train.flat import FlatParameters
@@ -92,18 +92,16 @@ class FlatAdamW:
 
 
 class WeightAverage:
-    """A moving average of the weights and of BatchNorm's statistics (Polyak & Juditsky, 1992).
+    """A moving average of the weights (Polyak & Juditsky, 1992).
 
     Young averages forget faster, so that the first random weights do not stay in them.
     """
 
-    def __init__(self, parameters: FlatParameters, normalize: nn.BatchNorm1d, decay: float) -> None:
-        assert normalize.running_mean is not None
-        assert normalize.running_var is not None
+    def __init__(self, parameters: FlatParameters, decay: float) -> None:
         self._parameters = parameters
-        self._live = [parameters.values, normalize.running_mean, normalize.running_var]
-        self._average = [tensor.clone() for tensor in self._live]
+        self._average = parameters.values.clone()
         self._decay = decay
+        # A tensor, so that a captured graph reads it anew at every replay.
         self._weight = torch.zeros((), device=parameters.values.device)
 
     def set_step(self, step: int) -> None:
@@ -113,42 +111,28 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        for average, live in zip(self._average, self._live, strict=True):
-            average.lerp_(live, self._weight)
+        self._average.lerp_(self._parameters.values, self._weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Within this context the decoder has the averaged weights."""
-        self._swap()
+        kept = self._parameters.values.clone()
+        self.take()
         try:
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for average, live in zip(self._average, self._live, strict=True):
-            kept = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
+            with torch.no_grad():
+                self._parameters.values.copy_(kept)
 
     @torch.no_grad()
     def take(self) -> None:
         """Give the decoder the averaged weights for good."""
-        for average, live in zip(self._average, self._live, strict=True):
-            live.copy_(average)
+        self._parameters.values.copy_(self._average)
 
-    def state(self) -> dict[str, Any]:
-        values, mean, variance = self._average
-        return {
-            "values": self._parameters.named(values),
-            "running_mean": mean.cpu().clone(),
-            "running_var": variance.cpu().clone(),
-        }
+    def state(self) -> dict[str, Tensor]:
+        """The average by parameter name, as plain tensors."""
+        return self._parameters.named(self._average)
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
-        values, mean, variance = self._average
-        self._parameters.load(state["values"], values)
-        mean.copy_(state["running_mean"])
-        variance.copy_(state["running_var"])
+        self._parameters.load(state, self._average)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: is everything right there, then how fast is it? Takes under 8 minutes,
+# needs no network where torch is installed; prints the JSON file that holds the results.
+# Arguments go to gpu_check.py: --out FILE, --checks-only, --device, --backbone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+imports='import h5py, nltk, numpy, PIL, pycocotools, safetensors, simplejpeg, torch, torchvision, typer'
+if ! "$python" -c "$imports" 2>/dev/null; then
+    . scripts/install.sh
+    install ""
+    python=.venv/bin/python
+fi
+exec "$python" scripts/gpu_check.py "$@"
