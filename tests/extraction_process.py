@@ -1,8 +1,4 @@
-"""An extraction to be killed, in a module that a fork server can load once.
-
-What writes nothing (loading weights, building the network) is done before the fork, so that a
-killed process lives for a fraction of a second and most kills come while it writes.
-"""
+"""An extraction to be killed, for a fork server (`tests.extraction_server`) to load once."""
 
 from __future__ import annotations
 
@@ -18,16 +14,40 @@ from pipeline.config import ExtractConfig
 from pipeline.encoder import Encoder, encoder_record, load_backbone
 from pipeline.loading import LoadedBatch
 
-torch.set_num_threads(1)  # threads would not survive the fork
-_encode = encoding._encode
 
+@cache
+def prepare() -> None:
+    """Do what writes nothing (loading weights, building the network) before the fork, so that a
+    killed process lives for a fraction of a second and most kills come while it writes.
+    """
+    torch.set_num_threads(1)  # threads would not survive the fork
+    backbone = load_backbone("resnet18", "random")
+    record = encoder_record(backbone, 32, ("full",), "float32")
+    encoder = Encoder(
+        backbone,
+        device=torch.device("cpu"),
+        precision="float32",
+        image_size=32,
+        views=("full",),
+    )
+    encoder.encode(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))  # makes the kernels
+    encode = encoding._encode
 
-def _encode_slowly(encoder: Encoder, batch: LoadedBatch) -> object:
-    time.sleep(0.002)  # more moments to be killed in
-    return _encode(encoder, batch)
+    def encode_slowly(encoder: Encoder, batch: LoadedBatch) -> object:
+        time.sleep(0.002)  # more moments to be killed in
+        return encode(encoder, batch)
+
+    module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once
+    vars(encoding).update(_encode=encode_slowly)
+    vars(module).update(
+        load_backbone=lambda *_: backbone,
+        encoder_record=lambda *_: record,
+        Encoder=lambda *_, **settings: encoder,
+    )
 
 
 def run_extraction(photos: Path, out: Path) -> None:
+    prepare()
     config = ExtractConfig(
         images=photos,
         out=out,
@@ -41,23 +61,3 @@ def run_extraction(photos: Path, out: Path) -> None:
     )
     for _ in module.extract(config):
         pass
-
-
-if __name__ != "__main__":
-    module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once
-    vars(encoding).update(_encode=_encode_slowly)
-    vars(module).update(
-        load_backbone=cache(load_backbone),
-        encoder_record=cache(encoder_record),
-        Encoder=cache(Encoder),
-    )
-    _backbone = vars(module)["load_backbone"]("resnet18", "random")
-    vars(module)["encoder_record"](_backbone, 32, ("full",), "float32")
-    _encoder = vars(module)["Encoder"](
-        _backbone,
-        device=torch.device("cpu"),
-        precision="float32",
-        image_size=32,
-        views=("full",),
-    )
-    _encoder.encode(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))  # kernels are made at first use

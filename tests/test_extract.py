@@ -84,7 +84,7 @@ def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         write_photo(tmp_path / "photos" / f"{seed:03d}.jpg", seed)
     # The fork server has everything imported and loaded; its children start at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.extraction_process"])
+    context.set_forkserver_preload(["tests.extraction_server"])
 
     def start(out: Path) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=run_extraction, args=(tmp_path / "photos", out))
