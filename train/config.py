@@ -100,7 +100,7 @@ class SweepConfig:
     out: Path
     val_cache: Path | None = None
     trials: int = 32  # in the folder, those of earlier calls included
-    epochs: int = BEST.epochs  # of each trial
+    epochs: int = 8  # of each trial: enough to tell them apart
     jobs: int | None = None  # trials at a time; None: one per core (at most 8), one on a GPU
     timeout_s: float | None = None  # after which no further trial starts
     min_count: int = 4
