@@ -29,6 +29,7 @@ from train.batches import Batch, CaptionSet, caption_set, epoch_batches
 from train.config import CLASSIC
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.device import resolve_device
+from train.fast import NO_MASKS
 from train.loop import Trainer
 from train.machine import peak_rss_mb
 from train.packed import pack
@@ -299,17 +300,17 @@ def _parts_ms(
     batch = pack(captions.batch(chosen), round_up=round_up)
     count = batch.count()
     with torch.no_grad():
-        states = objective._hidden(batch, None, training=True)
+        states = objective._hidden(batch, NO_MASKS, training=True)
         logits = objective._logits(states.before_head)
         _, smoothed = objective._cross_entropy(batch, logits, states.before_head, None, 0.0)
         parts: dict[str, Callable[[], object]] = {
             "batch": lambda: pack(captions.batch(chosen), round_up=round_up),
-            "lstm forward": lambda: objective._hidden(batch, None, training=True),
+            "lstm forward": lambda: objective._hidden(batch, NO_MASKS, training=True),
             "head forward": lambda: objective._logits(states.before_head),
             "cross-entropy": lambda: objective._cross_entropy(
                 batch, logits, states.before_head, None, 0.0
             ),
-            "backward": lambda: objective._backward(batch, None, states, logits, smoothed),
+            "backward": lambda: objective._backward(batch, NO_MASKS, states, logits, smoothed),
             "optimizer": lambda: trainer.optimizer.step(count),
         }
         return {

@@ -147,17 +147,22 @@ def test_bfloat16_stays_within_its_bound(options: dict[str, float]) -> None:
 @pytest.mark.parametrize("round_up", [True, False])
 def test_dropout_with_the_same_masks_gives_the_same(layers: int, round_up: bool) -> None:
     batch = BATCHES["ragged"]
-    plain = decoder(num_layers=layers, dropout=0.4)
+    plain = decoder(num_layers=layers, dropout=0.4, feature_dropout=0.3)
     model = copy.deepcopy(plain)
     packed = pack(batch, round_up=round_up)
-    masks = draw_masks(model.config, len(packed.words), torch.float32, torch.device("cpu"), 7)
-    assert isinstance(masks, Masks)
+    masks = draw_masks(model.config, packed, torch.float32, 7)
+    assert masks.features is not None
+    assert masks.inputs is not None
     assert len(masks.layers) == layers
+    of_features = masks.features
+    plain.feature_dropout.register_forward_hook(
+        lambda module, inputs, output: inputs[0] * of_features
+    )
     plain.lstm.dropout = 0.0  # its own is between layers, where nothing can be given to it
     given = GivenMasks(packed, [masks.inputs, masks.layers[-1]], batch)
     if layers == 2:
         ones = torch.ones_like(masks.layers[0])
-        masks = Masks(masks.inputs, (ones, masks.layers[1]))
+        masks = Masks(masks.features, masks.inputs, (ones, masks.layers[1]))
     plain.dropout = given  # type: ignore[assignment]
     expected = plain.loss(batch)
     expected.backward()
@@ -199,18 +204,23 @@ def test_validation_loss_is_the_plain_one_without_dropout(dtype: torch.dtype) ->
 
 
 def test_dropout_masks_keep_what_they_should() -> None:
-    config = DecoderConfig(5, 9, 64, 128, 2, dropout=0.3)
-    masks = draw_masks(config, 500, torch.float32, torch.device("cpu"), 3)
-    assert masks is not None
-    assert [mask.shape for mask in (masks.inputs, *masks.layers)] == [(500, 64)] + [(500, 128)] * 2
-    for mask in (masks.inputs, *masks.layers):
-        assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
-        assert float(mask.mean()) == pytest.approx(1, abs=0.02)
-    again = draw_masks(config, 500, torch.float32, torch.device("cpu"), 3)
-    assert again is not None
-    assert torch.equal(masks.layers[1], again.layers[1])
-    assert not torch.equal(masks.layers[0], masks.layers[1])
-    assert draw_masks(DecoderConfig(5, 9), 5, torch.float32, torch.device("cpu"), 3) is None
+    config = DecoderConfig(FEATURES, WORDS, 64, 128, 2, dropout=0.3, feature_dropout=0.6)
+    packed = pack(ragged([9] * 500), round_up=False)
+    for seed in (3, None):
+        masks = draw_masks(config, packed, torch.float32, seed)
+        assert masks.features is not None
+        assert masks.inputs is not None
+        shapes = [mask.shape for mask in (masks.features, masks.inputs, *masks.layers)]
+        assert shapes == [(500, FEATURES), (5000, 64), (5000, 128), (5000, 128)]
+        assert masks.features.unique().tolist() == pytest.approx([0, 1 / 0.4], rel=1e-4)
+        assert float(masks.features.mean()) == pytest.approx(1, abs=0.05)
+        for mask in (masks.inputs, *masks.layers):
+            assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
+            assert float(mask.mean()) == pytest.approx(1, abs=0.02)
+        assert not torch.equal(masks.layers[0], masks.layers[1])
+    again = [draw_masks(config, packed, torch.float32, 3) for _ in range(2)]
+    assert torch.equal(again[0].layers[1], again[1].layers[1])
+    assert draw_masks(DecoderConfig(5, 9), packed, torch.float32, 3) == Masks(None, None, ())
 
 
 def test_own_words_come_from_the_models_distribution() -> None:

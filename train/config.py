@@ -17,6 +17,7 @@ class Recipe:
     tie_embeddings: bool = False  # a word is read and written by the same vector
     photo_every_step: bool = False  # the LSTM reads the photo with each word, not before them alone
     dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
+    feature_dropout: float = 0.0  # on the photo's features
 
     # The optimizer: AdamW, which is Adam where weight_decay is 0.
     epochs: int = 2

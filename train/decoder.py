@@ -46,6 +46,7 @@ class DecoderConfig:
     hidden_size: int = 512
     num_layers: int = 1
     dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
+    feature_dropout: float = 0.0  # on the photo's features
     tie_embeddings: bool = False
     photo_every_step: bool = False  # added to each word that is read, not at step 1 alone
 
@@ -65,6 +66,7 @@ class CaptionDecoder(nn.Module):
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
         self.dropout = nn.Dropout(config.dropout)
+        self.feature_dropout = nn.Dropout(config.feature_dropout)
         self.transform: nn.Module = nn.Identity()
         if config.tie_embeddings:
             self.transform = nn.Linear(config.hidden_size, config.embedding_size)
@@ -104,7 +106,8 @@ class CaptionDecoder(nn.Module):
 
     def read_photo(self, features: Tensor) -> Tensor:
         """What the LSTM reads at step 1: (B, D) → (B, E)."""
-        return self.normalize(self.project(features.float()))  # type: ignore[no-any-return]
+        features = self.feature_dropout(features.float())
+        return self.normalize(self.project(features))  # type: ignore[no-any-return]
 
     def step(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
         """One step of decoding: (B, E) inputs and the state before → (B, W) logits, state after.

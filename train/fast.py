@@ -43,12 +43,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Masks:
-    """Dropout of one step: 0 where a number is dropped, 1 / (1 - p) where it stays; (R, size) each,
-    in the objective's dtype.
+    """Dropout of one step: 0 where a number is dropped, 1 / (1 - p) where it stays; in the
+    objective's dtype. None: nothing is dropped there.
     """
 
-    inputs: Tensor  # (R, E)
-    layers: tuple[Tensor, ...]  # (R, H) for the outputs of each LSTM layer
+    features: Tensor | None  # (B, D)
+    inputs: Tensor | None  # (R, E)
+    layers: tuple[Tensor, ...]  # (R, H) for the outputs of each LSTM layer; or none of them
+
+
+NO_MASKS = Masks(None, None, ())
 
 
 class FastObjective:
@@ -82,7 +86,7 @@ class FastObjective:
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy per target token, a float32 scalar, without dropout or smoothing."""
-        hidden = self._hidden(batch, None, training=False).before_head
+        hidden = self._hidden(batch, NO_MASKS, training=False).before_head
         loss, _ = self._cross_entropy(batch, self._logits(hidden), hidden, None, 0.0)
         return loss / batch.count()
 
@@ -90,7 +94,7 @@ class FastObjective:
     def loss_and_gradients(
         self,
         batch: PackedBatch,
-        masks: Masks | None = None,
+        masks: Masks = NO_MASKS,
         *,
         weights: Tensor | None = None,
         training: bool = True,
@@ -120,7 +124,7 @@ class FastObjective:
         # A size that oneDNN knows already: the last rows are computed and forgotten.
         filling = -len(rows) % _SAMPLED_ROWS_MULTIPLE
         chosen = torch.nn.functional.pad(rows, (0, filling))
-        before_head = self._hidden(batch, None, training=False).before_head[chosen]
+        before_head = self._hidden(batch, NO_MASKS, training=False).before_head[chosen]
         logits = torch.addmm(self._bias("head.bias"), before_head, self._weight(self._head))
         below = logits[: len(rows)].float().softmax(1).cumsum(1)  # (K, padded W)
         words = torch.searchsorted(below, uniform.unsqueeze(1) * below[:, -1:]).squeeze(1)
@@ -142,13 +146,13 @@ class FastObjective:
     def _bias(self, name: str) -> Tensor:
         return self.parameters.memory(name, self._low)
 
-    def _hidden(self, batch: PackedBatch, masks: Masks | None, *, training: bool) -> _States:
+    def _hidden(self, batch: PackedBatch, masks: Masks, *, training: bool) -> _States:
         """Everything before the head."""
         if self._low is not self.parameters.values:
             self._low.copy_(self.parameters.values)
         rows, first = len(batch.words), batch.steps[0]
         count, embedding = len(batch.features), self.config.embedding_size
-        photo = self._read_photo(batch, training)
+        photo = self._read_photo(batch, masks, training)
         inputs = self._buffer("inputs", rows, embedding)
         torch.index_select(
             self.parameters.memory("embed.weight", self._low), 0, batch.words, out=inputs
@@ -158,14 +162,14 @@ class FastObjective:
             inputs.add_(photo.normalized.to(self.dtype)[batch.captions.clamp_max(count - 1)])
         inputs[:count].copy_(photo.normalized)
         inputs[count:first].zero_()
-        if masks is not None:
+        if masks.inputs is not None:
             inputs.mul_(masks.inputs)
         layers: list[_Layer] = []
         outputs = inputs
         for n in range(self.config.num_layers):
             layers.append(self._lstm_forward(n, batch, outputs))
             outputs = layers[-1].outputs
-            if masks is not None:
+            if masks.layers:
                 dropped = self._buffer(f"dropped{n}", *outputs.shape)
                 outputs = torch.mul(outputs, masks.layers[n], out=dropped)
         before_head = outputs
@@ -186,11 +190,13 @@ class FastObjective:
             self._bias("head.bias"), before_head, self._weight(self._head), out=logits
         )
 
-    def _read_photo(self, batch: PackedBatch, training: bool) -> _Photo:
+    def _read_photo(self, batch: PackedBatch, masks: Masks, training: bool) -> _Photo:
         normalize = self.decoder.normalize
         # BatchNorm cannot measure one row.
         measure = training and len(batch.features) > 1
         features = batch.features.to(self.dtype)
+        if masks.features is not None:
+            features.mul_(masks.features)
         projected = torch.addmm(
             self._bias("project.bias"), features, self._weight("project.weight")
         ).float()
@@ -290,7 +296,7 @@ class FastObjective:
     def _backward(
         self,
         batch: PackedBatch,
-        masks: Masks | None,
+        masks: Masks,
         states: _States,
         d_logits: Tensor,
         smoothed: Tensor | None,
@@ -307,10 +313,10 @@ class FastObjective:
                 "transform.weight", states.outputs, d_outputs, "d_outputs"
             )
         for n in reversed(range(self.config.num_layers)):
-            if masks is not None:
+            if masks.layers:
                 d_outputs.mul_(masks.layers[n])
             d_outputs = self._lstm_backward(n, batch, states.layers[n], d_outputs)
-        if masks is not None:
+        if masks.inputs is not None:
             d_outputs.mul_(masks.inputs)
         d_inputs = self._buffer("d_inputs_float", *d_outputs.shape, dtype=torch.float32)
         d_inputs.copy_(d_outputs)

@@ -164,9 +164,7 @@ class Trainer:
     def _update(self, batch: Batch, seed: int | None) -> Tensor:
         """seed: of this step's dropout; None: the device's generator is seeded already."""
         packed = pack(batch, round_up=self.captions.device.type == "cpu")
-        masks = draw_masks(
-            self.decoder.config, len(packed.words), self.objective.dtype, packed.words.device, seed
-        )
+        masks = draw_masks(self.decoder.config, packed, self.objective.dtype, seed)
         count = packed.count()
         loss = self.objective.loss_and_gradients(packed, masks)
         self._apply(count)

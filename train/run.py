@@ -167,6 +167,7 @@ class _Run:
                 hidden_size=recipe.hidden_size,
                 num_layers=recipe.num_layers,
                 dropout=recipe.dropout,
+                feature_dropout=recipe.feature_dropout,
                 tie_embeddings=recipe.tie_embeddings,
                 photo_every_step=recipe.photo_every_step,
             )
