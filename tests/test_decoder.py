@@ -24,7 +24,9 @@ def batch() -> Batch:
     )
 
 
-def textbook_loss(weights: dict[str, Tensor], batch: Batch, layers: int, training: bool) -> Tensor:
+def textbook_loss(
+    weights: dict[str, Tensor], batch: Batch, layers: int, training: bool, photo_every_step: bool
+) -> Tensor:
     """The loss from the equations, one caption, one step and one gate at a time.
 
     LSTM as in Hochreiter & Schmidhuber (1997) with forget gates; gate order i, f, g, o.
@@ -57,16 +59,26 @@ def textbook_loss(weights: dict[str, Tensor], batch: Batch, layers: int, trainin
             logits = weights["head.weight"] @ x + weights["head.bias"]
             losses.append(torch.logsumexp(logits, 0) - logits[word])
             x = weights["embed.weight"][word]
+            if photo_every_step:
+                x = x + photos[b]
     return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
-def test_loss_and_gradients_are_the_textbooks(layers: int, training: bool) -> None:
+@pytest.mark.parametrize("photo_every_step", [True, False])
+def test_loss_and_gradients_are_the_textbooks(
+    layers: int, training: bool, photo_every_step: bool
+) -> None:
     torch.manual_seed(0)
     decoder = CaptionDecoder(
         DecoderConfig(
-            feature_dim=5, vocab_size=9, embedding_size=4, hidden_size=6, num_layers=layers
+            feature_dim=5,
+            vocab_size=9,
+            embedding_size=4,
+            hidden_size=6,
+            num_layers=layers,
+            photo_every_step=photo_every_step,
         )
     ).train(training)
     buffers = dict(decoder.normalize.named_buffers())
@@ -77,7 +89,7 @@ def test_loss_and_gradients_are_the_textbooks(layers: int, training: bool) -> No
         for name, tensor in decoder.state_dict().items()
         if name != "normalize.num_batches_tracked"
     }
-    expected = textbook_loss(weights, batch(), layers, training)
+    expected = textbook_loss(weights, batch(), layers, training, photo_every_step)
     expected.backward()
     loss = decoder.loss(batch())
     loss.backward()
