@@ -316,6 +316,24 @@ def test_parameters_move_into_one_buffer_and_stay_themselves() -> None:
             assert torch.equal(parameters.view(name, other), model.get_parameter(name))
 
 
+def test_validation_may_come_first_and_be_longer(make_cache: MakeCache) -> None:
+    cache = make_cache([["a dog"], ["a cat"], ["a dog and a cat and a bird on a hill"]] * 2)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    sets = [
+        caption_set(
+            cache, vocabulary, rows=np.array(rows), device=torch.device("cpu"), max_length=50
+        )
+        for rows in ([0, 1, 3, 4], [2, 5])
+    ]
+    model = CaptionDecoder(DecoderConfig(8, len(vocabulary), 16, 32))
+    trainer = Trainer(model, sets[0], Recipe(batch_size=2, epochs=2), seed=0)
+    for epoch in range(2):
+        before = trainer.validation_loss(sets[1])
+        for _ in trainer.epoch(epoch):
+            pass
+        assert trainer.validation_loss(sets[0]) != before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_graphed_run_on_a_gpu_follows_the_plain_one(

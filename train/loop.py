@@ -226,7 +226,7 @@ class Trainer:
             normalize.running_mean.copy_(projected.mean(0))
             normalize.running_var.copy_(projected.var(0))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: the objective's buffers may grow here, to be trained in
     def validation_loss(self, captions: CaptionSet) -> float:
         """Mean cross-entropy per target token over all captions, without dropout or smoothing."""
         self.decoder.eval()
