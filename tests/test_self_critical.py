@@ -9,7 +9,7 @@ from train.config import Recipe
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.loop import Trainer
 from train.self_critical import SelfCritical, _above_the_others, _as_batch
-from train.vocab import END, PAD, build_vocabulary
+from train.vocab import END, PAD, START, UNK, build_vocabulary
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,10 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(make_cache: MakeCac
     decoder.eval()
     features = captions.photo_features(photos, np.zeros(3, np.int64)).repeat_interleave(4, 0)
     inputs = words[:, :-1].masked_fill(words[:, :-1] == END, PAD)
-    log_probs = decoder(features, inputs).log_softmax(-1)
+    logits = decoder(features, inputs)
+    logits[..., [PAD, START, UNK]] = -1e4  # never drawn
+    logits[:, 0, END] = -1e4
+    log_probs = logits.log_softmax(-1)
     picked = log_probs.gather(2, words.unsqueeze(-1)).squeeze(-1) * (words != PAD)
     advantages = torch.from_numpy(_above_the_others(rewards.reshape(3, 4)).reshape(-1)).float()
     loss = -(picked.sum(1) * advantages).sum()

@@ -25,12 +25,14 @@ from torch import Tensor
 from train.decoder import CaptionDecoder
 from train.flat import FlatParameters
 from train.packed import PackedBatch
-from train.vocab import PAD
+from train.selection import NEVER
+from train.vocab import END, PAD
 
 _aten = torch.ops.aten
 # Rows of logits in float32 at a time: some megabytes, so that they stay in a CPU's cache.
 _CPU_SOFTMAX_ROWS = 128
 _SAMPLED_ROWS_MULTIPLE = 64
+IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other logit finite
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -98,19 +100,23 @@ class FastObjective:
         *,
         weights: Tensor | None = None,
         training: bool = True,
-        smooth: bool = True,
+        drawn: bool = False,
     ) -> Tensor:
         """The *sum* of all target tokens' cross-entropy, a float32 scalar; its gradients replace
         what is in `parameters.gradients`. Divided by `batch.count()`, both are the plain path's:
         the optimizer divides on its way through the gradients.
 
         weights: (R,) float32, a factor for each row's loss. training: BatchNorm measures the batch
-        and updates its running statistics, as the module does in training. smooth: with the label
-        smoothing.
+        and updates its running statistics, as the module does in training. drawn: the captions were
+        drawn by `train.rollout`: what is never drawn has no probability, and nothing is smoothed.
         """
-        smoothing = self.label_smoothing if smooth else 0.0
+        smoothing = 0.0 if drawn else self.label_smoothing
         states = self._hidden(batch, masks, training=training)
         logits = self._logits(states.before_head)
+        if drawn:
+            # Else what a caption loses would go to words that are never drawn, and so never lose.
+            logits[:, list(NEVER)] = IMPOSSIBLE_LOGIT
+            logits[: batch.steps[0], END] = IMPOSSIBLE_LOGIT
         loss, smoothed = self._cross_entropy(batch, logits, states.before_head, weights, smoothing)
         self._backward(batch, masks, states, logits, smoothed if smoothing else None)
         return loss

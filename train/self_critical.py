@@ -90,9 +90,10 @@ class SelfCritical:
         of_captions = torch.from_numpy(advantages).float().to(words.device)[order]
         # Filling rows point past the last caption.
         padded = torch.nn.functional.pad(of_captions, (0, len(packed.captions)))
-        self._objective.loss_and_gradients(
-            packed, weights=padded[packed.captions], training=False, smooth=False
-        )
+        weights = padded[packed.captions]
+        # After the most words `<end>` is not drawn but forced: nothing is to be learned there.
+        weights[sum(packed.steps[:_MAX_LENGTH]) :] = 0
+        self._objective.loss_and_gradients(packed, weights=weights, training=False, drawn=True)
         return packed.count(), torch.tensor(rewards.mean())
 
 
