@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from train.decoder import CaptionDecoder, DecoderConfig
 from train.dropout import draw_masks
 from train.fast import FastObjective, Masks
 from train.flat import FlatParameters
+from train.graphs import GraphedSteps
 from train.loop import Trainer
 from train.packed import PackedBatch, pack
 from train.sampling import with_own_words
@@ -334,10 +335,93 @@ def test_validation_may_come_first_and_be_longer(make_cache: MakeCache) -> None:
         assert trainer.validation_loss(sets[0]) != before
 
 
+class StubGraph:
+    """Instead of a CUDA graph: says when it is captured and replayed."""
+
+    log: list[str]
+
+    def __init__(self) -> None:
+        self.log.append("capture")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+def test_graphs_are_forgotten_when_their_buffers_move(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache([["a dog"], ["a cat"]])
+    vocabulary = build_vocabulary(cache.captions, 1)
+    captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=50)
+    log: list[str] = []
+    generation = [0]
+    monkeypatch.setattr(StubGraph, "log", log, raising=False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
+        log.append("step")
+        return torch.zeros(())
+
+    steps = GraphedSteps(step, captions, lambda: generation[0])
+    monkeypatch.setattr(
+        steps, "_capture", lambda *_: SimpleNamespace(graph=StubGraph(), loss=torch.zeros(()))
+    )
+    chosen = np.array([0, 1])
+    for _ in range(3):
+        steps.run(chosen, None)
+    assert log == ["step", "capture", "replay", "replay"]
+    generation[0] += 1  # as validation on longer captions does
+    steps.run(chosen, None)
+    assert log[4:] == ["capture", "replay"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_graphed_run_on_a_gpu_follows_an_eager_one(make_cache: MakeCache, name: str) -> None:
+    """Ragged captions, dropout, averages, and validation on longer captions in between."""
+    random = np.random.default_rng(0)
+    words = [f"w{n}" for n in range(12)]
+    texts = [
+        [" ".join(random.choice(words, random.integers(1, 9))) for _ in range(3)] for _ in range(64)
+    ]
+    texts[-4:] = [[" ".join(random.choice(words, 20))] for _ in range(4)]
+    cache = make_cache(texts)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    device = torch.device(name)
+    recipe = Recipe(
+        embedding_size=16, hidden_size=32, batch_size=16, epochs=6, learning_rate=0.01,
+        dropout=0.2, feature_dropout=0.2, average_decay=0.9, label_smoothing=0.1,
+        photo_every_step=True, tie_embeddings=True, decay="cosine",
+    )  # fmt: skip
+    losses: dict[bool, list[float]] = {}
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        model = CaptionDecoder(
+            DecoderConfig(
+                8, len(vocabulary), 16, 32, dropout=0.2, feature_dropout=0.2,
+                photo_every_step=True, tie_embeddings=True,
+            )
+        ).to(device)  # fmt: skip
+        training, longer = (
+            caption_set(cache, vocabulary, rows=np.array(rows), device=device, max_length=50)
+            for rows in (range(60), range(60, 64))
+        )
+        trainer = Trainer(model, training, recipe, seed=0, precision="float32")
+        if not graphed:
+            trainer._graphs = None
+        losses[graphed] = []
+        for epoch in range(6):
+            losses[graphed] += [float(step.loss) for step in trainer.epoch(epoch)]
+            with trainer.best_weights():
+                losses[graphed].append(trainer.validation_loss(longer))
+    np.testing.assert_allclose(losses[True], losses[False], atol=0.02)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_graphed_run_on_a_gpu_follows_the_plain_one(
-    make_cache: MakeCache, tmp_path: Path
+    make_cache: MakeCache,
 ) -> None:
     cache = make_cache([[f"w{n % 7} w{n % 5} w{n % 3}" for _ in range(3)] for n in range(64)])
     vocabulary = build_vocabulary(cache.captions, 1)

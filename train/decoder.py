@@ -118,5 +118,21 @@ class CaptionDecoder(nn.Module):
         before = None if state is None else (state.hidden, state.cell)
         if state is not None and self.config.photo_every_step:
             inputs = inputs + photo
+        if inputs.is_cuda:
+            hidden, cell = self._cells(inputs, before)
+            return self.logits(hidden[-1]), State(hidden, cell, photo)
         outputs, (hidden, cell) = self.lstm(inputs.unsqueeze(1), before)
         return self.logits(outputs.squeeze(1)), State(hidden, cell, photo)
+
+    def _cells(self, inputs: Tensor, before: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """One step of the LSTM, layer by layer. cuDNN would gather the weights anew at every step
+        where they are not in a buffer of its own. In eval mode: nothing is dropped between layers.
+        """
+        if before is None:
+            zeros = inputs.new_zeros(self.config.num_layers, len(inputs), self.config.hidden_size)
+            before = (zeros, zeros)
+        states = []
+        for n, weights in enumerate(self.lstm.all_weights):
+            inputs, cell = torch.lstm_cell(inputs, (before[0][n], before[1][n]), *weights)
+            states.append((inputs, cell))
+        return torch.stack([state[0] for state in states]), torch.stack([s[1] for s in states])

@@ -28,7 +28,8 @@ def resolve_device(name: str) -> torch.device:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch, on any device, found no memory for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    signs = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def resolve_devices(names: str) -> list[torch.device]:

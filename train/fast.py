@@ -38,7 +38,8 @@ IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it faster than float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     capable = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if capable else torch.float32
 
@@ -115,7 +116,8 @@ class FastObjective:
         logits = self._logits(states.before_head)
         if drawn:
             # Else what a caption loses would go to words that are never drawn, and so never lose.
-            logits[:, list(NEVER)] = IMPOSSIBLE_LOGIT
+            for word in NEVER:
+                logits[:, word] = IMPOSSIBLE_LOGIT
             logits[: batch.steps[0], END] = IMPOSSIBLE_LOGIT
         loss, smoothed = self._cross_entropy(batch, logits, states.before_head, weights, smoothing)
         self._backward(batch, masks, states, logits, smoothed if smoothing else None)

@@ -59,18 +59,23 @@ class GraphedSteps:
         else:
             seen.copy_(torch.from_numpy(views).pin_memory(), non_blocking=True)
         shape = (count, length)
+        self._forget_if_moved()  # validation works in the same buffers
         if shape not in self._seen:
             self._seen.add(shape)
             loss = self._step(chosen, seen, length)
-            if self._generation() != self._captured_in:
-                self._captured.clear()
-                self._captured_in = self._generation()
+            self._forget_if_moved()
             return loss
         if shape not in self._captured:
             self._captured[shape] = self._capture(chosen, seen, length)
         captured = self._captured[shape]
         captured.graph.replay()
         return captured.loss.clone()
+
+    def _forget_if_moved(self) -> None:
+        if self._generation() != self._captured_in:
+            self._captured.clear()
+            self._pool = None  # a pool whose graphs are gone cannot be captured into again
+            self._captured_in = self._generation()
 
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
         if count not in self._inputs:

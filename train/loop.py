@@ -27,7 +27,7 @@ from train.optimizer import FlatAdamW, WeightAverage, learning_rate
 from train.packed import pack
 from train.sampling import with_own_words
 from train.self_critical import SelfCritical
-from train.vocab import PAD, Vocabulary
+from train.vocab import Vocabulary
 
 # For BatchNorm's statistics under averaged weights; a tenth of a second.
 _MEASURED_PHOTOS = 8192
@@ -156,7 +156,12 @@ class Trainer:
         share = self.recipe.scheduled_sampling * epoch / max(1, self.recipe.epochs - 1)
         if share:
             batch = with_own_words(self.objective, batch, share, seed)
-        return self._plain_update(batch, seed) if self._plain else self._update(batch, seed)
+        if self._plain:
+            return self._plain_update(batch, seed)
+        if self.captions.device.type == "cuda":  # where masks are drawn on the device
+            torch.cuda.manual_seed(seed)
+            return self._update(batch, None)
+        return self._update(batch, seed)
 
     def _gather_and_update(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
         return self._update(self.captions.gather(captions, views, length), None)
@@ -200,11 +205,13 @@ class Trainer:
             return
         normalize = self.decoder.normalize
         kept = [buffer.clone() for buffer in normalize.buffers()]
-        with self.average.in_place():
-            self._measure_photos()
-            yield
-        for buffer, value in zip(normalize.buffers(), kept, strict=True):
-            buffer.copy_(value)
+        try:
+            with self.average.in_place():
+                self._measure_photos()
+                yield
+        finally:
+            for buffer, value in zip(normalize.buffers(), kept, strict=True):
+                buffer.copy_(value)
 
     @torch.no_grad()
     def _measure_photos(self) -> None:
@@ -234,8 +241,8 @@ class Trainer:
         # Captions of like length share a batch: less padding, the same sum.
         order = np.argsort(captions.lengths, kind="stable")
         for start in range(0, len(order), self.recipe.batch_size):
-            batch = captions.batch(order[start : start + self.recipe.batch_size])
-            count = int((batch.targets != PAD).sum())
+            chosen = order[start : start + self.recipe.batch_size]
+            batch, count = captions.batch(chosen), int(captions.lengths[chosen].sum())
             if self._plain:
                 loss = self.decoder.loss(batch)
             else:

@@ -151,6 +151,8 @@ class _Run:
         self.config = config
         self.out = config.out
         self.device = resolve_device(config.device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # seeds and graphs are the current device's
         cache = open_cache(config.from_cache)
         self.cache = cache
         self.vocabulary = build_vocabulary(cache.captions, config.min_count)

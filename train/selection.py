@@ -85,7 +85,8 @@ def forbid(logits: Tensor, length: int, max_length: int) -> None:
         logits.fill_(IMPOSSIBLE)
         logits[:, END] = ending
     else:
-        logits[:, NEVER if length else (*NEVER, END)] = IMPOSSIBLE
+        for word in NEVER if length else (*NEVER, END):  # a list would be copied to the device
+            logits[:, word] = IMPOSSIBLE
 
 
 def forbid_repeats(logits: Tensor, words: Tensor, n: int) -> None:
