@@ -97,6 +97,10 @@ def train(
     self_critical_rate: Annotated[
         float | None, _recipe("Learning rate of those.", "self_critical_rate", min=0.0)
     ] = None,
+    self_critical_anchor: Annotated[
+        float | None,
+        _recipe("Weight of the true captions in those.", "self_critical_anchor", min=0.0),
+    ] = None,
     min_count: Annotated[
         int, typer.Option(min=1, help="Words seen less often become <unk>.")
     ] = _TRAIN["min_count"],
@@ -160,6 +164,7 @@ def train(
                 scheduled_sampling=scheduled_sampling,
                 self_critical_epochs=self_critical_epochs,
                 self_critical_rate=self_critical_rate,
+                self_critical_anchor=self_critical_anchor,
             ),
             val_cache=val_cache,
             val_share=val_share,

@@ -65,7 +65,9 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(make_cache: MakeCac
     made = trainer(make_cache)
     decoder, captions = made.decoder, made.captions
     assert made._vocabulary is not None
-    critic = SelfCritical(decoder, made.objective, captions, made._vocabulary, samples=4)
+    critic = SelfCritical(
+        decoder, made.objective, captions, made._vocabulary, samples=4, anchor=0.3
+    )
     seen: list[tuple[torch.Tensor, np.ndarray]] = []
     score = critic._reward.score
 
@@ -93,6 +95,9 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(make_cache: MakeCac
     picked = log_probs.gather(2, words.unsqueeze(-1)).squeeze(-1) * (words != PAD)
     advantages = torch.from_numpy(_above_the_others(rewards.reshape(3, 4)).reshape(-1)).float()
     loss = -(picked.sum(1) * advantages).sum()
+    # Of photo row r the captions are 4r … 4r + 3; their mean loss counts 0.3 for each drawn token.
+    true = captions.batch(np.concatenate([np.arange(4 * row, 4 * row + 4) for row in photos]))
+    loss = loss + 0.3 * int(count) * decoder.loss(true, label_smoothing=0.1)
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
     for (name, _), wanted in zip(decoder.named_parameters(), expected, strict=True):
         torch.testing.assert_close(gradients[name], wanted, rtol=1e-3, atol=1e-4, msg=name)

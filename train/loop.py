@@ -120,6 +120,7 @@ class Trainer:
                 self.captions,
                 self._vocabulary,
                 samples=recipe.self_critical_samples,
+                anchor=recipe.self_critical_anchor,
             )
         if epoch == recipe.epochs and not first_step:
             self._start_anew()
