@@ -47,7 +47,7 @@ def all_captions(
 def test_a_wide_beam_finds_what_exhaustive_search_finds() -> None:
     lengths = set()
     for seed, length_penalty in itertools.product(range(6), (0.0, 0.7, 1.0)):
-        config = SearchConfig(beam_size=400, max_length=4, length_penalty=length_penalty)
+        config = SearchConfig(400, max_length=4, length_penalty=length_penalty, no_repeat_ngram=0)
         model, photos = decoder(seed), features(3, seed)
         for photo, found in zip(photos, search(model, photos, config), strict=True):
             expected = all_captions(model, photo, config)[0]
@@ -71,7 +71,7 @@ def greedy_by_hand(model: CaptionDecoder, photo: torch.Tensor, max_length: int) 
 
 
 def test_greedy_takes_the_likeliest_word_at_every_step() -> None:
-    config = SearchConfig(beam_size=1, max_length=6)
+    config = SearchConfig(beam_size=1, max_length=6, no_repeat_ngram=0)
     for seed in range(5):
         model, photos = decoder(seed), features(4, seed)
         found = search(model, photos, config)
@@ -79,7 +79,7 @@ def test_greedy_takes_the_likeliest_word_at_every_step() -> None:
 
 
 def test_a_beam_of_one_is_greedy() -> None:
-    config = SearchConfig(beam_size=1, max_length=6)
+    config = SearchConfig(beam_size=1, max_length=6, no_repeat_ngram=0)
     for seed in range(8):
         model, photos = decoder(seed), features(16, seed)
         with torch.inference_mode():
@@ -146,7 +146,9 @@ def test_log_probabilities_are_the_decoders(config: SearchConfig) -> None:
 
 def test_several_captions_are_the_best_of_all() -> None:
     for seed, length_penalty in itertools.product(range(4), (0.0, 0.7, 1.0)):
-        config = SearchConfig(400, max_length=4, length_penalty=length_penalty, captions=20)
+        config = SearchConfig(
+            400, max_length=4, length_penalty=length_penalty, captions=20, no_repeat_ngram=0
+        )
         model, photos = decoder(seed), features(2, seed)
         for photo, found in zip(photos, search_several(model, photos, config), strict=True):
             expected = all_captions(model, photo, config)[:20]
@@ -164,7 +166,7 @@ def test_no_ngram_is_said_twice(n: int) -> None:
         for found in search(model, photos, config):
             grams = [found.words[i : i + n] for i in range(len(found.words) - n + 1)]
             assert len(set(grams)) == len(grams)
-    plain = search(model, photos, SearchConfig(beam_size=3, max_length=9))
+    plain = search(model, photos, SearchConfig(beam_size=3, max_length=9, no_repeat_ngram=0))
     assert any(len(set(h.words)) < len(h.words) for h in plain)
 
 
@@ -213,7 +215,9 @@ def diverse_by_hand(
 def test_diverse_groups_avoid_one_anothers_words() -> None:
     for seed in range(6):
         model, photos = decoder(seed), features(4, seed)
-        config = SearchConfig(4, max_length=5, groups=4, captions=4, diversity=2.0)
+        config = SearchConfig(
+            4, max_length=5, groups=4, captions=4, diversity=2.0, no_repeat_ngram=0
+        )
         for photo, found in zip(photos, search_several(model, photos, config), strict=True):
             expected = {h.words: h.score for h in diverse_by_hand(model, photo, config)}
             assert {h.words for h in found} == expected.keys()

@@ -54,8 +54,8 @@ def beam_search(decoder: CaptionDecoder, features: Tensor, config: SearchConfig)
 
     A group keeps K = beam_size / groups unfinished captions. Of its 2K best extensions at most K
     are `<end>`, so K unfinished ones always remain. An `<end>` among the K best finishes a caption.
-    A group is done when K captions are finished, or when none of the unfinished can still be among
-    the best finished ones.
+    A group is done when none of the unfinished can still be among the best finished ones or, with K
+    captions finished, when none is ahead of them as it stands.
     """
     count, device, groups = len(features), features.device, config.groups
     beams = config.beam_size // groups  # K
@@ -92,11 +92,15 @@ def beam_search(decoder: CaptionDecoder, features: Tensor, config: SearchConfig)
             break
 
         # The K best that go on. A log-probability is at most 0, so a caption's final score is at
-        # most its sum so far over the longest possible length.
+        # most its sum so far over the longest possible length. Once K are finished, only one that
+        # is ahead as it stands is worth more steps: three poor captions may end before a good one.
         keep = (word == END).byte().argsort(dim=2, stable=True)[:, :, :beams]
         sums = top.masked_fill(word == END, IMPOSSIBLE).gather(2, keep)
-        hope = sums.amax(2) / steps**config.length_penalty
-        going = (finished[photos] < beams) & (hope > found.scores[photos, :, -1])
+        possible = torch.where(finished[photos] < beams, steps, length + 2)
+        hope = sums.amax(2) / possible**config.length_penalty
+        going = hope > found.scores[photos, :, -1]
+        if beams == 1:  # greedy search: the first `<end>` is the end
+            going &= finished[photos] == 0
         alive = going.any(1)
         if not alive.any():
             break

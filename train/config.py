@@ -120,8 +120,8 @@ class SearchConfig:
 
     beam_size: int = 3  # 1 is greedy search
     max_length: int = 30  # words
-    length_penalty: float = 0.7  # 0 prefers short captions, 1 compares the mean per word
-    no_repeat_ngram: int = 0  # no so many words in a row twice in a caption; 0: let them
+    length_penalty: float = 1.0  # 0 prefers short captions, 1 compares the mean per word
+    no_repeat_ngram: int = 3  # no so many words in a row twice in a caption; 0: let them
     captions: int = 1  # a photo, best first
     groups: int = 1  # of beams that avoid one another's words
     diversity: float = 0.5  # log-probability that a word of an earlier group costs
