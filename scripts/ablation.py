@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[Recipe, SearchConfig]] = {
     "level learning rate": (dataclasses.replace(BEST, decay="constant", warmup=0.0), _BEAM),
     "one view in training": (dataclasses.replace(BEST, random_views=False), _BEAM),
     "ten classic epochs": (dataclasses.replace(CLASSIC, epochs=10), _BEAM),
-    "classic recipe, greedy": (CLASSIC, SearchConfig(beam_size=1)),
+    "classic recipe by greedy search": (CLASSIC, SearchConfig(beam_size=1)),
 }
 _SHOWN = ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider")
 
