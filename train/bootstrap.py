@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from train.bleu import ORDERS, corpus_bleu
 from train.metrics import PhotoScores
-from train.ngrams import ORDERS, corpus_bleu
 
 RESAMPLINGS = 1000
 LEVEL = 0.95

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CapError
+from train.bleu import BleuStatistics
 from train.java import reason
 from train.meteor import meteor as meteor_score
-from train.ngrams import BleuStatistics
 from train.ptb import scoring_tokens
 from train.spice import missing_models
 from train.spice import spice as spice_score

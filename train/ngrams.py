@@ -1,257 +1,222 @@
-"""BLEU and CIDEr of one caption a photo against references that stay: indexed once, scored often.
+"""BLEU and CIDEr-D against references that stay: their n-grams indexed once, scored often.
 
-The same numbers as pycocoevalcap's scorers, whose dictionaries cost seconds and gigabytes at COCO's
-size, from sorted arrays of n-gram numbers (`tests/test_ngrams.py` holds the two together).
+Validation scores one caption of every photo after each epoch, self-critical training many samples
+of a few photos at each step. The numbers are pycocoevalcap's (`tests/test_ngrams.py` holds the two
+together), whose dictionaries cost seconds and gigabytes at COCO's size.
+
+CIDEr-D is that of Vedantam et al. (2015), "CIDEr: Consensus-based image description evaluation",
+section 6.1: tf-idf vectors of 1- to 4-grams, counts clipped to the reference's, cosine, a Gaussian
+penalty on the difference in length (sigma 6), the mean over orders and references, times 10.
+Document frequencies are those of the references, a document being all references of one photo.
+
+Words are numbers, an n-gram is one integer; tables are sorted arrays; sums are `bincount`s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-ORDERS = 4
-_WORD_BITS = 31  # an n-gram's key: the number of its first n - 1 words, then its last word
-_UNKNOWN = -1  # an n-gram of no reference
-_SIGMA = 6.0  # of CIDEr-D's length penalty
-_TINY, _SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against dividing by nothing
+from train.bleu import ORDERS, BleuStatistics
+
+# An n-gram's key is a polynomial of its words at this number, modulo 2^64. Chosen among those of
+# L'Ecuyer (1999), "Tables of linear congruential generators of different sizes and good lattice
+# structure", because no two 4-grams of a vocabulary of 50,000 words share a key (the shortest
+# vector of its lattice says so); of a larger one, two do about once in 2^64 pairs.
+_MULTIPLIER = np.uint64(3935559000370003845)
+_SIGMA = 6.0  # words
+_SCALE = 10.0
 
 
 @dataclass(frozen=True)
-class BleuStatistics:
-    """What corpus BLEU is made of, photo by photo: all of it adds up."""
+class Sentences:
+    """Word numbers of S sentences, one after the other."""
 
-    correct: NDArray[np.float64]  # (N, 4) clipped matches of 1- to 4-grams
-    guesses: NDArray[np.float64]  # (N, 4) n-grams of the caption
-    lengths: NDArray[np.float64]  # (N,) words of the caption
-    closest: NDArray[np.float64]  # (N,) words of the reference closest in length
+    words: NDArray[np.int64]  # all of them; the numbers are 0 or more
+    cuts: NDArray[np.int64]  # (S + 1,) sentence s is words[cuts[s] : cuts[s + 1]]
 
-    def bleu(self) -> NDArray[np.float64]:
-        """(4,) corpus BLEU-1 to 4."""
-        return corpus_bleu(
-            self.correct.sum(0), self.guesses.sum(0), self.lengths.sum(), self.closest.sum()
-        )
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(S,) words of each."""
+        return np.diff(self.cuts)
+
+    def ngrams(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
+        """For n from 1 to 4: the key of every n-gram, and the sentence it is in."""
+        owners = np.repeat(np.arange(len(self)), self.lengths)
+        left = self.cuts[1:][owners] - np.arange(len(owners))  # words to the sentence's end
+        words = self.words.astype(np.uint64)
+        starts = np.arange(len(owners))
+        keys = np.zeros(len(owners), np.uint64)
+        for n in range(1, ORDERS + 1):
+            fits = left[starts] >= n
+            starts, keys = starts[fits], keys[fits]
+            keys = keys * _MULTIPLIER + words[starts + (n - 1)]
+            yield keys, owners[starts]
 
 
-def corpus_bleu(
-    correct: NDArray[np.float64],
-    guesses: NDArray[np.float64],
-    lengths: NDArray[np.float64] | np.float64,
-    closest: NDArray[np.float64] | np.float64,
-) -> NDArray[np.float64]:
-    """BLEU-1 to 4 (…, 4) of summed statistics (…, 4), (…, 4), (…,), (…,): Papineni et al. (2002).
-
-    With pycocoevalcap's guards, so a corpus without a match scores about nothing, not nan.
-    """
-    precision = (correct + _TINY) / (guesses + _SMALL)
-    geometric = np.cumprod(precision, -1) ** (1 / np.arange(1, ORDERS + 1))
-    ratio = (lengths + _TINY) / (closest + _SMALL)
-    brevity: NDArray[np.float64] = np.exp(np.minimum(0, 1 - 1 / ratio))
-    scores: NDArray[np.float64] = geometric * brevity[..., None]
-    return scores
+def number_words(captions: Iterable[str], numbers: dict[str, int]) -> Sentences:
+    """Captions of words between spaces. New words are added to `numbers`."""
+    words: list[int] = []
+    cuts = [0]
+    for caption in captions:
+        words += [numbers.setdefault(word, len(numbers)) for word in caption.split()]
+        cuts.append(len(words))
+    return Sentences(np.array(words, np.int64), np.array(cuts, np.int64))
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """How often each n-gram of one order stands in each caption; entries ordered by both."""
+class _Pairs:
+    """P pairs of a caption and one of its photo's references."""
 
-    captions: NDArray[np.int64]  # (E,)
-    grams: NDArray[np.int64]  # (E,)
-    counts: NDArray[np.float64]  # (E,)
+    captions: NDArray[np.int64]  # (P,)
+    references: NDArray[np.int64]  # (P,)
 
 
 @dataclass(frozen=True)
 class _Order:
-    """The references' n-grams of one order n. G distinct ones, numbered by their sorted keys."""
+    """The references' n-grams for one n. G distinct ones, R references, E entries."""
 
-    keys: NDArray[np.int64]  # (G,)
+    keys: NDArray[np.uint64]  # (G,) ascending
     idf: NDArray[np.float64]  # (G,) log(photos / photos whose references have it)
-    photo_entries: NDArray[np.int64]  # (P,) photo * G + gram, ascending
-    most: NDArray[np.float64]  # (P,) the most often one reference of the photo has it
-    caption_entries: NDArray[np.int64]  # (E,) reference * G + gram, ascending
-    weights: NDArray[np.float64]  # (E,) tf-idf
-    norms: NDArray[np.float64]  # (R,) of each reference's tf-idf vector
+    unseen_idf: float  # of an n-gram that no reference has
+    entries: NDArray[np.int64]  # (E,) reference * G + number into `keys`, ascending
+    counts: NDArray[np.int32]  # (E,) how often the reference has it
+    norms: NDArray[np.float64]  # (R,) length of the reference's tf-idf vector
 
-    def numbers(self, prefixes: NDArray[np.int64], words: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Gram numbers of (number of the first n - 1 words, last word); or _UNKNOWN."""
-        known, at = _find(self.keys, prefixes << _WORD_BITS | words)
-        return np.where(known & (prefixes != _UNKNOWN), at, _UNKNOWN)
+    def compare(
+        self, keys: NDArray[np.uint64], owners: NDArray[np.int64], count: int, pairs: _Pairs
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(count,) matches of each caption, and (P,) clipped cosine of each pair.
+
+        keys, owners: the n-grams of all `count` captions, and which caption each is of. An n-gram
+        matches at most as often as one reference of its photo has it.
+        """
+        if not len(keys) or not len(self.keys):
+            return np.zeros(count), np.zeros(len(pairs.captions))
+        distinct, places = np.unique(keys, return_inverse=True)
+        numbers, known = find(self.keys, distinct)
+        idf = np.where(known, self.idf[numbers], self.unseen_idf)
+        cells, tf = np.unique(owners * len(distinct) + places, return_counts=True)
+        owners, places = np.divmod(cells, len(distinct))
+        norms = np.sqrt(np.bincount(owners, (tf * idf[places]) ** 2, count))
+
+        # Every known n-gram of a caption is looked for in each of its photo's references.
+        own = np.flatnonzero(known[places])
+        grams = numbers[places[own]]
+        offsets = np.searchsorted(owners[own], np.arange(count + 1))
+        whose, cells = ranges(offsets, pairs.captions)
+        entries, here = find(self.entries, pairs.references[whose] * len(self.keys) + grams[cells])
+        whose, cells, theirs = whose[here], cells[here], self.counts[entries[here]]
+        products = np.minimum(tf[own[cells]], theirs) * theirs * self.idf[grams[cells]] ** 2
+        dots = np.bincount(whose, products, len(pairs.captions))
+        lengths = norms[pairs.captions] * self.norms[pairs.references]
+        cosines = np.divide(dots, lengths, out=np.zeros(len(dots)), where=lengths > 0)
+        most = np.zeros(len(own), theirs.dtype)  # by any reference of the photo
+        np.maximum.at(most, cells, theirs)
+        matches = np.bincount(owners[own], np.minimum(tf[own], most), count)
+        return matches.astype(np.float64), cosines
 
 
 class ReferenceNgrams:
-    """The n-grams of the references of N photos.
+    """The n-grams of the references of N photos."""
 
-    references: for each photo its captions (one or more), tokens separated by spaces. CIDEr's
-    document frequencies come from these references, as in the official evaluation.
-    """
+    def __init__(self, references: Sentences, firsts: NDArray[np.int64]) -> None:
+        """references: photo by photo; firsts: (N + 1,) cuts them by photo, none without any.
 
-    def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        if not all(references):
-            raise ValueError("a photo without references")
-        self._photos = len(references)
-        per_photo = np.array([len(captions) for captions in references], np.int64)
-        self._first = np.cumsum(per_photo) - per_photo  # (N,) the photo's first reference
-        self._per_photo = per_photo
-        self._numbers: dict[str, int] = {}
-        words, lengths = _flat_words(chain.from_iterable(references), self._numbers)
-        self._lengths = lengths  # (R,)
-        photo_of = np.repeat(np.arange(self._photos), per_photo)  # (R,)
-        caption_of = np.repeat(np.arange(len(lengths)), lengths)
-        left = _words_left(lengths)
-        grams = np.zeros(len(words), np.int64)  # of order 0: the empty one
-        self._orders: list[_Order] = []
-        for n in range(1, ORDERS + 1):
-            starts = np.flatnonzero(left >= n)
-            spelled = grams[starts] << _WORD_BITS | words[starts + n - 1]
-            keys, inverse = np.unique(spelled, return_inverse=True)
-            grams[starts] = inverse
-            counted = _count(caption_of[starts], inverse.astype(np.int64), len(keys))
-            self._orders.append(_index(keys, counted, photo_of, self._photos))
-
-    def score(self, captions: Sequence[str]) -> tuple[BleuStatistics, NDArray[np.float64]]:
-        """BLEU's statistics and the CIDEr-D (N,) of one tokenized caption for each photo.
-
-        CIDEr is on pycocoevalcap's scale: 10 for a photo whose references are the caption.
+        COCO (5 million words) takes 3 s and, for a while, 0.8 GB.
         """
-        if len(captions) != self._photos:
-            raise ValueError(f"{len(captions)} captions for {self._photos} photos")
-        fresh = dict(self._numbers)  # words of no reference get numbers too, for their counts
-        words, lengths = _flat_words(captions, fresh)
-        photo_of = np.repeat(np.arange(self._photos), lengths)
-        left = _words_left(lengths)
-        own = np.zeros(len(words), np.int64)  # numbers among these captions' n-grams
-        known = np.zeros(len(words), np.int64)  # numbers among the references'
-        correct = np.zeros((self._photos, ORDERS))
-        similarity = np.zeros(len(self._lengths))  # (R,) summed over the orders
-        for n, order in enumerate(self._orders, 1):
-            starts = np.flatnonzero(left >= n)
-            last = words[starts + n - 1]
-            keys, places, inverse = np.unique(
-                own[starts] << _WORD_BITS | last, return_index=True, return_inverse=True
-            )
-            among_references = order.numbers(known[starts[places]], last[places])
-            own[starts], known[starts] = inverse, among_references[inverse]
-            counted = _count(photo_of[starts], inverse.astype(np.int64), len(keys))
-            entries = among_references[counted.grams]
-            correct[:, n - 1] = self._matches(order, counted, entries)
-            similarity += self._similarity(order, counted, entries)
-        # pycocoevalcap measures the gap of lengths in 2-grams.
-        gap = np.repeat(np.maximum(lengths - 1, 0), self._per_photo) - np.maximum(
-            self._lengths - 1, 0
-        )
-        similarity *= np.exp(-(gap**2) / (2 * _SIGMA**2))
-        cider = np.add.reduceat(similarity, self._first) / self._per_photo * (10 / ORDERS)
+        per_photo = np.diff(firsts)
+        if (per_photo < 1).any():
+            raise ValueError("a photo without references")
+        self._firsts = firsts
+        self._lengths = references.lengths
+        photo_of = np.repeat(np.arange(len(per_photo)), per_photo)
+        self._orders = [_index(keys, owners, photo_of) for keys, owners in references.ngrams()]
+
+    def score(
+        self, photos: NDArray[np.int64], captions: Sentences
+    ) -> tuple[BleuStatistics, NDArray[np.float64]]:
+        """BLEU's statistics and the CIDEr-D (M,), 0 to 10, of M captions.
+
+        photos: (M,) which photo, 0 … N - 1, each caption is of.
+        """
+        if len(photos) != len(captions):
+            raise ValueError(f"{len(captions)} captions for {len(photos)} photos")
+        pairs = _Pairs(*ranges(self._firsts, photos))
+        lengths = captions.lengths
+        correct = np.zeros((len(captions), ORDERS))
+        cosines = np.zeros(len(pairs.captions))
+        for n, (order, ngrams) in enumerate(zip(self._orders, captions.ngrams(), strict=True)):
+            correct[:, n], similar = order.compare(*ngrams, len(captions), pairs)
+            cosines += similar
+        gaps = lengths[pairs.captions] - self._lengths[pairs.references]
+        scores = cosines * np.exp(-(gaps**2) / (2 * _SIGMA**2))
+        sums = np.bincount(pairs.captions, scores, len(captions))
         statistics = BleuStatistics(
             correct=correct,
             guesses=np.maximum(lengths[:, None] - np.arange(ORDERS), 0).astype(np.float64),
             lengths=lengths.astype(np.float64),
-            closest=self._closest(lengths),
+            closest=self._closest(gaps, pairs),
         )
-        return statistics, cider
+        return statistics, _SCALE / ORDERS * sums / np.diff(self._firsts)[photos]
 
-    def _matches(
-        self, order: _Order, counted: _Counted, grams: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """(N,) the captions' n-grams, each counted at most as often as one reference has it."""
-        found, at = _find(order.photo_entries, counted.captions * len(order.keys) + grams)
-        found &= grams != _UNKNOWN
-        matches = np.minimum(counted.counts[found], order.most[at[found]])
-        return _sum_by(counted.captions[found], matches, self._photos)
-
-    def _similarity(
-        self, order: _Order, counted: _Counted, grams: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """(R,) clipped tf-idf cosine of each reference with its photo's caption."""
-        # A word of no reference is as rare as can be.
-        idf = np.full(len(grams), np.log(float(self._photos)))
-        idf[grams != _UNKNOWN] = order.idf[grams[grams != _UNKNOWN]]
-        weights = counted.counts * idf
-        norms = np.sqrt(_sum_by(counted.captions, weights**2, self._photos))
-        # Every known n-gram of a caption is looked for in each of its photo's references.
-        entries = np.flatnonzero(grams != _UNKNOWN)
-        repeats = self._per_photo[counted.captions[entries]]
-        entries = np.repeat(entries, repeats)
-        nth = np.arange(len(entries)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        reference = self._first[counted.captions[entries]] + nth
-        found, at = _find(order.caption_entries, reference * len(order.keys) + grams[entries])
-        theirs = order.weights[at[found]]
-        products = np.minimum(weights[entries[found]], theirs) * theirs
-        dots = _sum_by(reference[found], products, len(self._lengths))
-        scale = np.repeat(norms, self._per_photo) * order.norms
-        np.divide(dots, scale, out=dots, where=scale != 0)  # without a norm there is no product
-        return dots
-
-    def _closest(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(N,) length of the reference closest to the caption's, the shorter of two as close."""
-        gaps = np.abs(self._lengths - np.repeat(lengths, self._per_photo))
-        base = int(self._lengths.max(initial=0)) + 1
-        best = np.minimum.reduceat(gaps * base + self._lengths, self._first)
+    def _closest(self, gaps: NDArray[np.int64], pairs: _Pairs) -> NDArray[np.float64]:
+        """(M,) length of the reference closest to the caption's, the shorter of two as close."""
+        if not len(gaps):
+            return np.zeros(0)
+        theirs = self._lengths[pairs.references]
+        base = int(theirs.max()) + 1
+        starts = np.flatnonzero(np.diff(pairs.captions, prepend=-1))
+        best = np.minimum.reduceat(np.abs(gaps) * base + theirs, starts)
         return (best % base).astype(np.float64)
 
 
-def _flat_words(
-    captions: Iterable[str], numbers: dict[str, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(all words as numbers, words of each caption); new words are added to `numbers`."""
-    flat: list[int] = []
-    lengths = []
-    for caption in captions:
-        words = caption.split()
-        lengths.append(len(words))
-        flat.extend([numbers.setdefault(word, len(numbers)) for word in words])
-    return np.array(flat, np.int64), np.array(lengths, np.int64)
-
-
-def _words_left(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every word of every caption: how many words there are from it to the caption's end."""
-    ends = np.cumsum(lengths)
-    return np.repeat(ends, lengths) - np.arange(int(lengths.sum()))
-
-
-def _count(captions: NDArray[np.int64], grams: NDArray[np.int64], distinct: int) -> _Counted:
-    entries, counts = np.unique(captions * distinct + grams, return_counts=True)
-    captions, grams = np.divmod(entries, max(distinct, 1))
-    return _Counted(captions, grams, counts.astype(np.float64))
-
-
 def _index(
-    keys: NDArray[np.int64], counted: _Counted, photo_of: NDArray[np.int64], photos: int
+    keys: NDArray[np.uint64], owners: NDArray[np.int64], photo_of: NDArray[np.int64]
 ) -> _Order:
-    distinct = len(keys)
-    entries = photo_of[counted.captions] * distinct + counted.grams
-    photo_entries, inverse = np.unique(entries, return_inverse=True)
-    most = np.zeros(len(photo_entries))
-    np.maximum.at(most, inverse, counted.counts)
-    frequency = np.bincount(photo_entries % max(distinct, 1), minlength=distinct)
-    idf = np.log(float(photos)) - np.log(np.maximum(1.0, frequency))
-    weights = counted.counts * idf[counted.grams]
+    """photo_of: (R,) the photo of each reference, ascending."""
+    photos = int(photo_of[-1]) + 1 if len(photo_of) else 0
+    distinct, grams = np.unique(keys, return_inverse=True)
+    size = max(len(distinct), 1)
+    cells, counts = np.unique(owners * size + grams, return_counts=True)
+    owners, grams = np.divmod(cells, size)
+    # Asked for counts, `unique` sorts; else it hashes, forty times slower at this size.
+    mentions, _ = np.unique(photo_of[owners] * size + grams, return_counts=True)
+    log_photos = float(np.log(max(photos, 1)))
+    idf = log_photos - np.log(np.bincount(mentions % size, minlength=len(distinct)))
+    squares = (counts * idf[grams]) ** 2
     return _Order(
-        keys=keys,
+        keys=distinct,
         idf=idf,
-        photo_entries=photo_entries,
-        most=most,
-        caption_entries=counted.captions * distinct + counted.grams,
-        weights=weights,
-        norms=np.sqrt(_sum_by(counted.captions, weights**2, len(photo_of))),
+        unseen_idf=log_photos,
+        entries=cells,
+        counts=counts.astype(np.int32),
+        norms=np.sqrt(np.bincount(owners, squares, len(photo_of))),
     )
 
 
-def _sum_by(
-    groups: NDArray[np.int64], values: NDArray[np.float64], count: int
-) -> NDArray[np.float64]:
-    """(count,) the sum of the values of each group."""
-    # Of nothing, bincount makes integers.
-    return np.bincount(groups, values, count).astype(np.float64, copy=False)
+def ranges(
+    offsets: NDArray[np.int64], chosen: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All positions offsets[c] … offsets[c + 1] of each chosen c, and whose each is (0, 1, …)."""
+    starts = offsets[chosen]
+    counts = offsets[chosen + 1] - starts
+    whose = np.repeat(np.arange(len(chosen)), counts)
+    before = np.cumsum(counts) - counts
+    return whose, np.arange(len(whose)) + (starts - before)[whose]
 
 
-def _find(
-    ordered: NDArray[np.int64], wanted: NDArray[np.int64]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(whether each is there, where)."""
-    at = np.minimum(np.searchsorted(ordered, wanted), max(len(ordered) - 1, 0))
-    if not len(ordered):
-        return np.zeros(len(wanted), np.bool_), at
-    return ordered[at] == wanted, at
+def find(
+    table: NDArray[np.generic], wanted: NDArray[np.generic]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(a place in the ascending table for each wanted value, whether the value is there)."""
+    if not len(table):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+    places = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
+    return places, table[places] == wanted

@@ -16,7 +16,7 @@ from cache.store import DONE, FeatureCache
 from train.batches import TrainingSetError
 from train.config import FULL, SearchConfig
 from train.decoder import CaptionDecoder
-from train.ngrams import ReferenceNgrams
+from train.ngrams import ReferenceNgrams, number_words
 from train.ptb import treebank_line
 from train.search import search
 from train.views import view_features
@@ -42,11 +42,17 @@ class ValidationScorer:
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        self._ngrams = ReferenceNgrams([[*map(treebank_line, texts)] for texts in references])
+        self._photos = np.arange(len(references))
+        self._numbers: dict[str, int] = {}
+        lines = (treebank_line(text) for texts in references for text in texts)
+        firsts = np.cumsum([0, *map(len, references)])
+        self._ngrams = ReferenceNgrams(number_words(lines, self._numbers), firsts)
 
     def score(self, captions: Sequence[str]) -> ValidationScores:
         """Scores of one raw caption for each photo, in the order of the references."""
-        bleu, cider = self._ngrams.score([treebank_line(caption) for caption in captions])
+        # Words of no reference get numbers, too: how often each stands in a caption counts.
+        lines = number_words(map(treebank_line, captions), dict(self._numbers))
+        bleu, cider = self._ngrams.score(self._photos, lines)
         return ValidationScores(
             bleu_4=float(bleu.bleu()[3]),
             cider=float(cider.mean()),
