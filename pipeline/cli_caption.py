@@ -64,6 +64,12 @@ def evaluate(
     top_p: TopP = _SEARCH.top_p,
     seed: SearchSeed = _SEARCH.seed,
     view: View = _SEARCH.view,
+    no_meteor: Annotated[
+        bool, typer.Option("--no-meteor", help="Leave METEOR out, which takes most of the time.")
+    ] = False,
+    no_spice: Annotated[
+        bool, typer.Option("--no-spice", help="Leave SPICE out, where it could be computed.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -89,18 +95,33 @@ def evaluate(
         from pipeline import evaluate as stage
 
         if model is not None and cache is not None:
-            result = stage.evaluate(model, cache, config, device=device)
+            result = stage.evaluate(
+                model, cache, config, device=device, meteor=not no_meteor, spice=not no_spice
+            )
             _say_all(result.scores.notices)
             say(f"written to {result.scores_file} and {result.predictions_file}")
             _show(result, as_json)
         elif predictions is not None:
             scored = stage.evaluate_predictions(
-                predictions, cache=cache, captions=captions, split=split, only=only
+                predictions,
+                cache=cache,
+                captions=captions,
+                split=split,
+                only=only,
+                meteor=not no_meteor,
+                spice=not no_spice,
             )
             _say_all(scored.scores.notices)
             _show(scored, as_json)
         else:
-            people = stage.evaluate_people(cache=cache, captions=captions, split=split, only=only)
+            people = stage.evaluate_people(
+                cache=cache,
+                captions=captions,
+                split=split,
+                only=only,
+                meteor=not no_meteor,
+                spice=not no_spice,
+            )
             _say_all(people.notices)
             _show(people, as_json)
 

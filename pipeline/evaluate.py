@@ -72,10 +72,17 @@ class Evaluation(Result):
 
 
 def evaluate(
-    model: Path, cache_path: Path, search_config: SearchConfig, *, device: str = "auto"
+    model: Path,
+    cache_path: Path,
+    search_config: SearchConfig,
+    *,
+    device: str = "auto",
+    meteor: bool = True,
+    spice: bool = True,
 ) -> Evaluation:
     """Caption every photo of a cache and score the captions against the cache's own.
 
+    meteor, spice: False leaves these out; they take most of the time.
     Writes `NAME.scores.json` and `NAME.predictions.json` beside the model, NAME being the cache's.
     Raises BundleError, CacheError (no captions, or features of another encoder), SearchError,
     ViewError or MetricsError.
@@ -93,6 +100,8 @@ def evaluate(
         {image: captions[image] for image in references},
         references,
         vocabulary=len(bundle.vocabulary) - len(SPECIALS),
+        meteor=meteor,
+        spice=spice,
     )
     folder = find_bundle(model).parent
     scores_file = folder / f"{cache_path.stem}.scores.json"
@@ -125,6 +134,8 @@ def evaluate_predictions(
     captions: Path | None = None,
     split: str | None = None,
     only: Path | None = None,
+    meteor: bool = True,
+    spice: bool = True,
 ) -> Result:
     """Score a file in COCO's results format against a cache's captions or a captions file's.
 
@@ -134,7 +145,8 @@ def evaluate_predictions(
     references = references_of(cache=cache, captions=captions, split=split, only=only)
     source = captions or cache
     assert source is not None
-    return _score(*match(found, references, predictions, source))
+    hypotheses, references = match(found, references, predictions, source)
+    return _score(hypotheses, references, meteor=meteor, spice=spice)
 
 
 def evaluate_people(
@@ -143,18 +155,26 @@ def evaluate_people(
     captions: Path | None = None,
     split: str | None = None,
     only: Path | None = None,
+    meteor: bool = True,
+    spice: bool = True,
 ) -> Agreement:
     """`human_agreement` of a cache's captions or a captions file's.
 
     Raises CacheError, DatasetError or MetricsError.
     """
-    return human_agreement(references_of(cache=cache, captions=captions, split=split, only=only))
+    references = references_of(cache=cache, captions=captions, split=split, only=only)
+    return human_agreement(references, meteor=meteor, spice=spice)
 
 
 def _score(
-    captions: dict[str, str], references: dict[str, list[str]], vocabulary: int | None = None
+    captions: dict[str, str],
+    references: dict[str, list[str]],
+    *,
+    vocabulary: int | None = None,
+    meteor: bool,
+    spice: bool,
 ) -> Result:
-    scores = score(captions, references)
+    scores = score(captions, references, meteor=meteor, spice=spice)
     return Result(scores, intervals(scores.photos), diversity(list(captions.values()), vocabulary))
 
 

@@ -6,10 +6,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import real_captions
-from train import java, metrics, spice
+from train import java, meteor, metrics, spice
+from train.bootstrap import intervals
 from train.metrics import MetricsError, score
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
@@ -158,20 +160,47 @@ def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spice/lib").mkdir(parents=True)
     (tmp_path / "spice/lib/stanford-corenlp-3.6.0.jar").touch()
     monkeypatch.setattr(spice, "package_folder", lambda: tmp_path)
-    assert [path.name for path in spice.missing_models()] == ["stanford-corenlp-3.6.0-models.jar"]
+    said = spice.obstacle()
+    assert said is not None
+    assert said.startswith("stanford-corenlp-3.6.0-models.jar of Stanford CoreNLP 3.6.0 not in ")
+    (tmp_path / "spice/lib/stanford-corenlp-3.6.0-models.jar").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for printed, expected in (
+        ('openjdk version "17.0.15" 2025-04-15', "its program needs Java 8 to 14, `java` is 17"),
+        ('java version "25" 2025-09-16', "its program needs Java 8 to 14, `java` is 25"),
+        ('openjdk version "1.8.0_412"', None),
+        ('openjdk version "11.0.2" 2019-01-15', None),
+        ("nonsense", None),
+    ):
+        (tmp_path / "java").write_text(f"#!/bin/sh\necho '{printed}' >&2\n")
+        (tmp_path / "java").chmod(0o755)
+        assert spice.obstacle() == expected
+
+
+# As spice-1.0.jar's own classes write it, of three images.
+SPICE_ANSWER = """[{"scores":{"All":{"pr":0.6666666666666666,"re":0.25,"f":0.36363636363636365,
+"fn":6,"numImages":1,"fp":1,"tp":2}},"image_id":"0"},{"scores":{"All":{"pr":0.0,"re":0.0,"f":0.0,"fn":4,
+"numImages":1,"fp":0,"tp":0}},"image_id":"1"},{"scores":{"All":{"pr":1.0,"re":1.0,"f":1.0,"fn":0,
+"numImages":1,"fp":0,"tp":3}},"image_id":"2"}]"""
+# What it says on stderr where it fails, Java 17 here.
+SPICE_FAILURE = """Parsing reference captions
+Initiating Stanford parsing pipeline
+Error: Could not score batched file input:
+java.lang.NullPointerException: Cannot invoke "javax.script.ScriptEngine.put(String, Object)"
+	at edu.anu.spice.SpiceScorer.scoreBatch(SpiceScorer.java:128)"""
 
 
 # Finds the program's input and output files among its arguments.
 FILES = 'while [ "$1" != -out ]; do asked=$1; shift; done; answered=$2; '
-SCORES = """s/"test"/"scores": {"All": {"f": 0.25}}, "test"/g"""
 
 
 @needs_java
 @pytest.mark.parametrize(
     ("script", "expected", "notice"),
     [
-        (f"""{FILES} sed '{SCORES}' "$asked" > "$answered" """, 0.25, None),
-        ("echo out of heap >&2; exit 1", None, "no SPICE: Java fails (out of heap)"),
+        (f"{FILES} cp $HERE/answer.json $answered", (4 / 11 + 1) / 3, None),
+        ("cat $HERE/failure >&2; exit 1", None, "fails (java.lang.NullPointerException: Cannot"),
+        ("echo no such option >&2; exit 1", None, "no SPICE: Java fails (no such option)"),
         (f'{FILES} echo "[]" > "$answered"', None, "0 scores came back for 3"),
         (f'{FILES} echo "[{{}}]" > "$answered"', None, "unexpected answer"),
         ("exit 0", None, "no SPICE: Java fails"),
@@ -185,17 +214,24 @@ def test_spice_is_asked_where_its_models_are(
     notice: str | None,
 ) -> None:
     real = shutil.which("java")
+    (tmp_path / "answer.json").write_text(SPICE_ANSWER)
+    (tmp_path / "failure").write_text(SPICE_FAILURE)
     (tmp_path / "java").write_text(
-        f'#!/bin/sh\ncase "$*" in *spice-1.0.jar*) {script};; *) exec {real} "$@";; esac\n'
+        f"#!/bin/sh\nHERE={tmp_path}\n"
+        f'case "$*" in *spice-1.0.jar*) {script};; *) exec {real} "$@";; esac\n'
     )
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(metrics, "missing_models", list)
+    monkeypatch.setattr(metrics, "spice_obstacle", lambda: None)
     scores = score(HYPOTHESES, REFERENCES, meteor=False)
-    assert scores.spice == expected
+    assert scores.spice == (None if expected is None else pytest.approx(expected))
     assert scores.tokenizer == "ptb"
     if notice is None:
         assert scores.notices == ()
+        assert scores.photos.spice is not None
+        assert scores.photos.spice.tolist() == pytest.approx([4 / 11, 0, 1])
+        low, high = intervals(scores.photos)["spice"]
+        assert (low, high) == (0, 1)
     else:
         assert notice in scores.notices[0]
 
@@ -208,8 +244,32 @@ def test_official_tokens_and_meteor_with_java() -> None:
     assert scores.notices == ()
     assert scores.meteor is not None
     assert 0.1 < scores.meteor < 1
+    low, high = intervals(scores.photos)["meteor"]
+    assert low < scores.meteor < high
     same = score({i: t[0] for i, t in REFERENCES.items()}, REFERENCES)
     assert same.meteor == pytest.approx(1, abs=0.01)
+
+
+@needs_java
+def test_meteor_of_any_photos_is_computed_as_its_program_computes_it() -> None:
+    # The first is its reference, in one piece, which the program counts apart.
+    texts = ["a dog runs on the grass", "two kittens on a bed", "a man on the beach", ""]
+    truth = [*REFERENCES.values(), ["a bus"]]
+
+    def of(*photos: int) -> tuple[float, np.ndarray]:
+        found = {str(i): [texts[i]] for i in photos}
+        return meteor.meteor({str(i): truth[i] for i in photos}, found)
+
+    whole, counts = of(0, 1, 2, 3)
+    assert counts.shape == (4, 23)
+    assert meteor.corpus_meteor(counts.sum(0)) == pytest.approx(whole, abs=1e-12)
+    drawn, _ = of(1, 2)
+    assert meteor.corpus_meteor(counts[1:3].sum(0)) == pytest.approx(drawn, abs=1e-12)
+    alone, _ = of(3)
+    single = meteor.corpus_meteor(counts)  # of each photo
+    assert single[3] == alone == 0
+    assert single[0] == pytest.approx(1)
+    assert 0.1 < single[1] < 1
 
 
 @needs_java

@@ -7,14 +7,19 @@ captions, the references, and CIDEr's document frequencies, which are those of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from train.bleu import ORDERS, corpus_bleu
+from train.meteor import corpus_meteor
 from train.metrics import PhotoScores
 
 RESAMPLINGS = 1000
 LEVEL = 0.95
 _CHUNK = 4_000_000  # drawn counts in memory at once
+_Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def intervals(
@@ -26,14 +31,27 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """The central interval that holds `level` of the resampled scores, by the scores' names.
 
-    BLEU-1 to 4, ROUGE-L and CIDEr, as fractions. METEOR and SPICE have none: their programs keep
-    to themselves what a photo contributes.
+    As fractions; METEOR's and SPICE's where they were computed.
     """
-    bleu = photos.bleu
-    contributions = np.column_stack(
-        [bleu.correct, bleu.guesses, bleu.lengths, bleu.closest, photos.rouge_l, photos.cider]
-    )  # (N, 12)
-    count = len(contributions)
+    bleu, count = photos.bleu, len(photos.cider)
+
+    def mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return sums / count
+
+    # By the names of scores: what photos add to them (N, K); sums of that (R, K) to scores (R, M).
+    parts: dict[tuple[str, ...], tuple[NDArray[np.float64], _Score]] = {
+        ("bleu_1", "bleu_2", "bleu_3", "bleu_4"): (
+            np.column_stack([bleu.correct, bleu.guesses, bleu.lengths, bleu.closest]),
+            _bleu,
+        ),
+        ("rouge_l",): (photos.rouge_l, mean),
+        ("cider",): (photos.cider, mean),
+    }
+    if photos.meteor is not None:
+        parts["meteor",] = (photos.meteor, corpus_meteor)
+    if photos.spice is not None:
+        parts["spice",] = (photos.spice, mean)
+    contributions = np.column_stack([added for added, _ in parts.values()])
     random = np.random.default_rng(seed)
     sums = []
     left, most = resamplings, max(1, _CHUNK // count)
@@ -41,14 +59,16 @@ def intervals(
         drawn = random.multinomial(count, np.full(count, 1 / count), min(left, most))  # (R, N)
         sums.append(drawn @ contributions)
         left -= len(drawn)
-    total = np.concatenate(sums)  # (R, 12)
-    scores = np.column_stack(
-        [
-            corpus_bleu(total[:, :ORDERS], total[:, ORDERS : 2 * ORDERS], total[:, 8], total[:, 9]),
-            total[:, 10:] / count,
-        ]
-    )
+    widths = [added[0].size for added, _ in parts.values()]
+    by_part = np.split(np.concatenate(sums), np.cumsum(widths)[:-1], axis=1)
     tail = (1 - level) / 2
-    low, high = np.quantile(scores, [tail, 1 - tail], axis=0)
-    names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
-    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    found: dict[str, tuple[float, float]] = {}
+    for (names, (_, score)), total in zip(parts.items(), by_part, strict=True):
+        low, high = np.quantile(score(total).reshape(resamplings, -1), [tail, 1 - tail], axis=0)
+        found |= {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    return found
+
+
+def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    correct, guesses, lengths = np.split(sums, [ORDERS, 2 * ORDERS], axis=1)
+    return corpus_bleu(correct, guesses, lengths[:, 0], lengths[:, 1])

@@ -44,12 +44,17 @@ class Agreement:
 
 
 def human_agreement(
-    references: Mapping[str, Sequence[str]], *, java: bool | None = None, meteor: bool = True
+    references: Mapping[str, Sequence[str]],
+    *,
+    java: bool | None = None,
+    meteor: bool = True,
+    spice: bool = True,
 ) -> Agreement:
     """Score the k-th caption of every photo against the photo's others, for k = 1 … at most 5.
 
     Photos of one caption are left out; one with fewer captions than rounds begins anew. CIDEr's
-    document frequencies are, in each round, those of the others. Raises MetricsError.
+    document frequencies are, in each round, those of the others. meteor, spice: False leaves them
+    out. Raises MetricsError.
     """
     several = {image: list(texts) for image, texts in references.items() if len(texts) > 1}
     if not several:
@@ -62,7 +67,7 @@ def human_agreement(
             place = k % len(texts)
             hypotheses[image] = texts[place]
             others[image] = texts[:place] + texts[place + 1 :]
-        results.append(score(hypotheses, others, java=java, meteor=meteor))
+        results.append(score(hypotheses, others, java=java, meteor=meteor, spice=spice))
     means = {}
     for field in fields(Scores):
         values = [getattr(result, field.name) for result in results]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -26,8 +27,22 @@ def package_folder() -> Path:
     return Path(pycocoevalcap.bleu.bleu.__file__).parent.parent
 
 
-def run_java(arguments: Sequence[str], lines: Sequence[str], folder: Path) -> list[str]:
-    """Run a Java program over lines of text; its lines of output.
+def java_version() -> int | None:
+    """The feature release of `java`: 8, 11, 17 …; None if it does not say."""
+    try:
+        result = subprocess.run(
+            ["java", "-version"], capture_output=True, encoding="utf-8", timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r'version "(?:1\.)?(\d+)', result.stderr)  # 8 calls itself 1.8
+    return int(found[1]) if found else None
+
+
+def run_java(
+    arguments: Sequence[str], lines: Sequence[str], folder: Path, *, timeout_s: float | None = None
+) -> list[str]:
+    """Run a Java program over lines of text; its lines of output. timeout_s: None: TIMEOUT_S.
 
     Raises OSError or SubprocessError.
     """
@@ -38,7 +53,7 @@ def run_java(arguments: Sequence[str], lines: Sequence[str], folder: Path) -> li
         encoding="utf-8",
         errors="replace",
         cwd=folder,
-        timeout=TIMEOUT_S,
+        timeout=TIMEOUT_S if timeout_s is None else timeout_s,
         check=True,
     )
     output = result.stdout.split("\n")
@@ -54,7 +69,9 @@ def write_lines(stream: IO[str], lines: Sequence[str]) -> None:
 def reason(error: Exception) -> str:
     """Why a Java program failed, in a few words."""
     if isinstance(error, subprocess.CalledProcessError):
-        lines = [line for line in str(error.stderr).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error.stderr).splitlines() if line.strip()]
+        # Programs chat on stderr before they fail.
+        lines = [line for line in lines if re.search(r"\.\w+(Exception|Error)\b", line)] or lines
         return (lines[0] if lines else f"exit code {error.returncode}")[:160]
     if isinstance(error, subprocess.TimeoutExpired):
         return f"no answer in {error.timeout:.0f} s"

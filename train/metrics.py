@@ -11,7 +11,7 @@ import contextlib
 import io
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from train.bleu import BleuStatistics
 from train.java import reason
 from train.meteor import meteor as meteor_score
 from train.ptb import scoring_tokens
-from train.spice import missing_models
+from train.spice import obstacle as spice_obstacle
 from train.spice import spice as spice_score
 
 
@@ -37,6 +37,8 @@ class PhotoScores:
     bleu: BleuStatistics
     rouge_l: NDArray[np.float64]  # (N,)
     cider: NDArray[np.float64]  # (N,)
+    meteor: NDArray[np.float64] | None = None  # (N, 23) counts for `corpus_meteor`
+    spice: NDArray[np.float64] | None = None  # (N,)
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,22 @@ def score(
         raise MetricsError("no reference caption has a word")
     bleu, photos = _python_scores(truth, found)
     official = tokenizer == "ptb"
+    meteor_all, meteor_each = (
+        _meteor(truth, found, notices) if meteor and official else (None, None)
+    )
+    spice_each = _spice(truth, found, notices) if spice and official else None
     return Scores(
         bleu_1=bleu[0],
         bleu_2=bleu[1],
         bleu_3=bleu[2],
         bleu_4=bleu[3],
-        meteor=_meteor(truth, found, notices) if meteor and official else None,
+        meteor=meteor_all,
         rouge_l=float(photos.rouge_l.mean()),
         cider=float(photos.cider.mean()),
-        spice=_spice(truth, found, notices) if spice and official else None,
+        spice=None if spice_each is None else float(spice_each.mean()),
         count=len(ids),
         tokenizer=tokenizer,
-        photos=photos,
+        photos=replace(photos, meteor=meteor_each, spice=spice_each),
         notices=tuple(notices),
     )
 
@@ -163,26 +169,22 @@ def _python_scores(
 
 def _meteor(
     references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]], notices: list[str]
-) -> float | None:
+) -> tuple[float, NDArray[np.float64]] | tuple[None, None]:
     try:
         return meteor_score(references, hypotheses)
     except (OSError, ValueError) as error:
         notices.append(f"no METEOR: Java fails ({reason(error)})")
-        return None
+        return None, None
 
 
 def _spice(
     references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]], notices: list[str]
-) -> float | None:
-    missing = missing_models()
-    if missing:
-        notices.append(
-            f"no SPICE: {' and '.join(path.name for path in missing)} of Stanford CoreNLP 3.6.0 "
-            f"not in {missing[0].parent} (pycocoevalcap.spice.get_stanford_models downloads them)"
-        )
-        return None
-    try:
-        return spice_score(references, hypotheses)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        notices.append(f"no SPICE: Java fails ({reason(error)})")
-        return None
+) -> NDArray[np.float64] | None:
+    obstacle = spice_obstacle()
+    if obstacle is None:
+        try:
+            return spice_score(references, hypotheses)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            obstacle = f"Java fails ({reason(error)})"
+    notices.append(f"no SPICE: {obstacle}")
+    return None

@@ -1,8 +1,9 @@
-"""SPICE (Anderson et al., 2016), by its Java program, where its parser's models are present.
+"""SPICE (Anderson et al., 2016), by its Java program, where it can run.
 
 pycocoevalcap carries the program but not Stanford CoreNLP 3.6.0, which parses for it. Its own
 wrapper downloads that unasked and writes beside the installed package; here nothing is downloaded
-and the files it needs are temporary.
+and the files it needs are temporary. For the same reason parses are not kept (`-cache`), which
+would also fail under Java 16 and later: the program's serializer reaches into Java's own classes.
 """
 
 from __future__ import annotations
@@ -12,21 +13,41 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from train.java import package_folder, run_java
+import numpy as np
+from numpy.typing import NDArray
+
+from train.java import java_version, package_folder, run_java
 
 _MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+_LAST_JAVA = 14  # the program writes its answer by the JavaScript engine that Java 15 dropped
+_TIMEOUT_S = 6 * 3600.0  # it parses every reference: some tens a second on a core
 
 
-def missing_models() -> list[Path]:
-    """The jars that SPICE needs and that are not where it looks for them."""
+def obstacle() -> str | None:
+    """Why SPICE cannot be computed here, in a line; None if nothing speaks against it.
+
+    Raises nothing; a program that fails all the same is found out by `spice`.
+    """
     folder = package_folder() / "spice" / "lib"
-    return [folder / name for name in _MODELS if not (folder / name).is_file()]
+    missing = [name for name in _MODELS if not (folder / name).is_file()]
+    if missing:
+        return (
+            f"{' and '.join(missing)} of Stanford CoreNLP 3.6.0 not in {folder} "
+            "(pycocoevalcap.spice.get_stanford_models downloads them)"
+        )
+    version = java_version()
+    if version is not None and version > _LAST_JAVA:
+        return f"its program needs Java 8 to {_LAST_JAVA}, `java` is {version}"
+    return None
 
 
-def spice(references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]) -> float:
-    """Mean F-score over the images, as pycocoevalcap's.
+def spice(
+    references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]
+) -> NDArray[np.float64]:
+    """(N,) F-score of each image; SPICE is their mean.
 
-    Raises OSError, SubprocessError or ValueError if the program fails or its answer is none.
+    Needs up to 8 GB of memory. Raises OSError, SubprocessError or ValueError if the program fails
+    or its answer is none.
     """
     items = [
         {"image_id": str(number), "test": hypotheses[image][0], "refs": references[image]}
@@ -39,12 +60,19 @@ def spice(references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str
             ["-Xmx8G", "-jar", "spice-1.0.jar", str(asked), "-out", str(answered), "-silent"],
             [],
             package_folder() / "spice",
+            timeout_s=_TIMEOUT_S,
         )
-        answers = json.loads(answered.read_text(encoding="utf-8"))
+        return _f_scores(answered.read_text(encoding="utf-8"), len(items))
+
+
+def _f_scores(answer: str, count: int) -> NDArray[np.float64]:
+    """(count,) of the program's JSON, which names the images 0, 1, … Raises ValueError."""
     try:
-        scores = [float(answer["scores"]["All"]["f"]) for answer in answers]
+        scores = {
+            int(item["image_id"]): float(item["scores"]["All"]["f"]) for item in json.loads(answer)
+        }
     except (KeyError, TypeError) as error:
         raise ValueError(f"unexpected answer ({error})") from None
-    if len(scores) != len(items):
-        raise ValueError(f"{len(scores)} scores came back for {len(items)}")
-    return sum(scores) / len(scores)
+    if scores.keys() != set(range(count)):
+        raise ValueError(f"{len(scores)} scores came back for {count}")
+    return np.array([scores[number] for number in range(count)])
