@@ -196,7 +196,8 @@ def train(
                 if interrupted():
                     raise KeyboardInterrupt
         scores = (
-            f" (epoch {best.epoch}: validation loss {best.val_loss:.4f}, CIDEr {best.cider:.3f})"
+            f" (epoch {best.epoch}: validation loss {best.val_loss:.4f}, "
+            f"CIDEr {100 * best.cider:.1f})"
             if best is not None
             else ""
         )

@@ -53,9 +53,10 @@ class DemoResult:
             lines += [f"{Path(path).name}  {predicted}", f"{'':{len(Path(path).name)}}  {true}"]
         lines += [
             "",
-            f"BLEU-4 {self.scores.bleu_4:.3f}, CIDEr {self.scores.cider:.3f} on "
+            f"BLEU-4 {100 * self.scores.bleu_4:.1f}, CIDEr {100 * self.scores.cider:.1f} on "
             f"{self.scores.count} held-out scenes; the same captions on other scenes: "
-            f"BLEU-4 {self.control.bleu_4:.3f}, CIDEr {self.control.cider:.3f}",
+            f"BLEU-4 {100 * self.control.bleu_4:.1f}, CIDEr {100 * self.control.cider:.1f} "
+            "(scores times 100)",
             f"of {self.objects} objects {self.nouns_right / self.objects:.0%} are named, "
             f"{self.colors_right / self.objects:.0%} with the right colour",
             f"{self.contact_sheet} shows scenes and captions; all done in {self.seconds:.0f} s",
@@ -191,6 +192,7 @@ def _judge(
             for name, prediction in zip(shown, predictions, strict=True)
         ],
         sheet,
+        legend=("black: the predicted caption", "grey: one of the true captions"),
         columns=5,
     )
     return DemoResult(

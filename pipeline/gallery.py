@@ -26,17 +26,28 @@ class Tile:
     note: str = ""
 
 
-def write_contact_sheet(tiles: Sequence[Tile], path: Path, *, columns: int = 4) -> None:
-    """Draw the tiles row by row into a PNG. Raises ImageError or OSError."""
+def write_contact_sheet(
+    tiles: Sequence[Tile], path: Path, *, legend: tuple[str, str], columns: int = 4
+) -> None:
+    """Draw the tiles row by row into a PNG, below a line that says what their two inks are.
+
+    legend: what the captions are, what the notes are. Raises ImageError or OSError.
+    """
     font = ImageFont.load_default(_FONT_SIZE)
     texts = [(_wrap(tile.caption, font), _wrap(tile.note, font)) for tile in tiles]
     lines = max((len(caption) + len(note) for caption, note in texts), default=0)
     width, height = _TILE_WIDTH + _MARGIN, _PHOTO_HEIGHT + lines * _LINE_HEIGHT + 3 * _MARGIN
     rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), _PAPER)
+    top = _LINE_HEIGHT + 2 * _MARGIN
+    sheet = Image.new("RGB", (columns * width + _MARGIN, top + rows * height), _PAPER)
     draw = ImageDraw.Draw(sheet)
+    x = _MARGIN
+    for text, ink in zip(legend, (_INK, _FAINT), strict=True):
+        draw.rectangle((x, _MARGIN + 3, x + 11, _MARGIN + 14), fill=ink)
+        draw.text((x + 17, _MARGIN), text, fill=ink, font=font)
+        x += 17 + round(font.getlength(text)) + 3 * _MARGIN
     for i, (tile, (caption, note)) in enumerate(zip(tiles, texts, strict=True)):
-        x, y = _MARGIN + i % columns * width, _MARGIN + i // columns * height
+        x, y = _MARGIN + i % columns * width, top + i // columns * height
         photo = Image.fromarray(decode(read_file(tile.path)))
         photo.thumbnail((_TILE_WIDTH, _PHOTO_HEIGHT), Image.Resampling.LANCZOS)
         sheet.paste(photo, (x + (_TILE_WIDTH - photo.width) // 2, y))
