@@ -116,6 +116,7 @@ def _attributes(skeleton: Skeleton, library_versions: Mapping[str, str]) -> dict
             "shard_first_row": shard.first_row,
             "all_rows": shard.all_rows,
             "all_photos_sha256": shard.all_photos_sha256,
+            "all_captions_sha256": shard.all_captions_sha256,
         }
     return attributes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.record import CacheError, CaptionTable, Skeleton, Strings, offsets_of
+from cache.record import CacheError, CaptionTable, Skeleton, Strings, offsets_of, texts_sha256
 from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
 from cache.writer import new_cache
 
@@ -35,13 +35,15 @@ def merge(
     """Join finished caches of one encoder into the cache `out`, which appears complete or not.
 
     Photos follow one another as the caches do. The shards of one set of photos are put in their own
-    order, all must be there, and the result is, to the byte, the cache of an extraction without
-    shards. Otherwise a photo that an earlier cache has, by its digest, is an error, or left out
-    with `deduplicate`. Unreadable photos come along with their reasons; words are counted anew.
+    order, all must be there, of the same photos and captions, and the result is, to the byte, the
+    cache of an extraction without shards. Otherwise a photo that an earlier cache has, by its
+    digest, is an error, or left out with `deduplicate`. Unreadable photos come along with their
+    reasons; words are counted anew.
 
     Memory holds names and captions; features pass through it in blocks of 16 MB.
-    Raises CacheError: another encoder (naming the field), pending or damaged rows, missing shards,
-    duplicates, two photos under one id, or an `out` that cannot be written.
+    Raises CacheError: another encoder (naming the field), pending or damaged rows, missing shards
+    or such of other photos or captions, duplicates, two photos under one id, or an `out` that
+    cannot be written.
     """
     caches = [open_cache(path) for path in paths]
     if not caches:
@@ -66,10 +68,15 @@ def merge(
     if sharded:
         shard = caches[0].shard
         assert shard is not None
-        if skeleton.photos_sha256() != shard.all_photos_sha256:
-            raise CacheError(
-                f"{caches[0].path}: the shards together are not the photos they shared"
-            )
+        captions = skeleton.captions
+        for what, together, shared in (
+            ("photos", skeleton.photos_sha256(), shard.all_photos_sha256),
+            ("captions", texts_sha256(captions.texts, captions.rows), shard.all_captions_sha256),
+        ):
+            if together != shared:
+                raise CacheError(
+                    f"{caches[0].path}: the shards together are not the {what} they shared"
+                )
     with new_cache(
         out, skeleton, library_versions=_versions(caches), overwrite=overwrite
     ) as writer:
@@ -151,10 +158,9 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
                 f"{cache.path}: is no shard, {first.path} is shard {first.shard}; "
                 "merge the shards by themselves first"
             )
-        if (shard.count, shard.all_rows, shard.all_photos_sha256, cache.batch_rows) != (
+        if (shard.count, shard.all_rows, cache.batch_rows) != (
             first.shard.count,
             first.shard.all_rows,
-            first.shard.all_photos_sha256,
             first.batch_rows,
         ):
             raise CacheError(
@@ -162,6 +168,15 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
                 f"{cache.batch_rows}, not of those of {first.path}, shard {first.shard} of "
                 f"{first.shard.all_rows:,} in batches of {first.batch_rows}"
             )
+        for what, own, others in (
+            ("photos", shard.all_photos_sha256, first.shard.all_photos_sha256),
+            ("captions", shard.all_captions_sha256, first.shard.all_captions_sha256),
+        ):
+            if own != others:
+                raise CacheError(
+                    f"{cache.path}: a shard of other {what} than {first.path}; extract it again "
+                    f"from the same files (--reuse {cache.path} keeps its features)"
+                )
         if shard.number in by_number:
             raise CacheError(f"{cache.path}: shard {shard}, as {by_number[shard.number].path}")
         by_number[shard.number] = cache

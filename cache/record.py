@@ -172,7 +172,8 @@ class Shard:
     count: int
     first_row: int
     all_rows: int
-    all_photos_sha256: str  # of the whole set, as `Skeleton.photos_sha256`
+    all_photos_sha256: str  # of the whole set, as `photos_sha256`
+    all_captions_sha256: str  # of the whole set, as `texts_sha256`
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -196,6 +197,14 @@ class Skeleton:
 
     def photos_sha256(self) -> str:
         return photos_sha256(self.image_ids, self.paths)
+
+
+def texts_sha256(texts: Strings, rows: NDArray[np.int32]) -> str:
+    """Says which raw captions (M) in which order, and of which photo rows (M,)."""
+    digest = hashlib.sha256()
+    texts.update(digest)
+    digest.update(np.ascontiguousarray(rows).data)
+    return digest.hexdigest()
 
 
 def photos_sha256(image_ids: Strings, paths: Strings) -> str:

@@ -25,7 +25,8 @@ Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
 - Root attributes: `format_version`, `backbone`, `weights`, `weights_sha256`, `feature_dim`,
   `image_size`, `views` (comma-separated), `preprocessing`, `precision`, `batch_rows`,
   `photos_sha256`, `captions_sha256`, `library_versions` (JSON). A shard of a larger set of photos
-  has four more: `shard` (as in `2/8`), `shard_first_row`, `all_rows`, `all_photos_sha256`.
+  has five more: `shard` (as in `2/8`), `shard_first_row`, `all_rows`, `all_photos_sha256`,
+  `all_captions_sha256`.
 
 There are no timestamps: the same photos through the same encoder give the same bytes.
 """
@@ -256,6 +257,7 @@ def _made_by(attributes: Mapping[str, str | int]) -> tuple[EncoderRecord, int, S
         first_row=int(attributes["shard_first_row"]),
         all_rows=int(attributes["all_rows"]),
         all_photos_sha256=str(attributes["all_photos_sha256"]),
+        all_captions_sha256=str(attributes["all_captions_sha256"]),
     )
     if not 1 <= number <= count or not 0 <= shard.first_row < shard.all_rows:
         raise ValueError("no such shard")

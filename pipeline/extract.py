@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cache.errors import CapError
-from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256
+from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.config import ExtractConfig
@@ -109,8 +109,17 @@ def _skeleton(
     shard = None
     if config.shard is not None:
         names = (photo.image_id for photo in photos), (photo.path for photo in photos)
-        digest = photos_sha256(*map(Strings.pack, names))
-        shard, share = shard_of(len(photos), batch_rows, *config.shard, digest)
+        counts = [len(photo.captions) for photo in photos]
+        shard, share = shard_of(
+            len(photos),
+            batch_rows,
+            *config.shard,
+            all_photos_sha256=photos_sha256(*map(Strings.pack, names)),
+            all_captions_sha256=texts_sha256(
+                Strings.pack(text for photo in photos for text in photo.captions),
+                np.repeat(np.arange(len(photos), dtype=np.int32), counts),
+            ),
+        )
         photos = photos[share]
     return Skeleton(
         image_ids=Strings.pack(photo.image_id for photo in photos),

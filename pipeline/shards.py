@@ -21,7 +21,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def shard_of(
-    rows: int, batch_rows: int, number: int, count: int, all_photos_sha256: str
+    rows: int,
+    batch_rows: int,
+    number: int,
+    count: int,
+    *,
+    all_photos_sha256: str,
+    all_captions_sha256: str,
 ) -> tuple[Shard, slice]:
     """Share `number` of `count` of so many rows, and which rows these are.
 
@@ -36,4 +42,5 @@ def shard_of(
             f"make at most {batches} shards, or the --batch-size smaller"
         )
     first, stop = (min(rows, batches * n // count * batch_rows) for n in (number - 1, number))
-    return Shard(number, count, first, rows, all_photos_sha256), slice(first, stop)
+    shard = Shard(number, count, first, rows, all_photos_sha256, all_captions_sha256)
+    return shard, slice(first, stop)

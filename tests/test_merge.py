@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cache.merge import merge
-from cache.record import CacheError, Shard, Skeleton, Strings, photos_sha256
+from cache.record import CacheError, Shard, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache, open_cache
 from cache.verify import verify
 from cache.writer import open_writer
@@ -75,10 +75,12 @@ def write(
 def shards(folder: Path, *cuts: int) -> list[Path]:
     names = Strings.pack(PHOTOS)
     whole = photos_sha256(names, names)
+    table = build_caption_table([CAPTIONS[name] for name in PHOTOS])
+    captions = texts_sha256(table.texts, table.rows)
     bounds = [0, *cuts, len(PHOTOS)]
     paths = []
     for i in range(len(bounds) - 1):
-        shard = Shard(i + 1, len(bounds) - 1, bounds[i], len(PHOTOS), whole)
+        shard = Shard(i + 1, len(bounds) - 1, bounds[i], len(PHOTOS), whole, captions)
         paths.append(folder / f"s{i + 1}.h5")
         write(paths[-1], PHOTOS[bounds[i] : bounds[i + 1]], shard=shard)
     return paths

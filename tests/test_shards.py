@@ -13,12 +13,13 @@ from tests.test_extract import run
 
 
 def test_shares_are_even_runs_of_whole_batches() -> None:
-    shares = [shard_of(100, 8, number, 4, "ab")[1] for number in (1, 2, 3, 4)]
+    whole = {"all_photos_sha256": "ab", "all_captions_sha256": "cd"}
+    shares = [shard_of(100, 8, number, 4, **whole)[1] for number in (1, 2, 3, 4)]
     assert shares == [slice(0, 24), slice(24, 48), slice(48, 72), slice(72, 100)]
-    shard, rows = shard_of(10, 4, 3, 3, "ab")
+    shard, rows = shard_of(10, 4, 3, 3, **whole)
     assert (str(shard), shard.first_row, shard.all_rows, rows) == ("3/3", 8, 10, slice(8, 10))
     with pytest.raises(ShardError, match="10 photos are 3 batches of 4; make at most 3 shards"):
-        shard_of(10, 4, 1, 4, "ab")
+        shard_of(10, 4, 1, 4, **whole)
 
 
 def test_a_shard_is_written_i_of_n() -> None:
@@ -43,6 +44,26 @@ def test_merged_shards_are_the_bytes_of_one_extraction(photos: Path, tmp_path: P
         assert last.total == (5, 5, 2)[number - 1]
     merge([tmp_path / f"{number}.h5" for number in (3, 1, 2)], tmp_path / "merged.h5")
     assert (tmp_path / "merged.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_shards_of_other_captions_or_photos_are_refused(photos: Path, tmp_path: Path) -> None:
+    lines = (photos / "captions.txt").read_text().splitlines()
+    changed, renamed = tmp_path / "changed.csv", tmp_path / "renamed.csv"
+    changed.write_text("\n".join([*lines[:-1], lines[-1] + " indeed"]))
+    renamed.write_text("\n".join(lines[::-1][:-1]))
+    run(photos, tmp_path / "1.h5", shard=(1, 2), captions=photos / "captions.txt")
+    for captions, what in ((renamed, "photos"), (None, "captions"), (changed, "captions")):
+        run(photos, tmp_path / "2.h5", shard=(2, 2), captions=captions, overwrite=True)
+        with pytest.raises(CacheError, match=rf"2\.h5: a shard of other {what} than .*1\.h5"):
+            merge([tmp_path / "1.h5", tmp_path / "2.h5"], tmp_path / "merged.h5")
+    # The remedy that the message names: the same captions, and no photo is encoded twice.
+    _, notices = run(
+        photos, tmp_path / "3.h5", shard=(2, 2), captions=photos / "captions.txt",
+        reuse=tmp_path / "2.h5",
+    )  # fmt: skip
+    assert notices == ["7 photos are known; encoding the others"]
+    report = merge([tmp_path / "1.h5", tmp_path / "3.h5"], tmp_path / "merged.h5")
+    assert (report.photos, report.captions) == (12, 24)
 
 
 def test_a_shard_goes_on_as_itself_only(photos: Path, tmp_path: Path) -> None:
