@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from cache.errors import CapError
+from pipeline.start import command_begins
 from pipeline.terminal import say
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -72,6 +73,7 @@ def errors(kept: str | Callable[[], str] = "") -> Iterator[None]:
     atexit.register(_end_at_once)  # now, so that whatever else is to be done at the end comes first
     interrupted = False
     try:
+        command_begins()
         yield
     except CapError as error:
         say(f"error: {error}")

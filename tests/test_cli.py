@@ -276,12 +276,28 @@ def test_wrong_arguments_are_exit_code_2(arguments: list[str]) -> None:
 
 def spawn(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.cli import app; app()", *map(str, arguments)],
+        [sys.executable, "-c", "from pipeline.start import main; main()", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
+
+
+def test_ctrl_c_before_a_command_begins_is_quiet(tmp_path: Path) -> None:
+    # Stands where the imports are that take most of the time until then.
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", "from pipeline.start import main; main()", "info", "x.h5"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        timeout=50,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
 
 
 def test_ctrl_c_during_extraction_says_how_to_go_on(tmp_path: Path) -> None:
