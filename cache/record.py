@@ -68,7 +68,7 @@ class Strings(Sequence[str]):
         for item in items:
             text += item.encode("utf-8", "surrogateescape")
             offsets.append(len(text))
-        return cls(np.array(text, np.uint8), np.array(offsets, np.int64))
+        return cls(np.frombuffer(text, np.uint8), np.frombuffer(offsets, np.int64))  # no copies
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -11,9 +11,10 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ class DatasetError(CapError):
     """A photo folder or captions file cannot be used. One line, file first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo:
     """One photo: `path` is relative to the image folder, with `/` between its parts."""
 
@@ -196,30 +197,36 @@ def _coco_photos(captions: Path, record: Mapping[str, Any]) -> list[Photo]:
 
 
 def _flickr_photos(captions: Path) -> list[Photo]:
+    grouped: dict[str, list[str]] = {}
     try:
-        text = captions.read_text(encoding="utf-8-sig")
+        # Line by line: the file as a whole, and its lines as a list, would double the memory.
+        with captions.open(encoding="utf-8-sig") as file:
+            for name, caption in _named_captions(captions, file):
+                grouped.setdefault(name, []).extend([caption] if caption else [])
     except UnicodeDecodeError:
         raise DatasetError(
             f"{captions}: neither JSON nor UTF-8 text; is it a captions file?"
         ) from None
-    lines = text.splitlines()
-    first = lines[0].lower() if lines else ""
-    pairs: Iterable[tuple[str, str]]
-    if "\t" in first:  # token.txt: name.jpg#0<TAB>caption
-        pairs = _pairs(captions, lines, lambda line: line.split("\t", 1))
-    elif "|" in first:  # Flickr30k's results.csv: image_name| comment_number| comment
-        pairs = _pairs(captions, lines[1:], lambda line: line.split("|", 2)[::2])
-    elif "," in first:  # captions.txt: image,caption
-        rows = csv.reader(lines if _names_image(first.split(",")[0]) else lines[1:])
-        pairs = _pairs(captions, rows, lambda row: [row[0], ",".join(row[1:])])
-    else:
-        raise DatasetError(
-            f"{captions}: not COCO JSON, Karpathy JSON, `image,caption` CSV or Flickr token.txt"
-        )
-    grouped: dict[str, list[str]] = {}
-    for name, caption in pairs:
-        grouped.setdefault(name, []).extend([caption] if caption else [])
+    except csv.Error as error:
+        raise DatasetError(f"{captions}: not a CSV ({error})") from None
     return [Photo(name, name, tuple(texts)) for name, texts in grouped.items()]
+
+
+def _named_captions(captions: Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(photo's name, one caption) of every entry of Flickr's formats."""
+    lines = iter(lines)
+    line = next(lines, "")
+    first = line.lower()
+    if "\t" in first:  # token.txt: name.jpg#0<TAB>caption
+        return _pairs(captions, chain([line], lines), lambda line: line.split("\t", 1))
+    if "|" in first:  # Flickr30k's results.csv: image_name| comment_number| comment
+        return _pairs(captions, lines, lambda line: line.split("|", 2)[::2])
+    if "," in first:  # captions.txt: image,caption
+        rows = csv.reader(chain([line], lines) if _names_image(first.split(",")[0]) else lines)
+        return _pairs(captions, rows, lambda row: [row[0], ",".join(row[1:])])
+    raise DatasetError(
+        f"{captions}: not COCO JSON, Karpathy JSON, `image,caption` CSV or Flickr token.txt"
+    )
 
 
 _Line = TypeVar("_Line", str, list[str])
@@ -227,7 +234,7 @@ _Line = TypeVar("_Line", str, list[str])
 
 def _pairs(
     captions: Path, lines: Iterable[_Line], split: Callable[[_Line], Sequence[str]]
-) -> Iterable[tuple[str, str]]:
+) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         if not line or not any(part.strip() for part in line):
             continue

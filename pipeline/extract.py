@@ -90,13 +90,14 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     yield from (Notice(text) for text in notices)
     record = encoder_record(backbone, config.image_size, config.views, precision)
     skeleton = _skeleton(config, photos, record, devices[0])
+    del photos  # the skeleton has it all, in a third of the memory
     known = _known_photos(config, record)
     with open_writer(
         config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
     ) as writer:
         if writer.cache.batch_rows != skeleton.batch_rows:
             yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
-        del photos, skeleton  # the cache knows it all, in a tenth of the memory
+        del skeleton  # the cache has it all, mapped
         if config.retry_unreadable:
             yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
         yield from _Filling(writer, config).run(backbone, devices, known)

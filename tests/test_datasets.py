@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.datasets import DatasetError, Photo, read_photos
+from pipeline.datasets import DatasetError, Photo, read_captions, read_photos
 
 COCO = {
     "images": [
@@ -150,3 +150,26 @@ def test_sample_captions_are_read_whole(sample_data: Path) -> None:
     coco = read_photos(sample_data / "coco/val2017", sample_data / "coco/captions_val2017.json")
     assert len(coco) == 5000
     assert sum(len(photo.captions) for photo in coco) == 25014
+
+
+def test_a_caption_goes_on_over_lines_as_its_csv_says(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text(
+        'image,caption\na.jpg,"A dog\nruns."\na.jpg,A cat\u2028sits.\n'
+        "b.jpg,A bird\x0b\x85 flies.\n",
+        encoding="utf-8",
+    )
+    photos = read_captions(tmp_path / "captions.csv")
+    assert photos == [
+        Photo("a.jpg", "a.jpg", ("A dog runs.", "A cat sits.")),
+        Photo("b.jpg", "b.jpg", ("A bird flies.",)),
+    ]
+
+
+def test_text_that_turns_out_not_to_be_text_is_an_error(tmp_path: Path) -> None:
+    lines = [f"{i}.jpg,A dog.".encode() for i in range(5000)]
+    (tmp_path / "captions.csv").write_bytes(b"\n".join([b"image,caption", *lines, b"x.jpg,\xff"]))
+    with pytest.raises(DatasetError, match="neither JSON nor UTF-8 text"):
+        read_captions(tmp_path / "captions.csv")
+    (tmp_path / "captions.csv").write_text('a.jpg,"' + "x" * 200_000 + '"\n')
+    with pytest.raises(DatasetError, match="not a CSV"):
+        read_captions(tmp_path / "captions.csv")

@@ -25,6 +25,7 @@ from cache.errors import CapError
 from cache.record import CaptionTable, Strings
 
 PAD, START, END, UNK = 0, 1, 2, 3
+_AT_ONCE = 1 << 20  # tokens; bincount makes 8 bytes of each
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
 
 
@@ -82,15 +83,20 @@ def build_caption_table(captions: Sequence[Sequence[str]]) -> CaptionTable:
     for index, text in enumerate(texts, 1):
         flat.extend([seen[token] for token in tokenize(text)])
         offsets[index] = len(flat)
-    tokens = np.array(flat, np.int32)
-    counts = np.bincount(tokens, minlength=len(seen)).tolist()
-    ordered = sorted(zip(seen, counts, strict=True), key=lambda item: (-item[1], item[0]))
+    tokens = np.frombuffer(flat, np.int32)
+    parts = np.split(tokens, range(_AT_ONCE, len(tokens), _AT_ONCE))
+    counts = np.zeros(len(seen), np.int64)
+    for part in parts:
+        counts += np.bincount(part, minlength=len(seen))
+    ordered = sorted(zip(seen, counts.tolist(), strict=True), key=lambda item: (-item[1], item[0]))
     number = np.zeros(len(seen), np.int32)
     number[[seen[word] for word, _ in ordered]] = np.arange(len(seen))
+    for part in parts:
+        part[:] = number[part]
     return CaptionTable(
         texts=Strings.pack(texts),
         rows=rows,
-        tokens=number[tokens],
+        tokens=tokens,
         token_offsets=offsets,
         words=Strings.pack(word for word, _ in ordered),
         counts=np.array([count for _, count in ordered], np.int64),
