@@ -12,7 +12,7 @@ import copy
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cache.errors import CapError
 from cache.record import EncoderRecord
+from pipeline.classifiers import classifiers
 from pipeline.cuda_graph import CapturedGraphs
 from pipeline.fused import fold_batchnorm, fuse_convolutions, has_batchnorm, meta_twin
 from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
@@ -71,12 +73,16 @@ class Backbone:
         """
         key = (device, dtype, image_size)
         if key not in self._fast:
-            _check_output(self, image_size)
+            if device.type != "cpu":
+                _check_shapes(self, image_size)
             self._fast.clear()  # its memory first
-            example = torch.empty(_TYPICAL_BATCH, 3, image_size, image_size, device="meta")
-            self._fast[key] = fuse_convolutions(
-                fold_batchnorm(self.network), device, dtype, example
+            network = fuse_convolutions(
+                fold_batchnorm(self.network), device, dtype, typical_batch=_TYPICAL_BATCH
             )
+            if device.type == "cpu":  # a photo takes less time than the shapes alone would
+                photo = torch.zeros(1, 3, image_size, image_size, dtype=dtype)
+                _check_output(self, network, photo.to(memory_format=torch.channels_last))
+            self._fast[key] = network
         return self._fast[key]
 
 
@@ -100,12 +106,10 @@ def load_backbone(name: str, weights: str) -> Backbone:
 
 def _headless(name: str, device: str) -> tuple[nn.Module, int]:
     """A torchvision classifier with its last linear layer replaced by the identity."""
-    from torchvision import models
-
     try:
-        with torch.device(device), warnings.catch_warnings():
+        with torch.device(device), _NothingDrawn(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some constructors announce changes of their defaults
-            network: nn.Module = models.get_model(name, weights=None)
+            network: nn.Module = classifiers().get_model(name, weights=None)
     except ValueError:
         raise EncoderError(
             f"no backbone {name!r} in torchvision; for example resnet152, resnet50, mobilenet_v2"
@@ -120,11 +124,37 @@ def _headless(name: str, device: str) -> tuple[nn.Module, int]:
     return network, head.in_features
 
 
-def _check_output(backbone: Backbone, image_size: int) -> None:
-    """Raise EncoderError unless this image size gives one vector a photo."""
-    network = meta_twin(backbone.network)
+class _NothingDrawn(TorchFunctionMode):
+    """On the meta device weights are not drawn: torch would load its compiler to draw nothing."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._skips = device == "meta"
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self._skips and func is Tensor.normal_:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _check_shapes(backbone: Backbone, image_size: int) -> None:
+    """`_check_output` before anything is computed, or on its device."""
+    pixels = torch.empty(2, 3, image_size, image_size, device="meta")
+    _check_output(backbone, meta_twin(backbone.network), pixels)
+
+
+@torch.inference_mode()
+def _check_output(backbone: Backbone, network: nn.Module, pixels: Tensor) -> None:
+    """Raise EncoderError unless such pixels (B, 3, S, S) give one vector a photo."""
+    image_size = pixels.shape[-1]
     try:
-        shape = tuple(network(torch.empty(2, 3, image_size, image_size, device="meta")).shape)
+        shape = tuple(network(pixels).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise EncoderError(
@@ -132,7 +162,7 @@ def _check_output(backbone: Backbone, image_size: int) -> None:
         ) from None
     except AttributeError:
         shape = ()
-    if shape != (2, backbone.feature_dim):
+    if shape != (len(pixels), backbone.feature_dim):
         raise EncoderError(
             f"{backbone.name} gives no pooled vector before its last layer; choose another backbone"
         )
@@ -140,10 +170,8 @@ def _check_output(backbone: Backbone, image_size: int) -> None:
 
 def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """(state dict, where it came from). Raises EncoderError."""
-    from torchvision import models
-
     path = Path(weights).expanduser()
-    published = models.get_model_weights(name)
+    published = classifiers().get_model_weights(name)
     if weights in published.__members__:
         try:
             state = published[weights].get_state_dict(progress=False, check_hash=True)
@@ -231,12 +259,11 @@ def _scale_branches(network: nn.Module) -> None:
     their shortcuts. With branches of full size a ResNet-152 is chaotic: rounding its input to
     bfloat16 alone turns some photos' features by a tenth, which no trained network does.
     """
-    from torchvision.models.resnet import BasicBlock, Bottleneck
-
+    resnet = classifiers().resnet
     lasts = [
-        block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        block.bn3 if isinstance(block, resnet.Bottleneck) else block.bn2
         for block in network.modules()
-        if isinstance(block, BasicBlock | Bottleneck)
+        if isinstance(block, (resnet.BasicBlock, resnet.Bottleneck))
     ]
     for batchnorm in lasts:
         nn.init.constant_(batchnorm.weight, len(lasts) ** -0.5)
@@ -249,7 +276,7 @@ def _sha256(state: Mapping[str, Tensor]) -> str:
         if not key.endswith("num_batches_tracked"):
             tensor = state[key].detach().contiguous()
             digest.update(f"{key} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.numpy().tobytes())
+            digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 
@@ -257,7 +284,13 @@ def encoder_record(
     backbone: Backbone, image_size: int, views: tuple[str, ...], precision: str
 ) -> EncoderRecord:
     """How features of this backbone are made. Raises EncoderError if it cannot take such images."""
-    _check_output(backbone, image_size)
+    _check_shapes(backbone, image_size)
+    return _record(backbone, image_size, views, precision)
+
+
+def _record(
+    backbone: Backbone, image_size: int, views: tuple[str, ...], precision: str
+) -> EncoderRecord:
     return EncoderRecord(
         backbone=backbone.name,
         weights=backbone.weights,
@@ -283,7 +316,7 @@ class Encoder:
         views: tuple[str, ...] = ("full",),
     ) -> None:
         self.device = device
-        self.record = encoder_record(backbone, image_size, views, precision)
+        self.record = _record(backbone, image_size, views, precision)
         self.notices: list[str] = []  # what the user should know of; whoever shows them clears them
         dtype = DTYPES[precision]
         self._network = backbone.fast_network(device, dtype, image_size)

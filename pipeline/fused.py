@@ -50,25 +50,33 @@ def meta_twin(network: Network) -> Network:
 def fold_batchnorm(network: nn.Module) -> nn.Module:
     """A traced copy with each BatchNorm folded into the convolution before it, if there is one.
 
-    A network that torch.fx cannot trace is copied as it is: it runs, only slower.
+    What is not folded shares its memory with `network`, until it is moved or converted. A network
+    that torch.fx cannot trace is copied as it is: it runs, only slower.
     """
     from torch.fx.experimental.optimization import fuse
 
     try:
-        folded: nn.Module = fuse(copy.deepcopy(network), inplace=True)
+        folded: nn.Module = fuse(_sharing_copy(network), inplace=True)
     except Exception:
-        return copy.deepcopy(network)
+        folded = _sharing_copy(network)
     return folded.eval().requires_grad_(False)
 
 
+def _sharing_copy(network: Network) -> Network:
+    """A copy with parameters and buffers of its own that lie in the same memory."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in network.parameters()}
+    memo.update((id(buffer), buffer.detach()) for buffer in network.buffers())
+    return copy.deepcopy(network, memo)
+
+
 def fuse_convolutions(
-    network: nn.Module, device: torch.device, dtype: torch.dtype, example: Tensor
+    network: nn.Module, device: torch.device, dtype: torch.dtype, *, typical_batch: int
 ) -> nn.Module:
     """The network with fused convolutions, on `device` in `dtype`, channels last in memory.
 
     network: from `fold_batchnorm`, taken over and changed; if it could not be traced it is moved
-    and otherwise left as it is. example: (B, 3, S, S) of any dtype, whose shape says for which
-    sizes weights are laid out (others work too).
+    and otherwise left as it is. On a CPU the weights are laid out in memory when it first runs, for
+    the sizes of those photos and a typical batch (others work too).
     """
     network = network.to(device, dtype).to(memory_format=torch.channels_last)
     if device.type == "cpu":
@@ -76,8 +84,8 @@ def fuse_convolutions(
     if not isinstance(network, fx.GraphModule) or not _has_kernels(device, dtype):
         return network
     make = _OneDnnConvolution if device.type == "cpu" else _CudnnConvolution
-    shapes = _input_shapes(network, example) if device.type == "cpu" else {}
     modules = dict(network.named_modules())
+    network.graph.eliminate_dead_code()
     # The sum that ends a block comes after both its inputs: replacing in order keeps it so.
     for node in list(network.graph.nodes):
         convolution = modules.get(node.target) if node.op == "call_module" else None
@@ -87,15 +95,19 @@ def fuse_convolutions(
         if replaced is None:
             continue
         last, other, activation = replaced
+        dead = [node]
+        while dead[-1] is not last:
+            dead.append(next(iter(dead[-1].users)))
         in_place = other is not None and _is_free_after(other, last, modules)
-        fused = make(convolution, activation, shapes.get(node.name), in_place)
+        fused = make(convolution, activation, typical_batch, in_place)
         network.add_module(f"fused_{node.name}", fused)
         with network.graph.inserting_before(last):
             arguments = (node.args[0],) if other is None else (node.args[0], other)
             new = network.graph.call_module(f"fused_{node.name}", arguments)
         last.replace_all_uses_with(new)
         modules[f"fused_{node.name}"] = fused
-        network.graph.eliminate_dead_code()
+        for old in reversed(dead):
+            network.graph.erase_node(old)
     network.graph.lint()
     network.delete_all_unused_submodules()
     network.recompile()
@@ -162,27 +174,32 @@ class _OneDnnConvolution(nn.Module):
         self,
         convolution: nn.Conv2d,
         activation: type[nn.Module] | None,
-        input_shape: tuple[int, ...] | None,
+        typical_batch: int,
         in_place: bool,
     ) -> None:
         super().__init__()
         self.geometry = _geometry(convolution)
         self.name, self.parameters_ = _ACTIVATIONS[activation] if activation else ("none", [])
         self.in_place = in_place
-        weight = convolution.weight.detach()
-        if input_shape is not None:
-            # Plain attributes: oneDNN's own layout cannot be moved, copied or saved.
-            weight = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, *self.geometry, list(input_shape)
-            )
-        self.weight = weight
+        self.typical_batch = typical_batch
+        # Plain attributes: oneDNN's own layout cannot be moved, copied or saved.
+        self.weight = convolution.weight.detach()
+        self.laid_out = False
         self.bias = None if convolution.bias is None else convolution.bias.detach()
 
     @classmethod
     def takes(cls, activation: type[nn.Module] | None, with_sum: bool) -> bool:
         return activation in _ACTIVATIONS and not (with_sum and activation is not nn.ReLU)
 
+    def _lay_out(self, x: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight, *self.geometry, [self.typical_batch, *x.shape[1:]]
+        )
+        self.laid_out = True
+
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if not self.laid_out:
+            self._lay_out(x)
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
                 x, self.weight, self.bias, *self.geometry, self.name, self.parameters_, ""
@@ -204,7 +221,7 @@ class _CudnnConvolution(nn.Module):
         self,
         convolution: nn.Conv2d,
         activation: type[nn.Module] | None,
-        input_shape: tuple[int, ...] | None,
+        typical_batch: int,
         in_place: bool,
     ) -> None:
         super().__init__()
@@ -289,22 +306,3 @@ def _is_free_after(other: fx.Node, last: fx.Node, modules: dict[str, nn.Module])
         return False
     order = {node: position for position, node in enumerate(last.graph.nodes)}
     return all(order[user] <= order[last] for user in other.users)
-
-
-def _input_shapes(network: fx.GraphModule, example: Tensor) -> dict[str, tuple[int, ...]]:
-    """The input shape of every convolution, found without computing anything."""
-    from torch.fx.passes.shape_prop import ShapeProp
-
-    twin = meta_twin(network)
-    try:
-        ShapeProp(twin).propagate(example.to("meta", next(network.parameters()).dtype))
-    except Exception:  # an operation without a shape rule: weights stay in their plain layout
-        return {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for node in twin.graph.nodes:
-        source: Any = node.args[0] if node.op == "call_module" and node.args else None
-        if isinstance(source, fx.Node) and "tensor_meta" in source.meta:
-            shape = getattr(source.meta["tensor_meta"], "shape", None)
-            if shape is not None and len(shape) == 4:
-                shapes[node.name] = tuple(shape)
-    return shapes

@@ -11,7 +11,8 @@ _PLAIN_INTERVAL_S = 5.0
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")  # in one: a Ctrl-C in between would join two lines
+    sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

@@ -34,7 +34,9 @@ def distance(features: torch.Tensor, expected: torch.Tensor) -> float:
 
 def fused_on_cpu(network: nn.Module, example: torch.Tensor) -> nn.Module:
     with torch.inference_mode():
-        return fuse_convolutions(fold_batchnorm(network), CPU, torch.float32, example)
+        return fuse_convolutions(
+            fold_batchnorm(network), CPU, torch.float32, typical_batch=len(example)
+        )
 
 
 def test_folding_keeps_the_network_and_leaves_the_original_alone() -> None:
@@ -43,6 +45,17 @@ def test_folding_keeps_the_network_and_leaves_the_original_alone() -> None:
     assert not has_batchnorm(folded)
     assert has_batchnorm(network)
     torch.testing.assert_close(folded(images()), network(images()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])  # in the second not all is folded
+def test_a_network_in_bfloat16_leaves_its_original_in_float32(name: str) -> None:
+    network = load_backbone(name, "random").network
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    fuse_convolutions(fold_batchnorm(network), CPU, torch.bfloat16, typical_batch=2)
+    for key, tensor in network.state_dict().items():
+        assert tensor.dtype is before[key].dtype
+        assert torch.equal(tensor, before[key])
+        assert tensor.stride() == before[key].stride()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +188,7 @@ def test_fused_networks_agree_on_a_gpu(dtype: torch.dtype) -> None:
     pixels = images(4, 224)
     with torch.inference_mode():
         expected = network(pixels)
-        fused = fuse_convolutions(fold_batchnorm(network), device, dtype, pixels)
+        fused = fuse_convolutions(fold_batchnorm(network), device, dtype, typical_batch=4)
         by_cudnn = any(isinstance(m, _CudnnConvolution) for m in fused.modules())
         assert by_cudnn == (dtype is not torch.float32)
         batch = pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
