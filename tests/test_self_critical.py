@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from tests.conftest import MakeCache
+from train import self_critical
 from train.batches import caption_set
 from train.config import Recipe
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.loop import Trainer
+from train.rollout import sample
 from train.self_critical import SelfCritical, _above_the_others, _as_batch
 from train.vocab import END, PAD, START, UNK, build_vocabulary
 
@@ -60,33 +66,55 @@ def test_drawn_captions_get_better_at_what_is_rewarded(make_cache: MakeCache) ->
     assert after > before + 1
 
 
-def test_the_gradient_is_the_reward_weighted_log_likelihoods(make_cache: MakeCache) -> None:
+def remembering(
+    critic: SelfCritical, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[np.ndarray]]:
+    """Lists that fill with the features that captions are drawn from, the words, the rewards."""
+    features: list[torch.Tensor] = []
+    words: list[torch.Tensor] = []
+    rewards: list[np.ndarray] = []
+    score, draw = critic._reward.score, sample
+
+    def remember_draw(decoder: CaptionDecoder, read: torch.Tensor, *args: Any, **more: Any) -> Any:
+        features.append(read)
+        words.append(draw(decoder, read, *args, **more))
+        return words[-1]
+
+    def remember_score(photos: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        rewards.append(score(photos, drawn))
+        return rewards[-1]
+
+    monkeypatch.setattr(self_critical, "sample", remember_draw)
+    critic._reward = type("Remembering", (), {"score": staticmethod(remember_score)})()
+    return features, words, rewards
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.5])
+def test_the_gradient_is_the_reward_weighted_log_likelihoods(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, dropped: float
+) -> None:
     """The same samples and rewards, differentiated by autograd through the plain decoder."""
     made = trainer(make_cache)
     decoder, captions = made.decoder, made.captions
     assert made._vocabulary is not None
+    anchor = 0.0 if dropped else 0.3  # the true captions' dropout is not the plain decoder's
     critic = SelfCritical(
-        decoder, made.objective, captions, made._vocabulary, samples=4, anchor=0.3
+        decoder, made.objective, captions, made._vocabulary, samples=4, anchor=anchor
     )
-    seen: list[tuple[torch.Tensor, np.ndarray]] = []
-    score = critic._reward.score
-
-    def remember(photos: np.ndarray, words: np.ndarray) -> np.ndarray:
-        rewards: np.ndarray = score(photos, words)
-        seen.append((torch.from_numpy(words), rewards))
-        return rewards
-
-    critic._reward = type("Remembering", (), {"score": staticmethod(remember)})()
+    decoder.config = replace(decoder.config, feature_dropout=dropped)
+    seen, drawn, scored = remembering(critic, monkeypatch)
     photos = np.array([0, 2, 5])
     count, reward = critic.gradients(photos, np.zeros(3, np.int64), seed=1)
     gradients = {
         name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None
     }
-    ((words, rewards),) = seen
+    (words,), (rewards,), (read,) = drawn, scored, seen
+    zeros = (read == 0).float().mean()
+    assert zeros == 0 if not dropped else 0.2 < zeros < 0.8
     assert int(count) == int((words != PAD).sum())
     assert float(reward) == rewards.mean()
     decoder.eval()
-    features = captions.photo_features(photos, np.zeros(3, np.int64)).repeat_interleave(4, 0)
+    features = read.repeat_interleave(4, 0)
     inputs = words[:, :-1].masked_fill(words[:, :-1] == END, PAD)
     logits = decoder(features, inputs)
     logits[..., [PAD, START, UNK]] = -1e4  # never drawn
@@ -97,7 +125,7 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(make_cache: MakeCac
     loss = -(picked.sum(1) * advantages).sum()
     # Of photo row r the captions are 4r … 4r + 3; their mean loss counts 0.3 for each drawn token.
     true = captions.batch(np.concatenate([np.arange(4 * row, 4 * row + 4) for row in photos]))
-    loss = loss + 0.3 * int(count) * decoder.loss(true, label_smoothing=0.1)
+    loss = loss + anchor * int(count) * decoder.loss(true, label_smoothing=0.1)
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
     for (name, _), wanted in zip(decoder.named_parameters(), expected, strict=True):
         torch.testing.assert_close(gradients[name], wanted, rtol=1e-3, atol=1e-4, msg=name)

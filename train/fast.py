@@ -25,6 +25,7 @@ from torch import Tensor
 from train.decoder import CaptionDecoder
 from train.flat import FlatParameters
 from train.packed import PackedBatch
+from train.products import add_product_, multiply
 from train.selection import NEVER
 from train.vocab import END, PAD
 
@@ -183,20 +184,14 @@ class FastObjective:
         before_head = outputs
         if self.config.tie_embeddings:
             before_head = self._buffer("transformed", rows, embedding)
-            torch.addmm(
-                self._bias("transform.bias"),
-                outputs,
-                self._weight("transform.weight"),
-                out=before_head,
-            )
+            weight, bias = self._weight("transform.weight"), self._bias("transform.bias")
+            multiply(outputs, weight, before_head, bias)
         return _States(photo, layers, outputs, before_head)
 
     def _logits(self, before_head: Tensor) -> Tensor:
         """(R, padded W)."""
         logits = self._buffer("logits", len(before_head), self.parameters.padded_words)
-        return torch.addmm(
-            self._bias("head.bias"), before_head, self._weight(self._head), out=logits
-        )
+        return multiply(before_head, self._weight(self._head), logits, self._bias("head.bias"))
 
     def _read_photo(self, batch: PackedBatch, masks: Masks, training: bool) -> _Photo:
         normalize = self.decoder.normalize
@@ -227,7 +222,7 @@ class FastObjective:
         gates = self._buffer(f"gates{n}", rows, 4 * size)
         # Both biases belong to every row.
         bias = self._bias(f"lstm.bias_ih_l{n}") + self._bias(f"lstm.bias_hh_l{n}")
-        torch.addmm(bias, inputs, self._weight(f"lstm.weight_ih_l{n}"), out=gates)
+        multiply(inputs, self._weight(f"lstm.weight_ih_l{n}"), gates, bias)
         recurrent = self._weight(f"lstm.weight_hh_l{n}")
         activated = self._buffer(f"activated{n}", rows, 4 * size, dtype=torch.float32)
         cells = self._buffer(f"cells{n}", rows, size, dtype=torch.float32)
@@ -237,7 +232,7 @@ class FastObjective:
         for t, count in enumerate(batch.steps):
             now, past = slice(start, start + count), slice(before, before + count)
             if t > 0:
-                gates[now].addmm_(outputs[past], recurrent)
+                add_product_(gates[now], outputs[past], recurrent)
             acts = activated[now]
             acts.copy_(gates[now])
             i, f, g, o = acts.split(size, 1)
@@ -345,13 +340,18 @@ class FastObjective:
         self, weight: str, inputs: Tensor, d_outputs: Tensor, name: str
     ) -> Tensor:
         """Gradients of `inputs @ weight`: stores the weight's, returns the inputs' in a buffer."""
-        gradients = self.parameters.gradients
         matrix = self._weight(weight)  # (in, out)
-        d_matrix = self._buffer(f"d_{weight}", *matrix.shape)
-        torch.mm(inputs.t(), d_outputs, out=d_matrix)
-        self.parameters.matrix(weight, gradients).copy_(d_matrix)
-        d_inputs = self._buffer(name, *inputs.shape)
-        return torch.mm(d_outputs, matrix.t(), out=d_inputs)
+        self._weight_gradient(weight, inputs, d_outputs)
+        return multiply(d_outputs, matrix.t(), self._buffer(name, *inputs.shape))
+
+    def _weight_gradient(self, weight: str, inputs: Tensor, d_outputs: Tensor) -> None:
+        """Store inputs.t() @ d_outputs, in float32 whatever the products' dtype."""
+        gradient = self.parameters.matrix(weight, self.parameters.gradients)
+        if self.dtype is torch.float32:
+            multiply(inputs.t(), d_outputs, gradient)
+        else:
+            product = self._buffer(f"d_{weight}", *gradient.shape)
+            gradient.copy_(multiply(inputs.t(), d_outputs, product))
 
     def _sum_rows(self, d_outputs: Tensor, bias: str) -> None:
         """Store the gradient of a bias that was added to every row."""
@@ -416,8 +416,7 @@ class FastObjective:
             d_gates[now].copy_(d_acts)
             if past is not None:
                 d_cell.mul_(f)
-                d_before = torch.mm(d_gates[now], recurrent, out=d_before_all[:count])
-                d_hidden[past].add_(d_before)
+                d_hidden[past].add_(multiply(d_gates[now], recurrent, d_before_all[:count]))
         d_inputs = self._product_backward(
             f"lstm.weight_ih_l{n}", layer.inputs, d_gates, f"d_inputs{n}"
         )
@@ -427,9 +426,7 @@ class FastObjective:
         before = self._buffer("hidden_before", rows, size)
         torch.index_select(layer.outputs, 0, batch.previous, out=before)
         before[: steps[0]].zero_()
-        weight = self.parameters.matrix(f"lstm.weight_hh_l{n}", gradients)
-        d_weight = self._buffer("d_recurrent", *weight.shape)
-        weight.copy_(torch.mm(before.t(), d_gates, out=d_weight))
+        self._weight_gradient(f"lstm.weight_hh_l{n}", before, d_gates)
         return d_inputs
 
     def _photo_backward(self, batch: PackedBatch, photo: _Photo, d_photo: Tensor) -> None:

@@ -2,14 +2,14 @@
 likelier or less likely by how much better than the others of their photo they are.
 
 The baseline of a sample is the mean reward of the photo's other samples, which costs no further
-search and is unbiased (Luo, 2020, «A better variant of self-critical sequence training»). Dropout
-and BatchNorm's measuring are off, so that the captions are drawn from the very distribution whose
-gradient is taken. The gradient is a cross-entropy's with a weight for each caption: the fast
-objective computes it as it is.
+search and is unbiased (Luo, 2020, «A better variant of self-critical sequence training»). Captions
+are drawn from the very distribution whose gradient is taken: a photo's features lose the same
+numbers to dropout in both, and nothing else is dropped or measured. The gradient is a
+cross-entropy's with a weight for each caption: the fast objective computes it as it is.
 
 By the reward alone captions become short and vague: CIDEr-D punishes a wrong colour more than it
-rewards a right one, and METEOR falls. The true captions' cross-entropy, at a small weight, keeps
-what they say.
+rewards a right one, and METEOR falls. The true captions' cross-entropy, at a small weight and with
+all the dropout of the epochs before, keeps what they say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from train.batches import Batch, CaptionSet
 from train.decoder import CaptionDecoder
+from train.dropout import draw_masks
 from train.fast import FastObjective
 from train.packed import pack
 from train.ptb import PUNCTUATION
@@ -84,9 +85,10 @@ class SelfCritical:
 
         Returns the number of tokens behind them, and the samples' mean CIDEr-D (0 to 10).
         """
+        generator = torch.Generator(self._captions.device).manual_seed(seed)
         features = self._captions.photo_features(photos, views)
+        features = _drop(features, self._decoder.config.feature_dropout, generator)
         self._decoder.eval()
-        generator = torch.Generator(features.device).manual_seed(seed)
         words = sample(
             self._decoder, features, self._samples, max_length=_MAX_LENGTH, generator=generator
         )
@@ -103,11 +105,11 @@ class SelfCritical:
         self._objective.loss_and_gradients(packed, weights=weights, training=False, drawn=True)
         count = packed.count()
         if self._anchor:
-            self._add_true_captions(photos, views, self._anchor * count)
+            self._add_true_captions(photos, views, self._anchor * count, seed)
         return count, torch.tensor(rewards.mean())
 
     def _add_true_captions(
-        self, photos: NDArray[np.int64], views: NDArray[np.int64], weight: Tensor
+        self, photos: NDArray[np.int64], views: NDArray[np.int64], weight: Tensor, seed: int
     ) -> None:
         """Add the mean gradient of these photos' captions, times `weight`, to the gradients."""
         rows = self._captions.feature_rows[self._by_photo]
@@ -116,11 +118,24 @@ class SelfCritical:
             [self._by_photo[start:stop] for start, stop in zip(first, last, strict=True)]
         )
         batch = self._captions.batch(chosen, np.repeat(views, last - first))
-        packed = pack(batch, round_up=batch.targets.device.type == "cpu")
+        on_host = batch.targets.device.type == "cpu"
+        packed = pack(batch, round_up=on_host)
+        if not on_host:
+            torch.cuda.manual_seed(seed)
+        config, dtype = self._decoder.config, self._objective.dtype
+        masks = draw_masks(config, packed, dtype, seed if on_host else None)
         gradients = self._objective.parameters.gradients
         rewarded = gradients.clone()
-        self._objective.loss_and_gradients(packed, training=False)
+        self._objective.loss_and_gradients(packed, masks, training=False)
         gradients.mul_(weight / packed.count()).add_(rewarded)
+
+
+def _drop(features: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """Features (B, D) of which each number is 0 with probability p, the rest the larger for it."""
+    if not p:
+        return features
+    kept = torch.rand(features.shape, generator=generator, device=features.device) >= p
+    return features * kept / (1 - p)
 
 
 def _above_the_others(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
