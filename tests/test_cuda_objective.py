@@ -1,0 +1,274 @@
+"""The GPU's objective against autograd, run on the CPU: by PyTorch's operations in place of the
+kernels, and by the kernels' own source where there is a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import ROOT
+from tests.test_fast import (
+    BATCHES,
+    BFLOAT16_BOUND,
+    OPTIONS,
+    GivenMasks,
+    assert_same_gradients,
+    decoder,
+    ragged,
+)
+from train.cuda_objective import CudaObjective
+from train.decoder import CaptionDecoder
+from train.dropout import draw_masks
+from train.fast import FastObjective, Masks
+from train.flat import FlatParameters
+from train.kernel_check import check_kernels, kernels_for
+from train.kernels import NAMES, SOURCE, CompiledKernels, Kernels
+from train.nvrtc import Function, KernelError, compile_source
+from train.packed import pack
+from train.torch_kernels import TorchKernels
+
+CPU = torch.device("cpu")
+LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def built_for_the_cpu(dtype: torch.dtype, folder: Path) -> CompiledKernels:
+    """`kernels.cu` itself, its threads run one after the other."""
+    library = folder / f"{str(dtype)[6:]}.so"
+    options = ["-DBFLOAT16"] if dtype is torch.bfloat16 else []
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options]
+    source = ROOT / "tests" / "cuda_on_cpu.h"
+    subprocess.run([*command, f"-I{SOURCE.parent}", str(source), "-o", str(library)], check=True)
+    driver = ctypes.CDLL(str(library))
+    functions = {
+        name: Function(driver, ctypes.c_char_p(name.encode()), CPU)  # type: ignore[arg-type]
+        for name in NAMES
+    }
+    kernels = CompiledKernels(functions)
+    kernels.product = TorchKernels(CPU, dtype).product  # type: ignore[method-assign]
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, CompiledKernels]:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build kernels.cu for the CPU")
+    folder = tmp_path_factory.mktemp("kernels")
+    return {dtype: built_for_the_cpu(dtype, folder) for dtype in LOW.values()}
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> dict[torch.dtype, Kernels]:
+    if request.param == "torch":
+        return {dtype: TorchKernels(CPU, dtype) for dtype in LOW.values()}
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    found: dict[torch.dtype, Kernels] = request.getfixturevalue("compiled")
+    return found
+
+
+def objective_of(
+    model: CaptionDecoder, kernels: Kernels, dtype: torch.dtype, smoothing: float = 0.0
+) -> CudaObjective:
+    parameters = FlatParameters(model, transposed=False)
+    return CudaObjective(model, parameters, dtype=dtype, label_smoothing=smoothing, kernels=kernels)
+
+
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loss_and_gradients_are_autograds(
+    options: dict[str, float], batch_name: str, kernels: dict[torch.dtype, Kernels]
+) -> None:
+    options = dict(options)
+    smoothing, batch = options.pop("label_smoothing"), BATCHES[batch_name]
+    plain = decoder(**options)
+    model = copy.deepcopy(plain)
+    plain.normalize.train(len(batch.targets) > 1)
+    expected = plain.loss(batch, smoothing)
+    expected.backward()
+    objective = objective_of(model, kernels[torch.float32], torch.float32, smoothing)
+    objective.parameters.gradients.fill_(float("nan"))  # nothing of it may stay
+    packed = pack(batch, round_up=False)
+    loss = objective.loss_and_gradients(packed) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(model, plain, 2e-5)
+    for name, buffer in plain.named_buffers():  # BatchNorm measured the same
+        torch.testing.assert_close(model.get_buffer(name), buffer)
+    again = objective.loss_and_gradients(pack(BATCHES["ragged"], round_up=False))
+    assert torch.isfinite(again)  # buffers of another size are in order too
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_bfloat16_stays_within_its_bound(
+    options: dict[str, float], kernels: dict[torch.dtype, Kernels]
+) -> None:
+    options = dict(options)
+    smoothing, batch = options.pop("label_smoothing"), BATCHES["more than a rounded step"]
+    plain = decoder(**options)
+    model = copy.deepcopy(plain)
+    expected = plain.loss(batch, smoothing)
+    expected.backward()
+    objective = objective_of(model, kernels[torch.bfloat16], torch.bfloat16, smoothing)
+    packed = pack(batch, round_up=False)
+    loss = objective.loss_and_gradients(packed) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-3)
+    assert_same_gradients(model, plain, BFLOAT16_BOUND)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_dropout_with_the_same_masks_gives_the_same(
+    layers: int, kernels: dict[torch.dtype, Kernels]
+) -> None:
+    batch = BATCHES["ragged"]
+    plain = decoder(num_layers=layers, dropout=0.4, feature_dropout=0.3, photo_every_step=True)
+    model = copy.deepcopy(plain)
+    packed = pack(batch, round_up=False)
+    masks = draw_masks(model.config, packed, torch.float32, 7)
+    assert masks.features is not None
+    assert masks.inputs is not None
+    of_features = masks.features
+    plain.feature_dropout.register_forward_hook(
+        lambda module, inputs, output: inputs[0] * of_features
+    )
+    plain.lstm.dropout = 0.0  # its own is between layers, where nothing can be given to it
+    given = GivenMasks(packed, [masks.inputs, masks.layers[-1]], batch)
+    if layers == 2:
+        ones = torch.ones_like(masks.layers[0])
+        masks = Masks(masks.features, masks.inputs, (ones, masks.layers[1]))
+    plain.dropout = given  # type: ignore[assignment]
+    expected = plain.loss(batch)
+    expected.backward()
+    objective = objective_of(model, kernels[torch.float32], torch.float32)
+    loss = objective.loss_and_gradients(packed, masks) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(model, plain, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+def test_what_tests_of_the_cpus_objective_hold_is_the_same_here(
+    dtype: torch.dtype, kernels: dict[torch.dtype, Kernels]
+) -> None:
+    """Masks between layers, weighted rows, drawn captions, running statistics, sampled words."""
+    bound = 2e-5 if dtype is torch.float32 else BFLOAT16_BOUND
+    theirs = decoder(num_layers=2, dropout=0.4, feature_dropout=0.2, tie_embeddings=True)
+    mine = copy.deepcopy(theirs)
+    parameters = FlatParameters(theirs, transposed=True)
+    reference = FastObjective(theirs, parameters, dtype=torch.float32, label_smoothing=0.1)
+    objective = objective_of(mine, kernels[dtype], dtype, 0.1)
+    packed = pack(ragged([9, 7, 7, 4, 3, 1, 1]), round_up=False)
+    masks = draw_masks(mine.config, packed, torch.float32, 3)
+    assert masks.features is not None
+    assert masks.inputs is not None
+    low = Masks(
+        masks.features.to(dtype),
+        masks.inputs.to(dtype),
+        tuple(mask.to(dtype) for mask in masks.layers),
+    )
+    weights = torch.linspace(-1, 2, len(packed.words))
+    for drawn, training in itertools.product((False, True), repeat=2):
+        expected = reference.loss_and_gradients(
+            packed, masks, weights=weights, drawn=drawn, training=training
+        )
+        loss = objective.loss_and_gradients(
+            packed, low, weights=weights, drawn=drawn, training=training
+        )
+        assert float(loss) == pytest.approx(float(expected), rel=bound, abs=100 * bound)
+        theirs.normalize.train(training)
+        assert_same_gradients(mine, theirs, bound)
+    expected, loss = reference.loss(packed), objective.loss(packed)
+    assert float(loss) == pytest.approx(float(expected), rel=bound)
+    rows = torch.arange(len(packed.words))
+    uniform = torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
+    same = objective.sample_words(packed, rows, uniform) == reference.sample_words(
+        packed, rows, uniform
+    )
+    assert same.float().mean() > (0.99 if dtype is torch.float32 else 0.9)
+
+
+def test_validation_does_not_move_the_buffers_of_training() -> None:
+    model = decoder()
+    objective = objective_of(model, TorchKernels(CPU, torch.float32), torch.float32)
+    objective.loss_and_gradients(pack(BATCHES["ragged"], round_up=False))
+    before = objective.generation
+    objective.loss(pack(BATCHES["more than a rounded step"], round_up=False))
+    assert objective.generation == before
+    objective.loss_and_gradients(pack(BATCHES["more than a rounded step"], round_up=False))
+    assert objective.generation > before
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+def test_the_kernels_pass_the_check_that_training_makes(
+    dtype: torch.dtype, kernels: dict[torch.dtype, Kernels]
+) -> None:
+    check_kernels(kernels[dtype], CPU, dtype)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "product"])
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+def test_the_check_names_a_kernel_that_is_wrong_in_one_number(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = TorchKernels(CPU, dtype)
+    right = getattr(broken, name)
+
+    def wrong(*arguments: Tensor | None, **options: object) -> None:
+        right(*arguments, **options)
+        written = arguments[0] if name == "cross_entropy" else arguments[-1]
+        assert written is not None
+        written.view(-1)[len(written) - 1] += 1
+
+    monkeypatch.setattr(broken, name, wrong)
+    kernel = "cell" if name.startswith("cell") else name
+    with pytest.raises(KernelError, match=kernel):
+        check_kernels(broken, CPU, dtype)
+
+
+def test_without_a_gpu_the_kernels_are_pytorchs() -> None:
+    assert kernels_for(CPU, torch.float32).name == "torch"
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_kernels_compile_for_a_gpu(architecture: str, dtype: torch.dtype) -> None:
+    """Needs NVRTC, which every PyTorch with CUDA brings; no GPU."""
+    options = ["-DBFLOAT16"] if dtype is torch.bfloat16 else []
+    try:
+        code = compile_source(SOURCE.read_text(), architecture, options)
+    except KernelError as error:
+        if "NVRTC" in str(error) or "for sm_" in str(error):
+            raise
+        pytest.skip(str(error))
+    assert code.startswith(b"\x7fELF")
+    assert all(name.encode() in code for name in NAMES)
+
+
+def test_source_that_does_not_compile_says_where() -> None:
+    try:
+        compile_source("", "sm_90")
+    except KernelError as error:
+        pytest.skip(str(error))
+    with pytest.raises(KernelError, match=r'for sm_90: .*identifier "x" is undefined'):
+        compile_source("__device__ int f() { return x; }", "sm_90")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+def test_a_gpu_trains_with_the_compiled_kernels(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    check_kernels(TorchKernels(device, dtype), device, dtype)
+    assert kernels_for(device, dtype).name == "compiled"
