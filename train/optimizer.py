@@ -33,7 +33,12 @@ class FlatAdamW:
     `torch.optim` brings its compiler along, a second and a half of imports.
     """
 
-    def __init__(self, parameters: FlatParameters, recipe: Recipe) -> None:
+    def __init__(
+        self, parameters: FlatParameters, recipe: Recipe, rate: Tensor | None = None
+    ) -> None:
+        """rate: where steps read the learning rate, a float32 scalar on the parameters' device;
+        None: one of its own.
+        """
         self.parameters = parameters
         self._recipe = recipe
         self._mean = torch.zeros_like(parameters.values)
@@ -41,7 +46,7 @@ class FlatAdamW:
         device = parameters.values.device
         # Tensors, so that a captured graph reads them anew at every replay.
         self._steps = torch.zeros((), device=device)
-        self._rate = torch.zeros((), device=device)
+        self._rate = torch.zeros((), device=device) if rate is None else rate
 
     def set_rate(self, rate: float) -> None:
         self._rate.fill_(rate)
@@ -50,15 +55,14 @@ class FlatAdamW:
     def step(self, count: Tensor) -> None:
         """Update the parameters. count: scalar, the tokens behind the gradients' sum."""
         values, gradients = self.parameters.values, self.parameters.gradients
-        divisor = count.float()
-        excess = gradients.norm() / (divisor * self._recipe.clip_norm)
-        divisor = divisor * excess.clamp_min(1.0)
+        # Divided by `count`, a norm above `clip_norm` has to be divided by the excess, too.
+        divisor = torch.maximum(count.float(), gradients.norm() / self._recipe.clip_norm)
         self._steps.add_(1)
-        cut = self.parameters.matrices
-        for part, decay in (
-            (slice(0, cut), self._recipe.weight_decay),
-            (slice(cut, None), 0.0),
-        ):
+        cut, decay_of_matrices = self.parameters.matrices, self._recipe.weight_decay
+        parts = [(slice(0, cut), decay_of_matrices), (slice(cut, None), 0.0)]
+        if not decay_of_matrices:
+            parts = [(slice(None), 0.0)]
+        for part, decay in parts:
             torch._fused_adamw_(
                 [values[part]],
                 [gradients[part]],
@@ -97,16 +101,26 @@ class WeightAverage:
     Young averages forget faster, so that the first random weights do not stay in them.
     """
 
-    def __init__(self, parameters: FlatParameters, decay: float) -> None:
+    def __init__(
+        self, parameters: FlatParameters, decay: float, weight: Tensor | None = None
+    ) -> None:
+        """weight: where updates read the weight of the newest parameters, as the optimizer's rate
+        is read.
+        """
         self._parameters = parameters
         self._average = parameters.values.clone()
         self._decay = decay
         # A tensor, so that a captured graph reads it anew at every replay.
-        self._weight = torch.zeros((), device=parameters.values.device)
+        device = parameters.values.device
+        self._weight = torch.zeros((), device=device) if weight is None else weight
+
+    def weight_at(self, step: int) -> float:
+        """Of the newest parameters, after this step of the run (from 0)."""
+        return 1 - min(self._decay, (1 + step) / (10 + step))
 
     def set_step(self, step: int) -> None:
         """Say which step of the run (from 0) the next `update` follows."""
-        self._weight.fill_(1 - min(self._decay, (1 + step) / (10 + step)))
+        self._weight.fill_(self.weight_at(step))
 
     @torch.no_grad()
     def update(self) -> None:
