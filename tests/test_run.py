@@ -87,6 +87,21 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
     assert logs[-1].loss < logs[0].loss
 
 
+@pytest.mark.parametrize(("pause_s", "saved"), [(1e9, 0), (0.0, 6)])
+def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
+    cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pause_s: float,
+    saved: int,
+) -> None:
+    monkeypatch.setattr("train.run.SAVE_EVERY", 2)
+    monkeypatch.setattr("train.run.SAVE_PAUSE_S", pause_s)
+    for _ in train(config(cache, tmp_path / "run", save_every=None)):
+        pass
+    assert len(list((tmp_path / "run").glob("epoch-*.cap"))) == saved
+
+
 @pytest.mark.parametrize(
     ("stop_after", "changes"),
     [

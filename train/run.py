@@ -3,7 +3,7 @@
     runs/base/
       best.cap         the model with the best validation score (CIDEr, or the loss)
       last.cap         the model after the last epoch (or interruption)
-      epoch-0-step-1000.cap …   one every `save_every` steps
+      epoch-0-step-1000.cap …   one every `save_every` steps; if not asked for, not too often
       metrics.jsonl    one JSON object a log line and an epoch
       checkpoint.pt    decoder, optimizer and position: what `--resume` reads
 
@@ -29,7 +29,7 @@ from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
 from train.batches import CaptionSet, caption_set, split_photos
 from train.bundle import Bundle
-from train.config import Recipe, TrainConfig
+from train.config import SAVE_EVERY, SAVE_PAUSE_S, Recipe, TrainConfig
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.device import is_out_of_memory, resolve_device
 from train.loop import Step, Trainer
@@ -186,6 +186,7 @@ class _Run:
         self.epoch, self.step = 0, 0  # the next to do
         self.best_score = (-math.inf, -math.inf)  # the higher, the better; then minus the loss
         self.best_epoch = -1
+        self._saved_at = time.monotonic()
         self._prepare_folder()
         self.metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
 
@@ -240,7 +241,7 @@ class _Run:
             losses.append(report.loss)
             captions += report.captions
             self.step = report.step + 1
-            saves = self.step % config.save_every == 0
+            saves = self._is_time_to_save()
             if self.step % config.log_every == 0 or self.step == report.steps or saves:
                 loss = self._finite(float(torch.stack(losses).mean()))
                 seconds = time.perf_counter() - since
@@ -265,6 +266,13 @@ class _Run:
                     self._save_model(name)
                 self._save_checkpoint()
                 yield Saved(self.out / name)
+
+    def _is_time_to_save(self) -> bool:
+        every = self.config.save_every
+        if every is not None:
+            return self.step % every == 0
+        due = time.monotonic() - self._saved_at >= SAVE_PAUSE_S
+        return due and self.step % SAVE_EVERY == 0
 
     def _trained(self) -> Iterator[Step]:
         try:
@@ -319,6 +327,7 @@ class _Run:
             "best_epoch": self.best_epoch,
         }
         write_atomically(self.out / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+        self._saved_at = time.monotonic()
 
     def _write_metrics(self, record: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(record) + "\n")
@@ -433,8 +442,19 @@ def _data(
                 "use --val-cache"
             )
     length = config.max_length
-    return (
-        caption_set(cache, vocabulary, rows=rows, device=device, max_length=length),
-        caption_set(other, vocabulary, rows=held_out, device=device, max_length=length),
-        Validation(other, rows=held_out),
-    )
+    try:
+        training = caption_set(cache, vocabulary, rows=rows, device=device, max_length=length)
+        validation = caption_set(
+            other,
+            vocabulary,
+            rows=held_out,
+            device=device,
+            max_length=length,
+            shared=training if other is cache else None,
+        )
+    except torch.OutOfMemoryError:
+        size = cache.features.nbytes + (0 if other is cache else other.features.nbytes)
+        raise TrainError(
+            f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
+        ) from None
+    return training, validation, Validation(other, rows=held_out)
