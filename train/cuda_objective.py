@@ -7,10 +7,14 @@ Nothing waits for the device, so that a step can be captured as a graph.
 
 Products read bfloat16 where the device is fast at it and are summed in float32; gates, cell states
 and the gradients of all parameters leave them in float32, and are written where they are needed.
+The recurrence's small products leave most of a GPU idle: backward, the large ones that nothing
+waits for run beside it, on a stream of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +63,8 @@ class CudaObjective:
         # Captured steps point into their buffers: what validation needs must not move them.
         self._training = _Buffers(dtype, device)
         self._evaluation = _Buffers(dtype, device)
+        self._device = device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def generation(self) -> int:
@@ -229,11 +235,11 @@ class CudaObjective:
     def _backward(
         self, batch: PackedBatch, masks: Masks, states: _States, d_logits: Tensor
     ) -> None:
-        self._sum_rows(d_logits, "head.bias")
-        d_outputs = self._product_backward(self._head, states.before_head, d_logits)
+        d_outputs = self._linear_backward(self._head, "head.bias", states.before_head, d_logits)
         if self.config.tie_embeddings:
-            self._sum_rows(d_outputs, "transform.bias")
-            d_outputs = self._product_backward("transform.weight", states.outputs, d_outputs)
+            d_outputs = self._linear_backward(
+                "transform.weight", "transform.bias", states.outputs, d_outputs
+            )
         count = len(batch.features)
         for n in reversed(range(1, self.config.num_layers)):
             d_gates = self._lstm_backward(n, count, masks, states, d_outputs)
@@ -248,17 +254,39 @@ class CudaObjective:
         if masks.inputs is not None:
             d_inputs.mul_(masks.inputs)
         embedding = self._gradient("embed.weight")
-        if not self.config.tie_embeddings:
+        if self.config.tie_embeddings:
+            self._join()  # what follows is added to the head's gradient
+        else:
             embedding.zero_()
         embedding.index_add_(0, batch.words[count:], d_inputs[count:])
         d_photo = d_inputs[:count]
         if self.config.photo_every_step:
             d_photo = d_inputs.view(-1, count, self.config.embedding_size).sum(0)
         self._photo_backward(states.photo, d_photo)
+        self._join()
 
-    def _product_backward(self, weight: str, inputs: Tensor, d_outputs: Tensor) -> Tensor:
-        """Gradients of `inputs @ weight.t()`: stores the weight's, returns the inputs'."""
-        self.kernels.product(d_outputs.t(), inputs, self._gradient(weight))
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Within this context work is queued on the side stream, after all that is queued so far.
+
+        Its tensors must stay as they are until `_join`.
+        """
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def _linear_backward(self, weight: str, bias: str, inputs: Tensor, d_outputs: Tensor) -> Tensor:
+        """Gradients of `inputs @ weight.t() + bias`: stores theirs, returns the inputs'."""
+        with self._beside():
+            self.kernels.product(d_outputs.t(), inputs, self._gradient(weight))
+            self._sum_rows(d_outputs, bias)
         d_inputs = self._training.low(f"d {weight}", *inputs.shape)
         return torch.mm(d_outputs, self._weight(weight), out=d_inputs)
 
@@ -274,7 +302,7 @@ class CudaObjective:
         rows, size = d_outputs.shape
         mask = masks.layers[n] if masks.layers else None
         weight = self._weight(f"lstm.weight_hh_l{n}")
-        d_gates = buffers.low("d_gates", rows, 4 * size)
+        d_gates = buffers.low(f"d_gates{n}", rows, 4 * size)
         d_cells = buffers.float("d_cells", count, size)
         d_recurrent = buffers.float("d_recurrent", count, size)
         for start in reversed(range(0, rows, count)):
@@ -293,14 +321,15 @@ class CudaObjective:
                 layer.cells[before] if start else None,
                 d_gates[now],
             )
-        self.kernels.product(d_gates.t(), layer.inputs, self._gradient(f"lstm.weight_ih_l{n}"))
-        recurrent = self._gradient(f"lstm.weight_hh_l{n}")
-        if rows > count:
-            self.kernels.product(d_gates[count:].t(), layer.outputs[:-count], recurrent)
-        else:
-            recurrent.zero_()
-        self._sum_rows(d_gates, f"lstm.bias_ih_l{n}")
-        self._gradient(f"lstm.bias_hh_l{n}").copy_(self._gradient(f"lstm.bias_ih_l{n}"))
+        with self._beside():
+            self.kernels.product(d_gates.t(), layer.inputs, self._gradient(f"lstm.weight_ih_l{n}"))
+            recurrent = self._gradient(f"lstm.weight_hh_l{n}")
+            if rows > count:
+                self.kernels.product(d_gates[count:].t(), layer.outputs[:-count], recurrent)
+            else:
+                recurrent.zero_()
+            self._sum_rows(d_gates, f"lstm.bias_ih_l{n}")
+            self._gradient(f"lstm.bias_hh_l{n}").copy_(self._gradient(f"lstm.bias_ih_l{n}"))
         return d_gates
 
     def _photo_backward(self, photo: _Photo, d_photo: Tensor) -> None:

@@ -72,7 +72,7 @@ class StepInputs:
         used = 2 + 2 * count
         self._device[:used].copy_(self._slots[slot][:used], non_blocking=True)
         if self._copied:
-            self._copied[slot].record()
+            self._copied[slot].record(torch.cuda.current_stream(self._device.device))
         return self._device[2 : 2 + count], self._device[2 + count : used]
 
 

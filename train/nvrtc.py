@@ -94,8 +94,7 @@ def load_functions(code: bytes, names: Sequence[str], device: torch.device) -> d
     """
     driver = _driver()
     with torch.cuda.device(device):
-        torch.empty(0, device=device)  # PyTorch's context of this device is now this thread's
-        torch.cuda.current_stream().synchronize()
+        torch.zeros(1, device=device)  # PyTorch's context of this device is now this thread's
         module = ctypes.c_void_p()
         _check_driver(driver, driver.cuModuleLoadData(ctypes.byref(module), code))
         functions = {}
