@@ -9,14 +9,16 @@ import ctypes
 import itertools
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, MakeCache
 from tests.test_fast import (
     BATCHES,
     BFLOAT16_BOUND,
@@ -26,16 +28,21 @@ from tests.test_fast import (
     decoder,
     ragged,
 )
+from train.batches import caption_set
+from train.config import Recipe
 from train.cuda_objective import CudaObjective
-from train.decoder import CaptionDecoder
+from train.decoder import CaptionDecoder, DecoderConfig
 from train.dropout import draw_masks
 from train.fast import FastObjective, Masks
 from train.flat import FlatParameters
+from train.graphs import GraphedSteps
 from train.kernel_check import check_kernels, kernels_for
 from train.kernels import NAMES, SOURCE, CompiledKernels, Kernels
+from train.loop import Trainer
 from train.nvrtc import Function, KernelError, compile_source
 from train.packed import pack
 from train.torch_kernels import TorchKernels
+from train.vocab import build_vocabulary
 
 CPU = torch.device("cpu")
 LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -197,6 +204,71 @@ def test_what_tests_of_the_cpus_objective_hold_is_the_same_here(
         packed, rows, uniform
     )
     assert same.float().mean() > (0.99 if dtype is torch.float32 else 0.9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+def test_logits_that_are_not_finite_show_in_the_loss(
+    dtype: torch.dtype, bad: float, kernels: dict[torch.dtype, Kernels]
+) -> None:
+    logits = torch.zeros(2, 16, dtype=dtype)
+    logits[1, 5] = bad
+    losses = torch.zeros(2)
+    kernels[dtype].cross_entropy(
+        logits, torch.tensor([4, 4]), None, losses, words=12, smoothing=0.1
+    )
+    assert torch.isfinite(losses).tolist() == [True, False]
+    assert torch.isfinite(logits[0]).all()
+
+
+def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates, averages, views and token counts from the one copy; a short last batch; lengths that
+    are rounded up; but no graph is captured here.
+    """
+
+    class NoGraph:
+        def __init__(self) -> None:
+            raise RuntimeError("no CUDA")
+
+    random = np.random.default_rng(0)
+    words = [f"w{n}" for n in range(12)]
+    texts = [
+        [" ".join(random.choice(words, n)) for n in random.integers(1, 26, 2)] for _ in range(21)
+    ]
+    cache = make_cache(texts, views=("full", "flip"))
+    vocabulary = build_vocabulary(cache.captions, 1)
+    captions = caption_set(cache, vocabulary, device=CPU, max_length=50)
+    recipe = Recipe(
+        embedding_size=16, hidden_size=24, batch_size=8, epochs=4, learning_rate=0.01,
+        warmup=0.2, decay="cosine", average_decay=0.9, label_smoothing=0.1, weight_decay=0.05,
+        photo_every_step=True, tie_embeddings=True,
+    )  # fmt: skip
+    runs = []
+    for as_on_a_gpu in (False, True):
+        torch.manual_seed(0)
+        model = CaptionDecoder(
+            DecoderConfig(8, len(vocabulary), 16, 24, photo_every_step=True, tie_embeddings=True)
+        )
+        with monkeypatch.context() as patch:
+            if as_on_a_gpu:
+                patch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+                patch.setattr(
+                    "train.loop.flat_parameters", partial(FlatParameters, transposed=False)
+                )
+                patch.setattr("train.loop.objective_for", CudaObjective)
+            trainer = Trainer(model, captions, recipe, seed=0, precision="float32")
+            if as_on_a_gpu:
+                trainer.graphs = GraphedSteps(trainer._gather_and_update, lambda: 0)
+            losses = [float(step.loss) for epoch in range(4) for step in trainer.epoch(epoch)]
+        assert trainer.average is not None
+        runs.append((losses, trainer.average.state()))
+    np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=1e-4)
+    for name, value in runs[0][1].items():
+        if name == "project.bias":
+            continue  # BatchNorm cancels it, so that only rounding moves it
+        torch.testing.assert_close(runs[1][1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_validation_does_not_move_the_buffers_of_training() -> None:
