@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import itertools
 import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT, MakeCache
 from tests.test_fast import (
@@ -29,7 +33,7 @@ from tests.test_fast import (
     ragged,
 )
 from train.batches import caption_set
-from train.config import Recipe
+from train.config import BEST, CLASSIC, Recipe
 from train.cuda_objective import CudaObjective
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.dropout import draw_masks
@@ -40,7 +44,8 @@ from train.kernel_check import check_kernels, kernels_for
 from train.kernels import NAMES, SOURCE, CompiledKernels, Kernels
 from train.loop import Trainer
 from train.nvrtc import Function, KernelError, compile_source
-from train.packed import pack
+from train.optimizer import FlatAdamW, WeightAverage
+from train.packed import PackedBatch, gather_packed, pack
 from train.torch_kernels import TorchKernels
 from train.vocab import build_vocabulary
 
@@ -335,6 +340,108 @@ def test_source_that_does_not_compile_says_where() -> None:
         pytest.skip(str(error))
     with pytest.raises(KernelError, match=r'for sm_90: .*identifier "x" is undefined'):
         compile_source("__device__ int f() { return x; }", "sm_90")
+
+
+class Recorded(TorchDispatchMode):
+    """The operations within it that start a kernel: not views, not new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not function.is_view and not function.name().startswith("aten::empty"):
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class NoKernels:
+    """Counts calls."""
+
+    name = "none"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: object) -> None:
+            self.calls += 1
+            if name == "gather_words":  # numbers of words, for those who read them
+                for written in arguments[-2:]:
+                    written.numpy().fill(4)
+
+        return call
+
+
+@pytest.mark.parametrize(("recipe", "operations"), [(CLASSIC, 85), (BEST, 97)])
+def test_a_step_of_thirteen_words_is_no_more_than_so_many_operations(
+    recipe: Recipe, operations: int, make_cache: MakeCache
+) -> None:
+    """From the captions' numbers to new weights: what a graph of it holds, in PyTorch's counting
+    (where BatchNorm and the norm are one each).
+    """
+    cache = make_cache([["a b c d e f g h i j k l"]] * 8)
+    captions = caption_set(cache, build_vocabulary(cache.captions, 1), device=CPU, max_length=50)
+    captions._device_features = torch.from_numpy(np.array(cache.features))
+    model = decoder(
+        tie_embeddings=recipe.tie_embeddings,
+        photo_every_step=recipe.photo_every_step,
+        dropout=recipe.dropout,
+        feature_dropout=recipe.feature_dropout,
+    )
+    model.project = nn.Linear(8, 16)
+    config = dataclasses.replace(model.config, feature_dim=8)
+    kernels = NoKernels()
+    objective = objective_of(model, kernels, torch.bfloat16, recipe.label_smoothing)
+    optimizer = FlatAdamW(objective.parameters, recipe)
+    average = WeightAverage(objective.parameters, 0.9)
+    chosen, views = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    count = torch.ones(())
+    for _ in range(2):  # the first makes what is kept
+        kernels.calls = 0
+        with Recorded() as recorded, torch.no_grad():
+            packed = gather_packed(captions, kernels, chosen, views, 13)
+            masks = draw_masks(config, packed, torch.bfloat16, None)
+            loss = objective.loss_and_gradients(packed, masks)
+            optimizer.step(count)
+            if recipe.average_decay:
+                average.update()
+            loss / count
+    assert len(recorded.names) + kernels.calls <= operations
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
+@pytest.mark.parametrize("recipe", [CLASSIC, BEST], ids=["classic", "best"])
+def test_operations_take_the_shapes_dtypes_and_devices_of_a_step_on_a_gpu(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch's own checks, on tensors without memory that say they are a GPU's."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    device, count, length = torch.device("cuda", 0), 128, 13
+    with FakeTensorMode(), torch.no_grad():
+        with device:
+            model = CaptionDecoder(
+                DecoderConfig(
+                    2048, 9948, recipe.embedding_size, recipe.hidden_size, 2, recipe.dropout,
+                    recipe.feature_dropout, recipe.tie_embeddings, recipe.photo_every_step,
+                )
+            )  # fmt: skip
+        kernels = TorchKernels(device, torch.bfloat16)
+        objective = objective_of(model, kernels, torch.bfloat16, recipe.label_smoothing)
+        rows = torch.zeros(count * length, dtype=torch.int64, device=device)
+        features = torch.zeros(count, 2048, dtype=torch.float16, device=device)
+        packed = PackedBatch(features, (count,) * length, rows, rows, rows, rows)
+        masks = draw_masks(model.config, packed, torch.bfloat16, None)
+        with Recorded() as recorded:
+            loss = objective.loss_and_gradients(packed, masks)
+        assert (loss.device, loss.dtype, loss.shape) == (device, torch.float32, ())
+    seen = recorded.names
+    assert seen.count("aten::_thnn_fused_lstm_cell") == 2 * length
+    assert seen.count("aten::_thnn_fused_lstm_cell_backward_impl") == 2 * length
+    assert seen.count("aten::mm.dtype_out") > 4 * length
 
 
 @pytest.mark.gpu
