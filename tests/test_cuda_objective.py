@@ -287,6 +287,17 @@ def test_validation_does_not_move_the_buffers_of_training() -> None:
     assert objective.generation > before
 
 
+def test_buffers_that_are_reserved_do_not_move() -> None:
+    model = decoder(num_layers=2, tie_embeddings=True)
+    objective = objective_of(model, TorchKernels(CPU, torch.float32), torch.float32)
+    objective.reserve(37, 12)
+    objective.loss_and_gradients(pack(BATCHES["ragged"], round_up=False))
+    before = objective.generation
+    objective.loss_and_gradients(pack(BATCHES["more than a rounded step"], round_up=False))
+    objective.loss_and_gradients(pack(ragged([11] * 37), round_up=False))
+    assert objective.generation == before
+
+
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_the_kernels_pass_the_check_that_training_makes(
     dtype: torch.dtype, kernels: dict[torch.dtype, Kernels]

@@ -71,6 +71,12 @@ class CudaObjective:
         """Changes when a buffer of training moves."""
         return self._training.generation
 
+    def reserve(self, count: int, length: int) -> None:
+        """Say that no batch of training will have more captions, or more targets in one: buffers
+        are then made that large at once, and need not move.
+        """
+        self._training.count, self._training.rows = count, count * length
+
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy per target token, a float32 scalar, without dropout or smoothing."""
@@ -357,13 +363,18 @@ class CudaObjective:
 
 
 class _Buffers:
-    """Uninitialised memory that is the same at every step, as long as it is large enough."""
+    """Uninitialised memory that is the same at every step, as long as it is large enough.
+
+    count, rows: the largest first dimensions that will come, of what has one line for a caption and
+    of what has more.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         self._device = device
         self._memory: dict[str, Tensor] = {}
         self.generation = 0  # changes when a buffer moves
+        self.count = self.rows = 0
 
     def low(self, name: str, *shape: int) -> Tensor:
         """In the products' dtype."""
@@ -376,7 +387,8 @@ class _Buffers:
         size = torch.Size(shape).numel()
         memory = self._memory.get(name)
         if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=dtype, device=self._device)
+            most = max(shape[0], self.rows if shape[0] > self.count else self.count)
+            memory = torch.empty(size // shape[0] * most, dtype=dtype, device=self._device)
             self._memory[name] = memory
             self.generation += 1
         return memory[:size].view(shape)

@@ -89,6 +89,9 @@ class Trainer:
         self.graphs: GraphedSteps | None = None
         if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
             self.graphs = GraphedSteps(self._gather_and_update, lambda: self.objective.generation)
+            assert isinstance(self.objective, CudaObjective)
+            longest = graph_length(int(captions.lengths.max()))
+            self.objective.reserve(recipe.batch_size, longest)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
         """Train through this epoch, from `first_step` on: by cross-entropy, or by reward in the
