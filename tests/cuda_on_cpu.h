@@ -101,6 +101,7 @@ extern "C" int cuLaunchKernel(
     LAUNCH(cell_forward)
     LAUNCH(cell_backward)
     LAUNCH(cross_entropy)
+    LAUNCH(adamw)
     return 1;
 }
 

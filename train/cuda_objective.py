@@ -56,10 +56,12 @@ class CudaObjective:
         device = parameters.values.device
         self.kernels = kernels_for(device, dtype) if kernels is None else kernels
         self._head = "embed.weight" if self.config.tie_embeddings else "head.weight"
-        # The parameters in the products' dtype, all converted at once at the start of a step.
+        # The parameters in the products' dtype, which the optimizer writes along with them.
         self._low = parameters.values
+        self.low: Tensor | None = None  # the same, if another dtype than the parameters'
         if dtype is not torch.float32:
-            self._low = torch.empty_like(parameters.values, dtype=dtype)
+            self._low = self.low = torch.empty_like(parameters.values, dtype=dtype)
+        self._converted = -1  # the version of the parameters that `low` holds
         # Captured steps point into their buffers: what validation needs must not move them.
         self._training = _Buffers(dtype, device)
         self._evaluation = _Buffers(dtype, device)
@@ -76,6 +78,16 @@ class CudaObjective:
         are then made that large at once, and need not move.
         """
         self._training.count, self._training.rows = count, count * length
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Convert the parameters if anything but the optimizer's kernel has changed them. To be
+        called before a captured step, which does not.
+        """
+        values = self.parameters.values
+        if self.low is not None and values._version != self._converted:
+            self.low.copy_(values)
+            self._converted = values._version
 
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> Tensor:
@@ -133,8 +145,7 @@ class CudaObjective:
         """Everything before the head."""
         rows, count, config = len(batch.words), len(batch.features), self.config
         assert rows == count * len(batch.steps)
-        if self._low is not self.parameters.values:
-            self._low.copy_(self.parameters.values)
+        self.refresh()
         photo = self._read_photo(batch, masks, training)
         inputs = buffers.low("inputs", rows, config.embedding_size)
         self.kernels.read_inputs(

@@ -58,6 +58,7 @@ class _Check:
             self._inputs(vocabulary, captions, size, flag)
             self._cells(captions, size, flag)
             self._losses(vocabulary, captions, flag)
+            self._updates(16 * captions, flag)
 
     def _products(self, captions: int, size: int) -> None:
         left, right = self._low(4 * captions, 2 * size), self._low(2 * size, 3 * size)
@@ -149,6 +150,30 @@ class _Check:
             gradients.append(values)
         self._agree("cross_entropy (losses)", losses_found)
         self._agree("cross_entropy (gradient)", gradients, atol=1e-7)
+
+    def _updates(self, size: int, flag: bool) -> None:
+        """Two steps, clipped, decaying and averaged, or not."""
+        start, average = self._float(size), self._float(size) if flag else None
+        gradients = (self._float(size).mul_(7), self._float(size))
+        found = []
+        for kernels in self._both:
+            values, moments = start.clone(), (torch.zeros_like(start), torch.zeros_like(start))
+            mean = None if average is None else average.clone()
+            low = torch.zeros_like(start, dtype=self._dtype)
+            for n, gradient in enumerate(gradients, 1):
+                kernels.adamw(
+                    values, gradient.clone(), moments, self._scalar(n), self._scalar(0.01),
+                    self._scalar(20), gradient.norm(), mean,
+                    self._scalar(0.3) if flag else None, low,
+                    matrices=size // 2, decay=0.1 if flag else 0.0, clip_norm=0.1 if flag else 1e9,
+                )  # fmt: skip
+            found.append((values, *moments, values if mean is None else mean, low))
+        names = ("values", "mean", "mean of squares", "average", "low")
+        for name, *pair in zip(names, *found, strict=True):
+            self._agree(f"adamw ({name})", pair, atol=1e-7)
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self._device)
 
     def _float(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(self._device)

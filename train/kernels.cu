@@ -197,6 +197,62 @@ extern "C" __global__ void cell_backward(
     d_cells[n] = d_cell * f;
 }
 
+// One thread four parameters. AdamW (Loshchilov & Hutter, 2019) with β 0.9 and 0.999, of gradients
+// that are a sum over tokens and are clipped to a norm; then the moving average of the parameters,
+// and the parameters as products read them.
+extern "C" __global__ void adamw(
+    float* values,           // (P,)
+    const float* gradients,  // (P,)
+    float* means, float* squares,  // (P,) moving averages of the gradient and of its square
+    float* average,          // (P,) if `averaged`
+    low_t* low,              // (P,) out if `converted`
+    const float* norm,       // of all gradients
+    const float* tokens,     // behind the gradients' sum
+    const float* rate,       // of learning
+    const float* weight,     // of the parameters in their average, if `averaged`
+    const float* steps,      // how many with this one
+    int count,               // P, a multiple of 4, as is `matrices`
+    int matrices,            // the first so many parameters decay
+    float decay, float clip_norm, int averaged, int converted)
+{
+    const int n = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (n >= count) return;
+    // A norm that is not a number must show.
+    const float excess = norm[0] / clip_norm;
+    const float divisor = excess <= tokens[0] ? tokens[0] : excess;
+    // 1 - β^steps, without rounding what is next to 1; logarithms of 0.9 and 0.999.
+    const float first = -expm1f(-0.105360515657826f * steps[0]);
+    const float second = sqrtf(-expm1f(-0.00100050033358353f * steps[0]));
+    const float step_size = rate[0] / first, kept = n < matrices ? 1.0f - rate[0] * decay : 1.0f;
+    const float4 gradient = *(const float4*)(gradients + n);
+    float4 value = *(float4*)(values + n), mean = *(float4*)(means + n);
+    float4 square = *(float4*)(squares + n);
+    const float g[4] = {gradient.x, gradient.y, gradient.z, gradient.w};
+    float v[4] = {value.x, value.y, value.z, value.w}, m[4] = {mean.x, mean.y, mean.z, mean.w};
+    float s[4] = {square.x, square.y, square.z, square.w};
+    for (int k = 0; k < 4; ++k) {
+        const float scaled = g[k] / divisor;
+        m[k] += 0.1f * (scaled - m[k]);
+        s[k] = 0.999f * s[k] + 0.001f * scaled * scaled;
+        v[k] = kept * v[k] - step_size * m[k] / (sqrtf(s[k]) / second + 1e-8f);
+    }
+    value.x = v[0]; value.y = v[1]; value.z = v[2]; value.w = v[3];
+    mean.x = m[0]; mean.y = m[1]; mean.z = m[2]; mean.w = m[3];
+    square.x = s[0]; square.y = s[1]; square.z = s[2]; square.w = s[3];
+    *(float4*)(values + n) = value;
+    *(float4*)(means + n) = mean;
+    *(float4*)(squares + n) = square;
+    if (averaged) {
+        float4 past = *(float4*)(average + n);
+        past.x += weight[0] * (v[0] - past.x);
+        past.y += weight[0] * (v[1] - past.y);
+        past.z += weight[0] * (v[2] - past.z);
+        past.w += weight[0] * (v[3] - past.w);
+        *(float4*)(average + n) = past;
+    }
+    if (converted) store4(low + n, v);
+}
+
 // One block a row. Its loss, and the gradient in the logits' place:
 //     loss = lse - (1 - ε) logit[target] - ε mean(logits)
 //     gradient = softmax - (1 - ε) [target] - ε / W

@@ -18,7 +18,7 @@ from train.vocab import END, PAD
 
 _aten = torch.ops.aten
 SOURCE = Path(__file__).with_name("kernels.cu")
-NAMES = ("gather_words", "read_inputs", "cell_forward", "cell_backward", "cross_entropy")
+NAMES = ("gather_words", "read_inputs", "cell_forward", "cell_backward", "cross_entropy", "adamw")
 
 
 class Kernels(Protocol):
@@ -113,6 +113,31 @@ class Kernels(Protocol):
         gradient. Rows whose target is <pad> have none. The first `words` columns are words.
         """
 
+    def adamw(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        rate: Tensor,
+        tokens: Tensor,
+        norm: Tensor,
+        average: Tensor | None,
+        weight: Tensor | None,
+        low: Tensor | None,
+        *,
+        matrices: int,
+        decay: float,
+        clip_norm: float,
+    ) -> None:
+        """AdamW, β 0.9 and 0.999, on all parameters (P,); the first `matrices` of them decay.
+
+        gradients: sums over `tokens`, of this `norm`; divided by the tokens they are clipped to
+        `clip_norm`. moments: of the gradient and its square. steps: how many, with this one.
+        average: a moving average that then takes in the parameters with this `weight`. low: gets
+        them in the products' dtype. All but P are scalars; the gradients may be changed.
+        """
+
 
 class Launched(Protocol):
     """A kernel that can be started: `train.nvrtc.Function`."""
@@ -132,6 +157,7 @@ class CompiledKernels:
         self._cell_forward = functions["cell_forward"]
         self._cell_backward = functions["cell_backward"]
         self._cross_entropy = functions["cross_entropy"]
+        self._adamw = functions["adamw"]
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         if left.dtype is torch.float32:
@@ -217,6 +243,31 @@ class CompiledKernels:
         self._cross_entropy.for_each_row(
             len(logits), logits, targets, losses if weights is None else weights, losses,
             logits.shape[1], words, PAD, weights is not None, float(smoothing),
+        )  # fmt: skip
+
+    def adamw(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        rate: Tensor,
+        tokens: Tensor,
+        norm: Tensor,
+        average: Tensor | None,
+        weight: Tensor | None,
+        low: Tensor | None,
+        *,
+        matrices: int,
+        decay: float,
+        clip_norm: float,
+    ) -> None:
+        scalars = (norm, tokens, rate, norm if weight is None else weight, steps)
+        self._adamw.for_each(
+            values.numel() // 4, values, gradients, *moments,
+            values if average is None else average, values if low is None else low, *scalars,
+            values.numel(), matrices, float(decay), float(clip_norm), average is not None,
+            low is not None,
         )  # fmt: skip
 
 

@@ -75,7 +75,6 @@ class Trainer:
         self.parameters = flat_parameters(decoder)
         self._inputs = StepInputs(recipe.batch_size, device)
         numbers = self._inputs.numbers
-        self.optimizer = FlatAdamW(self.parameters, recipe, numbers[1])
         self.average: WeightAverage | None = None
         if recipe.average_decay:
             self.average = WeightAverage(self.parameters, recipe.average_decay, numbers[2])
@@ -83,6 +82,7 @@ class Trainer:
         self.objective = objective_for(
             decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
         )
+        self.optimizer = self._optimizer(numbers[1])
         self._vocabulary = vocabulary
         self._self_critical: SelfCritical | None = None  # made when it is needed
         self._plain = plain
@@ -147,7 +147,7 @@ class Trainer:
         if self.average is not None:
             self.average.take()
             self._measure_photos()
-        self.optimizer = FlatAdamW(self.parameters, self.recipe)
+        self.optimizer = self._optimizer(None)
 
     def _step(
         self,
@@ -196,6 +196,8 @@ class Trainer:
             rate=rate,
             average_weight=self.average.weight_at(position) if self.average else 0.0,
         )
+        assert isinstance(self.objective, CudaObjective)
+        self.objective.refresh()
         return graphs.run(*inputs, graph_length(int(lengths.max())))
 
     def _gather_and_update(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
@@ -232,9 +234,12 @@ class Trainer:
         return loss.detach()
 
     def _apply(self, count: Tensor) -> None:
-        self.optimizer.step(count)
-        if self.average is not None:
-            self.average.update()
+        low = self.objective.low if isinstance(self.objective, CudaObjective) else None
+        self.optimizer.step(count, self.average, low)
+
+    def _optimizer(self, rate: Tensor | None) -> FlatAdamW:
+        kernels = self.objective.kernels if isinstance(self.objective, CudaObjective) else None
+        return FlatAdamW(self.parameters, self.recipe, rate=rate, kernels=kernels)
 
     @contextlib.contextmanager
     def best_weights(self) -> Iterator[None]:

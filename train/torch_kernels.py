@@ -163,6 +163,49 @@ class TorchKernels:
         gradients.scatter_add_(1, index, torch.full_like(hit, smoothing - 1).unsqueeze(1))
         logits.copy_(gradients.mul_(factors.unsqueeze(1)))
 
+    def adamw(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        rate: Tensor,
+        tokens: Tensor,
+        norm: Tensor,
+        average: Tensor | None,
+        weight: Tensor | None,
+        low: Tensor | None,
+        *,
+        matrices: int,
+        decay: float,
+        clip_norm: float,
+    ) -> None:
+        divisor = torch.maximum(tokens, norm / clip_norm)
+        parts = [(slice(0, matrices), decay), (slice(matrices, None), 0.0)] if decay else []
+        for part, decay_of_part in parts or [(slice(None), 0.0)]:
+            # torch's fused kernel itself: `torch.optim` brings its compiler along, a second and a
+            # half of imports.
+            torch._fused_adamw_(
+                [values[part]],
+                [gradients[part]],
+                [moments[0][part]],
+                [moments[1][part]],
+                [],
+                [steps],
+                lr=rate,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=decay_of_part,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+            )
+        if average is not None and weight is not None:
+            average.lerp_(values, weight)
+        if low is not None:
+            low.copy_(values)
+
     def _float_product(self) -> None:
         left = torch.ones(16, 16, dtype=self._dtype, device=self._device)
         out = torch.empty(16, 16, device=self._device)
