@@ -297,6 +297,8 @@ def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
                 losses += [float(step.loss) for step in trainer.epoch(epoch)]
                 with trainer.best_weights():
                     losses.append(trainer.validation_loss(captions))
+                    low, values = getattr(trainer.objective, "low", None), trainer.parameters.values
+                    assert low is None or torch.equal(low, values.to(low.dtype))
         assert trainer.average is not None
         runs.append((losses, trainer.average.state()))
     assert len(replayed) > 10
