@@ -1,20 +1,25 @@
 """`cap bench train`: a training step at COCO's size, the tutorials' way and ours, in turns.
 
 The classic step is the one of the CNN-LSTM tutorials, fed from the cache: float32, `nn.LSTM` on a
-packed sequence, `CrossEntropyLoss`, Adam as it comes. The fast one is what `cap train` runs, with
-the classic recipe: the same model, the same objective.
+packed sequence, `CrossEntropyLoss`, Adam as it comes, with the classic decoder. The fast one is
+what `cap train` runs: with the classic recipe the same model and the same objective.
+
+A CPU's steps are timed one by one. A GPU works through steps while the host prepares the next, as
+it does in training; so there a measurement is a row of steps, and waits for the device once.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +31,22 @@ from cache.record import CaptionTable, EncoderRecord, Skeleton, Strings
 from cache.store import DIGEST_BYTES, open_cache
 from cache.writer import open_writer
 from train.batches import Batch, CaptionSet, caption_set, epoch_batches
-from train.config import CLASSIC
+from train.config import CLASSIC, Recipe
+from train.cuda_objective import CudaObjective
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.device import resolve_device
-from train.fast import NO_MASKS
+from train.dropout import draw_masks
 from train.loop import Trainer
 from train.machine import peak_rss_mb
-from train.packed import pack
+from train.packed import gather_packed, pack
 from train.vocab import PAD, Vocabulary, build_vocabulary
 
 # COCO train2014.
 PHOTOS, CAPTIONS, WORDS, FEATURE_DIM = 82_783, 414_113, 9_944, 2048
 _WRITE_ROWS = 4096
 _PART_REPEATS = 5
+# Of a GPU's measurements, in steps: the fast ones, the classic ones, and those before the first.
+_GPU_ROW, _GPU_CLASSIC_ROW, _GPU_WARM_UP = 64, 4, 512
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,11 @@ class TrainBench:
 
     device: str
     precision: str
+    kernels: str  # between the products: compiled ones of ours, or torch's
     batch_size: int
+    embedding_size: int
+    hidden_size: int
+    num_layers: int
     steps_per_epoch: int
     tokens_per_step: float
     plain_step_ms: float  # the classic step
@@ -55,6 +67,7 @@ class TrainBench:
     parts_ms: dict[str, float]
     limit_step_ms: float  # the products alone, at the fastest rate seen here
     product_tflops: float  # that rate
+    measured_epoch_s: float | None  # a whole epoch by the clock, on a GPU; captures included
     first_step_s: float  # from the prompt to the first step of `cap train`
     beyond_cache_mb: float  # what the fast steps added to the process, in memory of its own
     peak_rss_mb: float
@@ -78,15 +91,18 @@ class TrainBench:
     def table(self) -> str:
         lines = [
             f"COCO's size on {self.device}: {self.steps_per_epoch:,} steps of {self.batch_size} "
-            f"captions, {self.tokens_per_step:,.0f} tokens each; products in {self.precision}",
-            f"classic step      {self.plain_step_ms:>9.1f} ms",
-            f"fast step         {self.fast_step_ms:>9.1f} ms   ({self.ratio:.1f} times as fast, "
+            f"captions, {self.tokens_per_step:,.0f} tokens each; {self.num_layers} x "
+            f"{self.hidden_size} hidden, {self.embedding_size} embedded; products in "
+            f"{self.precision}, {self.kernels} kernels",
+            f"classic step      {self.plain_step_ms:>9.2f} ms",
+            f"fast step         {self.fast_step_ms:>9.2f} ms   ({self.ratio:.1f} times as fast, "
             f"{self.captions_per_s:,.0f} captions/s)",
-            *(f"  {name:<16}{value:>9.1f} ms" for name, value in self.parts_ms.items()),
-            f"arithmetic limit  {self.limit_step_ms:>9.1f} ms   "
+            *(f"  {name:<16}{value:>9.2f} ms" for name, value in self.parts_ms.items()),
+            f"arithmetic limit  {self.limit_step_ms:>9.2f} ms   "
             f"({self.product_tflops:.2f} TFLOP/s; {self.limit_step_ms / self.fast_step_ms:.0%} "
             "of it reached)",
-            f"epoch             {self.epoch_s:>9.1f} s    (limit {self.limit_epoch_s:.1f} s)",
+            f"epoch             {self.epoch_s:>9.1f} s    (limit {self.limit_epoch_s:.1f} s"
+            + (f"; one took {self.measured_epoch_s:.1f} s)" if self.measured_epoch_s else ")"),
             f"first step        {self.first_step_s:>9.1f} s    after the prompt",
             f"memory            {self.beyond_cache_mb:>9.0f} MB   beyond the cache",
         ]
@@ -94,21 +110,29 @@ class TrainBench:
 
 
 def bench_train(
-    *, device: str = "auto", batch_size: int = 128, steps: int = 24, photos: int = PHOTOS
+    recipe: Recipe = CLASSIC,
+    *,
+    device: str = "auto",
+    steps: int = 24,
+    photos: int = PHOTOS,
+    cache: Path | None = None,
 ) -> TrainBench:
-    """Make a cache of COCO's size in a temporary folder and time steps on it.
+    """Time steps on a cache of COCO's size.
 
-    photos: fewer make a smaller, quicker bench with as many captions less.
+    steps: measurements of each kind. photos: fewer make a smaller, quicker bench with as many
+    captions less. cache: one that `write_synthetic_cache` made; None: make it in a temporary
+    folder.
     """
     chosen = resolve_device(device)
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
         path = Path(folder) / "train.h5"
-        write_synthetic_cache(path, photos)
-        first_step_s = _first_step_s(path, Path(folder) / "run", chosen)
-        cache = open_cache(path)
-        vocabulary = build_vocabulary(cache.captions, 4)
-        captions = caption_set(cache, vocabulary, device=chosen, max_length=50)
-        return _time_steps(captions, vocabulary, chosen, batch_size, steps, first_step_s)
+        if cache is None:
+            write_synthetic_cache(path, photos)
+        first_step_s = _first_step_s(cache or path, Path(folder) / "run", chosen)
+        opened = open_cache(cache or path)
+        vocabulary = build_vocabulary(opened.captions, 4)
+        captions = caption_set(opened, vocabulary, device=chosen, max_length=50)
+        return _time_steps(captions, vocabulary, chosen, recipe, steps, first_step_s)
 
 
 def write_synthetic_cache(path: Path, photos: int) -> None:
@@ -212,52 +236,84 @@ def _time_steps(
     captions: CaptionSet,
     vocabulary: Vocabulary,
     device: torch.device,
-    batch_size: int,
-    steps: int,
+    recipe: Recipe,
+    measurements: int,
     first_step_s: float,
 ) -> TrainBench:
-    config = DecoderConfig(captions.feature_dim, len(vocabulary))
-    recipe = replace(CLASSIC, batch_size=batch_size)
-    torch.manual_seed(0)
-    decoder = CaptionDecoder(config).to(device)
-    trainer = Trainer(decoder, captions, recipe, seed=0)
-    batches = epoch_batches(captions.lengths, batch_size, seed=0, epoch=0)
-    steps = min(steps, len(batches) // 2)
+    on_gpu = device.type == "cuda"
+    batches = epoch_batches(captions.lengths, recipe.batch_size, seed=0, epoch=0)
+    trainer = _trainer(captions, vocabulary, device, recipe)
     before_mb = _own_memory_mb()
-    fast = _timed(trainer.epoch(0), device)
-    for _ in range(2 * steps if device.type == "cuda" else steps):  # sizes are met, graphs captured
-        next(fast)
+    epochs = itertools.cycle(range(recipe.epochs))
+    steps = itertools.chain.from_iterable(map(trainer.epoch, epochs))
+    measured_epoch_s = None
+    if on_gpu:
+        _take(steps, _GPU_WARM_UP)
+        measured_epoch_s = _milliseconds(lambda: _take(steps, len(batches)), device) / 1e3
+        row, classic_row = _GPU_ROW, _GPU_CLASSIC_ROW
+    else:
+        measurements = min(measurements, len(batches) // 2)
+        _take(steps, measurements)  # sizes are met
+        row = classic_row = 1
     beyond_mb = _own_memory_mb() - before_mb
-    classic = _ClassicStep(config, device)
+    classic = _ClassicStep(DecoderConfig(captions.feature_dim, len(vocabulary)), device)
+    classic_batches = (captions.batch(chosen) for chosen in itertools.cycle(batches))
     classic(captions.batch(batches[0]))
+
+    def classic_steps() -> None:
+        for batch in itertools.islice(classic_batches, classic_row):
+            classic(batch)
+
     fast_ms, classic_ms = [], []
-    for step in range(steps):
-        fast_ms.append(next(fast))
-        batch = captions.batch(batches[step])
-        classic_ms.append(_milliseconds(lambda batch=batch: classic(batch), device))  # type: ignore[misc]
+    for _ in range(measurements):
+        fast_ms.append(_milliseconds(lambda: _take(steps, row), device) / row)
+        classic_ms.append(_milliseconds(classic_steps, device) / classic_row)
     tokens = float(captions.lengths.sum()) / len(batches)
     rate = _product_rate(trainer, device, round(tokens))
+    objective = trainer.objective
     return TrainBench(
         device=str(device),
-        precision=str(trainer.objective.dtype).removeprefix("torch."),
-        batch_size=batch_size,
+        precision=str(objective.dtype).removeprefix("torch."),
+        kernels=objective.kernels.name if isinstance(objective, CudaObjective) else "torch",
+        batch_size=recipe.batch_size,
+        embedding_size=recipe.embedding_size,
+        hidden_size=recipe.hidden_size,
+        num_layers=recipe.num_layers,
         steps_per_epoch=len(batches),
         tokens_per_step=tokens,
         plain_step_ms=statistics.median(classic_ms),
         fast_step_ms=statistics.median(fast_ms),
-        parts_ms=_parts_ms(trainer, batches[steps], device),
-        limit_step_ms=1e3 * _step_flops(config, tokens, batch_size) / rate,
+        parts_ms=_parts_ms(trainer, batches[measurements], device),
+        limit_step_ms=1e3 * _step_flops(objective.config, tokens, recipe.batch_size) / rate,
         product_tflops=rate / 1e12,
+        measured_epoch_s=measured_epoch_s,
         first_step_s=first_step_s,
         beyond_cache_mb=beyond_mb,
         peak_rss_mb=peak_rss_mb(),
     )
 
 
-def _timed(steps: Iterator[object], device: torch.device) -> Iterator[float]:
-    """The milliseconds of each step."""
-    while True:
-        yield _milliseconds(lambda: next(steps), device)
+def _trainer(
+    captions: CaptionSet, vocabulary: Vocabulary, device: torch.device, recipe: Recipe
+) -> Trainer:
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        captions.feature_dim,
+        len(vocabulary),
+        recipe.embedding_size,
+        recipe.hidden_size,
+        recipe.num_layers,
+        dropout=recipe.dropout,
+        feature_dropout=recipe.feature_dropout,
+        tie_embeddings=recipe.tie_embeddings,
+        photo_every_step=recipe.photo_every_step,
+    )
+    return Trainer(CaptionDecoder(config).to(device), captions, recipe, seed=0)
+
+
+def _take(steps: Iterator[object], count: int) -> None:
+    for _ in itertools.islice(steps, count):
+        pass
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
@@ -276,47 +332,95 @@ def _wait(device: torch.device) -> None:
 def _step_flops(config: DecoderConfig, tokens: float, captions: int) -> float:
     """Of a step's matrix products: two for each weight and row, and twice as many backward."""
     hidden, embedding = config.hidden_size, config.embedding_size
-    lstm = 4 * hidden * (embedding + hidden) + (config.num_layers - 1) * 8 * hidden * hidden
-    per_token = lstm + hidden * config.vocab_size
+    per_token = 4 * hidden * (embedding + hidden) + (config.num_layers - 1) * 8 * hidden * hidden
+    if config.tie_embeddings:
+        per_token += hidden * embedding + embedding * config.vocab_size
+    else:
+        per_token += hidden * config.vocab_size
     return 6.0 * (tokens * per_token + captions * config.feature_dim * embedding)
 
 
 def _product_rate(trainer: Trainer, device: torch.device, tokens: int) -> float:
     """FLOP/s of the largest product of a step, the best of some runs."""
-    hidden, words = trainer.decoder.config.hidden_size, trainer.parameters.padded_words
-    left = torch.randn(-(-tokens // 64) * 64, hidden, device=device).to(trainer.objective.dtype)
-    right = torch.randn(hidden, words, device=device).to(trainer.objective.dtype)
+    config = trainer.decoder.config
+    inner = config.embedding_size if config.tie_embeddings else config.hidden_size
+    words = trainer.parameters.padded_words
+    left = torch.randn(-(-tokens // 64) * 64, inner, device=device).to(trainer.objective.dtype)
+    right = torch.randn(inner, words, device=device).to(trainer.objective.dtype)
     out = left @ right
-    best = min(_milliseconds(lambda: torch.mm(left, right, out=out), device) for _ in range(20))
-    return 2.0 * left.shape[0] * hidden * words / (best / 1e3)
+    repeats = 20 if device.type == "cuda" else 1  # of one wait
+
+    def products() -> None:
+        for _ in range(repeats):
+            torch.mm(left, right, out=out)
+
+    best = min(_milliseconds(products, device) for _ in range(20)) / repeats
+    return 2.0 * left.shape[0] * inner * words / (best / 1e3)
 
 
+@torch.no_grad()
 def _parts_ms(
     trainer: Trainer, chosen: NDArray[np.int64], device: torch.device
 ) -> dict[str, float]:
     """The parts of a fast step one by one, each the median of some runs on one batch."""
-    objective, captions = trainer.objective, trainer.captions
-    round_up = device.type == "cpu"
-    batch = pack(captions.batch(chosen), round_up=round_up)
+    captions = trainer.captions
+    objective: Any = trainer.objective  # its parts are its own affair, but for us
+    smoothing = objective.label_smoothing
+    parts: dict[str, Callable[[], object]]
+    if isinstance(objective, CudaObjective):
+        on_device = torch.from_numpy(chosen).to(device)
+        views = torch.full_like(on_device, captions.full_view)
+        length = int(captions.lengths[chosen].max())
+        parts = {
+            "batch": lambda: gather_packed(captions, objective.kernels, on_device, views, length)
+        }
+        batch = gather_packed(captions, objective.kernels, on_device, views, length)
+        buffers: tuple[Any, ...] = (objective._training,)
+    else:
+        parts = {"batch": lambda: pack(captions.batch(chosen), round_up=True)}
+        batch = pack(captions.batch(chosen), round_up=True)
+        buffers = ()
     count = batch.count()
-    with torch.no_grad():
-        states = objective._hidden(batch, NO_MASKS, training=True)
-        logits = objective._logits(states.before_head)
-        _, smoothed = objective._cross_entropy(batch, logits, states.before_head, None, 0.0)
-        parts: dict[str, Callable[[], object]] = {
-            "batch": lambda: pack(captions.batch(chosen), round_up=round_up),
-            "lstm forward": lambda: objective._hidden(batch, NO_MASKS, training=True),
-            "head forward": lambda: objective._logits(states.before_head),
-            "cross-entropy": lambda: objective._cross_entropy(
-                batch, logits, states.before_head, None, 0.0
-            ),
-            "backward": lambda: objective._backward(batch, NO_MASKS, states, logits, smoothed),
-            "optimizer": lambda: trainer.optimizer.step(count),
-        }
-        return {
-            name: statistics.median(_milliseconds(part, device) for _ in range(_PART_REPEATS))
-            for name, part in parts.items()
-        }
+    seed = None if device.type == "cuda" else 0
+    config = trainer.decoder.config
+    masks = draw_masks(config, batch, objective.dtype, seed)
+    if config.dropout or config.feature_dropout:
+        parts["dropout"] = lambda: draw_masks(config, batch, objective.dtype, seed)
+    states = objective._hidden(batch, masks, *buffers, training=True)
+    logits = objective._logits(states.before_head, *buffers)
+    hidden = () if buffers else (states.before_head,)
+
+    def cross_entropy() -> Any:
+        return objective._cross_entropy(batch, logits, *hidden, None, smoothing, *buffers)
+
+    def backward() -> None:
+        objective._backward(batch, masks, states, logits, *smoothed)
+
+    smoothed = () if buffers else (cross_entropy()[1] if smoothing else None,)
+    parts |= {
+        "lstm forward": lambda: objective._hidden(batch, masks, *buffers, training=True),
+        "head forward": lambda: objective._logits(states.before_head, *buffers),
+        "cross-entropy": cross_entropy,
+        "backward": backward,
+        "optimizer": lambda: trainer.optimizer.step(count),
+    }
+    return {name: _part_ms(part, device) for name, part in parts.items()}
+
+
+def _part_ms(part: Callable[[], object], device: torch.device) -> float:
+    """On a GPU as a graph, as in training: launched one by one, kernels wait for the host."""
+    if device.type == "cpu":
+        return statistics.median(_milliseconds(part, device) for _ in range(_PART_REPEATS))
+    part()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        part()
+
+    def replays() -> None:
+        for _ in range(_GPU_ROW):
+            graph.replay()
+
+    return min(_milliseconds(replays, device) for _ in range(_PART_REPEATS)) / _GPU_ROW
 
 
 def _own_memory_mb() -> float:

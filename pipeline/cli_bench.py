@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli_options import Device, Json, errors, print_json
 from pipeline.terminal import say
+from train.config import RECIPES
 
 bench = typer.Typer(
     help="Measure the speed of this machine, with data made on the spot.",
@@ -45,7 +46,14 @@ def bench_cache(
 
 @bench.command("train")
 def bench_train(
+    recipe: Annotated[str, typer.Option(help="Of the fast step: classic or best.")] = "classic",
     batch_size: Annotated[int, typer.Option(min=2, help="Captions a step.")] = 128,
+    hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the LSTM.  [default: of the recipe]")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(min=1, help="Of the LSTM.  [default: of the recipe]")
+    ] = None,
     photos: Annotated[
         int, typer.Option(min=500, help="Photos of the cache; five captions each.")
     ] = 82_783,
@@ -56,6 +64,15 @@ def bench_train(
 
     Example: cap bench train
     """
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"{recipe!r} is not {' or '.join(RECIPES)}", param_hint="--recipe")
+    chosen = RECIPES[recipe]
+    chosen = dataclasses.replace(
+        chosen,
+        batch_size=batch_size,
+        hidden_size=hidden_size or chosen.hidden_size,
+        num_layers=num_layers or chosen.num_layers,
+    )
     with errors():
         from pipeline.bench_train import bench_train as run
         from train.device import resolve_device
@@ -63,7 +80,7 @@ def bench_train(
 
         machine = describe_machine(resolve_device(device))
         say(machine.summary())
-        result = run(device=device, batch_size=batch_size, photos=photos)
+        result = run(chosen, device=device, photos=photos)
         if as_json:
             derived = {
                 "ratio": result.ratio,

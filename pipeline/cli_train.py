@@ -13,7 +13,7 @@ import typer
 
 from pipeline.cli_options import Device, Json, defaults, errors, print_json
 from pipeline.terminal import say
-from train.config import RECIPES, Recipe, TrainConfig
+from train.config import RECIPES, SAVE_EVERY, SAVE_PAUSE_S, Recipe, TrainConfig
 
 _TRAIN = defaults(TrainConfig)
 
@@ -115,9 +115,14 @@ def train(
         typer.Option(min=1, help="Stop after so many epochs without a better model."),
     ] = _TRAIN["patience"],
     seed: Annotated[int, typer.Option(min=0)] = _TRAIN["seed"],
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved models.")] = _TRAIN[
-        "save_every"
-    ],
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Steps between saved models.  [default: {SAVE_EVERY}, "
+            f"not within {SAVE_PAUSE_S:.0f} s of the last]",
+        ),
+    ] = _TRAIN["save_every"],
     log_every: Annotated[int, typer.Option(min=1, help="Steps between log lines.")] = _TRAIN[
         "log_every"
     ],

@@ -2,6 +2,7 @@
 
 A check is a function from a `Setting` to figures that raises AssertionError where something is
 wrong; add it to CHECKS. A benchmark is the arguments of a `cap bench` command; add it to BENCHES.
+Training's own are in `gpu_check_training.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_check_training import (
+    TRAINING_BENCHES,
+    TRAINING_CHECKS,
+    measure_prompt_to_model,
+    measure_training,
+)
 
 from pipeline.bench_photos import write_bench_photos
+from pipeline.bench_train import PHOTOS, write_synthetic_cache
 from pipeline.config import ExtractConfig
 from pipeline.encoder import (
     MEAN_COSINE,
@@ -147,15 +156,14 @@ BENCHES: tuple[str, ...] = (
     "extract --size 256x256 --rounds 2",
     "extract --size 640x480 --photos 82783 --rounds 1",
     "extract --size 640x480 --backbone resnet50 --rounds 1",
-    "train",
     "predict",
 )
 
 
-def run_check(check: Callable[[Setting], Figures], setting: Setting) -> Figures:
+def run_check(check: Callable[[], Figures]) -> Figures:
     started = time.perf_counter()
     try:
-        result: Figures = {"ok": True, **check(setting)}
+        result: Figures = {"ok": True, **check()}
     except Exception as error:  # whatever it is, the other checks are still worth running
         result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
     return result | {"seconds": round(time.perf_counter() - started, 1)}
@@ -179,6 +187,28 @@ def run_bench(arguments: str, left_s: float) -> Figures:
     return figures
 
 
+def measure_all_training(
+    device: torch.device, work: Path, photos: int, record: Callable[[str, str, Figures], None]
+) -> None:
+    """On one cache of COCO's size."""
+    cache = work / "train.h5"
+    write_synthetic_cache(cache, photos)
+    for name, recipe in TRAINING_BENCHES.items():
+        measured = run_check(partial(measure_training, recipe, cache, device))
+        record("benches", name, measured)
+        torch.cuda.empty_cache()
+    measured = run_check(partial(measure_prompt_to_model, cache, device, work))
+    record("benches", "train, two classic epochs from the prompt", measured)
+
+
+def _setting(work: Path, device: torch.device, backbone: str) -> Setting:
+    folder = work / "photos"
+    folder.mkdir()
+    write_bench_photos(folder, _PHOTOS, 320, 240)
+    pixels = [preprocess(path.read_bytes(), 224) for path in sorted(folder.iterdir())]
+    return Setting(device, load_backbone(backbone, "random"), folder, torch.cat(pixels), work)
+
+
 def bench_commands() -> set[str]:
     from pipeline.cli_bench import bench
 
@@ -189,6 +219,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--checks-only", action="store_true")
+    parser.add_argument("--only", choices=("train", "extract"), help="one half of everything")
+    parser.add_argument("--photos", type=int, default=PHOTOS, help="of the training benchmarks")
     parser.add_argument("--device", default="cuda", help="cpu: only to try this script")
     parser.add_argument("--backbone", default="resnet152")
     options = parser.parse_args()
@@ -213,21 +245,25 @@ def main() -> int:
 
     print(results["machine"], file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="cap-check-") as name:
-        folder = Path(name) / "photos"
-        folder.mkdir()
-        write_bench_photos(folder, _PHOTOS, 320, 240)
-        pixels = [preprocess(path.read_bytes(), 224) for path in sorted(folder.iterdir())]
-        backbone = load_backbone(options.backbone, "random")
-        setting = Setting(device, backbone, folder, torch.cat(pixels), Path(name))
-        for check in CHECKS:
-            record("checks", check.__name__, run_check(check, setting))
+        work = Path(name)
+        if options.only != "extract":
+            for training_check in TRAINING_CHECKS:
+                figures = run_check(partial(training_check, device, work))
+                record("checks", training_check.__name__, figures)
+        if options.only != "train":
+            setting = _setting(work, device, options.backbone)
+            for check in CHECKS:
+                record("checks", check.__name__, run_check(partial(check, setting)))
+        if options.only != "extract" and not options.checks_only:
+            measure_all_training(device, work, options.photos, record)
     known = bench_commands()
-    for arguments in () if options.checks_only else BENCHES:
+    for arguments in () if options.checks_only or options.only == "train" else BENCHES:
         if arguments.split()[0] in known:
             left_s = LIMIT_S - (time.perf_counter() - started)
             record("benches", arguments, run_bench(arguments, left_s))
     print(options.out.resolve())
-    failed = [check for check, figures in results["checks"].items() if not figures["ok"]]
+    done = results["checks"] | results["benches"]
+    failed = [name for name, figures in done.items() if figures.get("ok") is False]
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: is everything right there, then how fast is it? Takes under 8 minutes,
 # needs no network where torch is installed; prints the JSON file that holds the results.
-# Arguments go to gpu_check.py: --out FILE, --checks-only, --device, --backbone.
+# Arguments go to gpu_check.py: --out FILE, --checks-only, --only train, --device, --backbone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -9,6 +9,7 @@ from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
 from train.batches import (
     TrainingSetError,
+    _uploaded,
     caption_set,
     epoch_batches,
     epoch_views,
@@ -39,6 +40,30 @@ def test_a_batch_pairs_every_caption_with_its_own_photo(make_cache: MakeCache) -
     ]
     expected = torch.from_numpy(np.array(cache.features[[2, 0, 0], 0]))
     assert torch.equal(batch.features, expected)
+
+
+def test_two_sets_of_one_cache_can_share_its_features_on_the_device(
+    make_cache: MakeCache,
+) -> None:
+    """Told of another device than the CPU, where the file itself is shared."""
+    cache, device = make_cache(CAPTIONS), torch.device("meta")
+    vocabulary = build_vocabulary(cache.captions, min_count=1)
+    first = caption_set(cache, vocabulary, rows=np.array([0]), device=device, max_length=50)
+    second = caption_set(
+        cache, vocabulary, rows=np.array([2]), device=device, max_length=50, shared=first
+    )
+    assert second._device_features is first._device_features
+    assert first._device_features is not None
+    assert first._device_features.shape == cache.features.shape
+
+
+def test_features_are_uploaded_in_parts_without_loss(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.batches._UPLOADED_ROWS", 2)
+    cache = make_cache(CAPTIONS, views=("flip", "full"))
+    uploaded = _uploaded(cache.features, CPU)
+    assert torch.equal(uploaded, torch.from_numpy(np.array(cache.features)))
 
 
 def test_rare_words_become_unk_and_long_captions_are_cut(make_cache: MakeCache) -> None:

@@ -18,10 +18,11 @@ from train.decoder import CaptionDecoder, DecoderConfig
 from train.dropout import draw_masks
 from train.fast import FastObjective, Masks
 from train.flat import FlatParameters
-from train.graphs import GraphedSteps
+from train.graphs import GraphedSteps, StepInputs, graph_length
 from train.loop import Trainer
-from train.packed import PackedBatch, pack
+from train.packed import PackedBatch, gather_packed, pack
 from train.sampling import with_own_words
+from train.torch_kernels import TorchKernels
 from train.vocab import END, PAD, build_vocabulary
 
 FEATURES, WORDS = 20, 70
@@ -347,32 +348,80 @@ class StubGraph:
         self.log.append("replay")
 
 
-def test_graphs_are_forgotten_when_their_buffers_move(
-    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = make_cache([["a dog"], ["a cat"]])
-    vocabulary = build_vocabulary(cache.captions, 1)
-    captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=50)
+def test_graphs_are_forgotten_when_their_buffers_move(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     generation = [0]
     monkeypatch.setattr(StubGraph, "log", log, raising=False)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
     def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
         log.append("step")
         return torch.zeros(())
 
-    steps = GraphedSteps(step, captions, lambda: generation[0])
+    steps = GraphedSteps(step, lambda: generation[0])
     monkeypatch.setattr(
         steps, "_capture", lambda *_: SimpleNamespace(graph=StubGraph(), loss=torch.zeros(()))
     )
-    chosen = np.array([0, 1])
-    for _ in range(3):
-        steps.run(chosen, None)
-    assert log == ["step", "capture", "replay", "replay"]
-    generation[0] += 1  # as validation on longer captions does
-    steps.run(chosen, None)
-    assert log[4:] == ["capture", "replay"]
+    chosen = torch.tensor([0, 1])
+    for _ in range(4):
+        steps.run(chosen, chosen, 3)
+    assert log == ["step", "step", "capture", "replay", "replay"]
+    steps.run(chosen, chosen, 4)  # of another length
+    assert log[5:] == ["step"]
+    generation[0] += 1  # as a longer batch does
+    steps.run(chosen, chosen, 3)
+    assert log[6:] == ["capture", "replay"]
+
+
+def test_steps_go_on_directly_where_no_graph_can_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NoGraph:
+        def __init__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    steps = GraphedSteps(lambda chosen, views, length: torch.tensor(float(length)), lambda: 0)
+    chosen = torch.tensor([0])
+    assert [float(steps.run(chosen, chosen, 7)) for _ in range(5)] == [7] * 5
+    assert steps.failure == "operation not permitted when stream is capturing"
+
+
+def test_step_inputs_bring_everything_in_the_order_of_the_steps() -> None:
+    inputs = StepInputs(4, torch.device("cpu"))
+    for n in range(100):  # more than there are slots
+        chosen = np.arange(n, n + 3 + n % 2)
+        captions, views = inputs.send(
+            chosen, chosen % 2, tokens=n, rate=0.5 * n, average_weight=0.25
+        )
+        assert captions.tolist() == chosen.tolist()
+        assert views.tolist() == (chosen % 2).tolist()
+        assert inputs.numbers[:3].tolist() == [n, 0.5 * n, 0.25]
+    captions, views = inputs.send(np.array([5]), 1, tokens=1, rate=0, average_weight=0)
+    assert (captions.tolist(), views.tolist()) == ([5], [1])
+
+
+def test_graphs_are_shared_by_the_few_long_lengths() -> None:
+    assert [graph_length(n) for n in range(1, 21)] == list(range(1, 21))
+    assert [graph_length(n) for n in (21, 24, 25, 51)] == [24, 24, 32, 56]
+
+
+@pytest.mark.parametrize("length", [5, 8])
+def test_rows_gathered_on_the_device_are_the_packed_batch(
+    make_cache: MakeCache, length: int
+) -> None:
+    """`length`: the longest caption's, or that of a graph which takes longer ones too."""
+    texts = [["a dog runs", "dog"], [], ["a a a cat", "a dog"]]
+    cache = make_cache(texts, views=("full", "flip"))
+    vocabulary = build_vocabulary(cache.captions, 1)
+    device = torch.device("cpu")
+    captions = caption_set(cache, vocabulary, device=device, max_length=50)
+    chosen, views = torch.tensor([2, 0, 1, 3]), torch.tensor([0, 1, 1, 0])
+    expected = pack(captions.gather(chosen, views, length), round_up=False)
+    found = gather_packed(captions, TorchKernels(device, torch.float32), chosen, views, length)
+    assert found.steps == expected.steps
+    for name in ("features", "targets", "captions", "previous"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert torch.equal(found.words[4:], expected.words[4:])  # at step 0 the photo is read
 
 
 @pytest.mark.gpu
@@ -408,8 +457,9 @@ def test_a_graphed_run_on_a_gpu_follows_an_eager_one(make_cache: MakeCache, name
             for rows in (range(60), range(60, 64))
         )
         trainer = Trainer(model, training, recipe, seed=0, precision="float32")
+        assert trainer.graphs is not None
         if not graphed:
-            trainer._graphs = None
+            trainer.graphs.failure = "not wanted"
         losses[graphed] = []
         for epoch in range(6):
             losses[graphed] += [float(step.loss) for step in trainer.epoch(epoch)]

@@ -39,12 +39,13 @@ def test_the_checks_themselves_run_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
     checks = json.loads(out.read_text())["checks"]
-    assert len(checks) == 5
+    assert len(checks) == 10
     assert all(figures["ok"] for figures in checks.values())
     assert checks["resumed_extraction_has_the_same_bytes"]["photos"] == 160
 
 
 def test_a_failed_check_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
     assert spec is not None
     assert spec.loader is not None
@@ -59,6 +60,7 @@ def test_a_failed_check_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.Monk
         return {"figure": 1}
 
     monkeypatch.setattr(script, "CHECKS", (broken, fine))
+    monkeypatch.setattr(script, "TRAINING_CHECKS", ())
     out = tmp_path / "x.json"
     options = ["--device", "cpu", "--backbone", "resnet18", "--checks-only", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])

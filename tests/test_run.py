@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -85,6 +86,41 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
     assert logs[0].line().startswith("Epoch [0/3], Step [2/5], Loss: ")
     assert logs[0].perplexity == pytest.approx(math.exp(logs[0].loss))
     assert logs[-1].loss < logs[0].loss
+
+
+@pytest.mark.parametrize(("pause_s", "saved"), [(1e9, 0), (0.0, 6)])
+def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
+    cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pause_s: float,
+    saved: int,
+) -> None:
+    monkeypatch.setattr("train.run.SAVE_EVERY", 2)
+    monkeypatch.setattr("train.run.SAVE_PAUSE_S", pause_s)
+    for _ in train(config(cache, tmp_path / "run", save_every=None)):
+        pass
+    assert len(list((tmp_path / "run").glob("epoch-*.cap"))) == saved
+
+
+def test_losses_that_are_read_late_make_the_same_log(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the line of a step comes after the next step. Interrupted before it, too."""
+    for _ in train(config(cache, tmp_path / "soon", log_every=1)):
+        pass
+    monkeypatch.setattr("train.run._reads_losses_late", lambda device: True)
+    reports = train(config(cache, tmp_path / "late", log_every=1))
+    for _ in itertools.islice(reports, 8):
+        pass
+    reports.close()
+    for _ in train(config(cache, tmp_path / "late", log_every=1, resume=True)):
+        pass
+    soon, late = (
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("soon", "late")
+    )
+    assert late == soon
+    assert same(weights(tmp_path / "soon/last.cap"), weights(tmp_path / "late/last.cap"))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from train.vocab import END, PAD, Vocabulary
 # Batches whose captions are sorted by length together: more of them save more padding, fewer keep
 # a batch closer to a random sample.
 _POOL_BATCHES = 32
+_UPLOADED_ROWS = 8192
 
 
 class TrainingSetError(CapError):
@@ -54,22 +55,29 @@ class CaptionSet:
         offsets: NDArray[np.int64],
         full_view: int,
         device: torch.device,
+        shared: CaptionSet | None = None,
     ) -> None:
-        """features: (N, V, D); caption_rows: (M,) into it; words: flat, cut by offsets (M + 1,)."""
+        """features: (N, V, D); caption_rows: (M,) into it; words: flat, cut by offsets (M + 1,).
+
+        shared: a set of other captions of the same features, which are then on the device once.
+        """
         self.device = device
         self.views, self.feature_dim = features.shape[1:]
         self.full_view = full_view
         self.feature_rows, self.words, self.offsets = caption_rows, words, offsets
         self.lengths = np.diff(offsets) + 1  # (M,) targets of each caption, <end> included
-        self._words = torch.from_numpy(words).to(device)
-        self._starts = torch.from_numpy(offsets[:-1].copy()).to(device)
-        self._lengths = torch.from_numpy(self.lengths).to(device)
+        # The same on the device; of each caption its first token and how many targets it has.
+        self.tokens = torch.from_numpy(words).to(device)
+        self.starts = torch.from_numpy(offsets[:-1].copy()).to(device)
+        self.targets = torch.from_numpy(self.lengths).to(device)
         self._rows = torch.from_numpy(caption_rows).to(device)
         self._host_features = features
         # On a GPU all of it lives there (COCO: 0.34 GB); on a CPU the file stays memory-mapped.
         self._device_features: Tensor | None = None
-        if device.type != "cpu":
-            self._device_features = torch.from_numpy(np.ascontiguousarray(features)).to(device)
+        if shared is not None:
+            self._device_features = shared._device_features
+        elif device.type != "cpu":
+            self._device_features = _uploaded(features, device)
 
     def __len__(self) -> int:
         return len(self.feature_rows)
@@ -92,15 +100,19 @@ class CaptionSet:
         """The batch of captions (B,) int64 in their order, `length` targets wide (T), each photo
         by its view (B,). Works on the device alone, so it can be part of a captured graph.
         """
-        starts, lengths = self._starts[captions], self._lengths[captions].unsqueeze(1)
+        starts, lengths = self.starts[captions], self.targets[captions].unsqueeze(1)
         steps = torch.arange(length, device=self.device)  # (T,)
-        positions = (starts.unsqueeze(1) + steps).clamp_max(len(self._words) - 1)  # (B, T)
-        words = torch.where(steps < lengths - 1, self._words[positions].long(), PAD)
+        positions = (starts.unsqueeze(1) + steps).clamp_max(len(self.tokens) - 1)  # (B, T)
+        words = torch.where(steps < lengths - 1, self.tokens[positions].long(), PAD)
         return Batch(
-            features=self._features(self._rows[captions], views),
+            features=self.features_of(captions, views),
             inputs=words[:, :-1],
             targets=torch.where(steps == lengths - 1, END, words),
         )
+
+    def features_of(self, captions: Tensor, views: Tensor) -> Tensor:
+        """(B, D) float16: the photo of each of these captions (B,), by its view (B,)."""
+        return self._features(self._rows[captions], views)
 
     def photo_features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
         """(B, D) float16 on the device: of these rows of the cache, each by its view."""
@@ -121,11 +133,13 @@ def caption_set(
     rows: NDArray[np.int64] | None = None,
     device: torch.device,
     max_length: int,
+    shared: CaptionSet | None = None,
 ) -> CaptionSet:
     """The captions of the cache's extracted photos, or of those `rows` of it.
 
     Words beyond `max_length` are cut, and the caption ends there. Captions without a word and
-    photos that are pending or unreadable are left out. Raises TrainingSetError if nothing is left.
+    photos that are pending or unreadable are left out. shared: another set from this cache on this
+    device. Raises TrainingSetError if nothing is left.
     """
     table = cache.captions
     usable = cache.status == DONE
@@ -154,7 +168,17 @@ def caption_set(
         offsets=offsets,
         full_view=full_view(cache),
         device=device,
+        shared=shared,
     )
+
+
+def _uploaded(features: NDArray[np.float16], device: torch.device) -> Tensor:
+    """(N, V, D) on the device. Read in parts: torch wants arrays that it may write to."""
+    uploaded = torch.empty(features.shape, dtype=torch.float16, device=device)
+    for start in range(0, len(features), _UPLOADED_ROWS):
+        part = slice(start, start + _UPLOADED_ROWS)
+        uploaded[part].copy_(torch.from_numpy(np.array(features[part])))
+    return uploaded
 
 
 def full_view(cache: FeatureCache) -> int:

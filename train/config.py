@@ -70,6 +70,10 @@ BEST = Recipe(
 RECIPES = {"best": BEST, "classic": CLASSIC}
 
 
+# A GPU may do a thousand steps in the time that saving takes.
+SAVE_EVERY, SAVE_PAUSE_S = 1000, 10.0
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What `cap train` does by default, and everything it can be told."""
@@ -84,7 +88,9 @@ class TrainConfig:
     min_count: int = 4
     max_length: int = 50  # words of a caption; the rest is cut
     seed: int = 0
-    save_every: int = 1000  # steps
+    save_every: int | None = (
+        None  # steps; None: SAVE_EVERY, and not within SAVE_PAUSE_S of the last
+    )
     log_every: int = 10  # steps
     device: str = "auto"
     precision: str = "auto"  # of the products: float32, or bfloat16 where the device is fast at it

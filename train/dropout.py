@@ -24,20 +24,27 @@ def draw_masks(
     of_rows = [(rows, size) for size in sizes] if config.dropout else []
     if not of_features and not of_rows:
         return NO_MASKS
-    random = None if seed is None else np.random.Generator(np.random.SFC64(seed))
-
-    def draw(shape: tuple[int, int], p: float) -> Tensor:
-        if random is None:
-            return (
-                torch.empty(shape, dtype=dtype, device=batch.words.device)
-                .bernoulli_(1 - p)
-                .div_(1 - p)
-            )
-        return _draw_on_host(random, shape, 1 - p, dtype)
-
-    features = [draw(shape, config.feature_dropout) for shape in of_features]
-    drawn = [draw(shape, config.dropout) for shape in of_rows]
+    if seed is None:
+        device = batch.words.device
+        features = _draw_on_device(of_features, 1 - config.feature_dropout, dtype, device)
+        drawn = _draw_on_device(of_rows, 1 - config.dropout, dtype, device)
+    else:
+        random = np.random.Generator(np.random.SFC64(seed))
+        keep = 1 - config.feature_dropout
+        features = [_draw_on_host(random, shape, keep, dtype) for shape in of_features]
+        drawn = [_draw_on_host(random, shape, 1 - config.dropout, dtype) for shape in of_rows]
     return Masks(features[0] if features else None, drawn[0] if drawn else None, tuple(drawn[1:]))
+
+
+def _draw_on_device(
+    shapes: list[tuple[int, int]], keep: float, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """All of them in one draw: two kernels."""
+    sizes = [rows * size for rows, size in shapes]
+    if not sizes:
+        return []
+    drawn = torch.empty(sum(sizes), dtype=dtype, device=device).bernoulli_(keep).div_(keep)
+    return [part.view(shape) for part, shape in zip(drawn.split(sizes), shapes, strict=True)]
 
 
 def _draw_on_host(

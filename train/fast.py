@@ -31,7 +31,7 @@ from train.vocab import END, PAD
 
 _aten = torch.ops.aten
 # Rows of logits in float32 at a time: some megabytes, so that they stay in a CPU's cache.
-_CPU_SOFTMAX_ROWS = 128
+_SOFTMAX_ROWS = 128
 _SAMPLED_ROWS_MULTIPLE = 64
 IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other logit finite
 
@@ -263,15 +263,14 @@ class FastObjective:
         rows, targets = len(logits), batch.targets
         ignored = targets == PAD
         factors = (~ignored).float() if weights is None else weights.masked_fill(ignored, 0.0)
-        chunk_rows = _CPU_SOFTMAX_ROWS if self._device.type == "cpu" else rows
-        chunk = self._buffer("softmax", chunk_rows, logits.shape[1], dtype=torch.float32)
+        chunk = self._buffer("softmax", _SOFTMAX_ROWS, logits.shape[1], dtype=torch.float32)
         target_logits = self._buffer("target_logits", rows, 1, dtype=torch.float32)
         target_probs = self._buffer("target_probs", rows, 1, dtype=torch.float32)
         bias_gradient = self.parameters.memory("head.bias", self.parameters.gradients)
         index = targets.unsqueeze(1)
         hit = torch.full_like(target_probs, smoothing - 1.0)
-        for start in range(0, rows, chunk_rows):
-            now = slice(start, min(start + chunk_rows, rows))
+        for start in range(0, rows, _SOFTMAX_ROWS):
+            now = slice(start, min(start + _SOFTMAX_ROWS, rows))
             part = chunk[: now.stop - start]
             part.copy_(logits[now])
             if smoothing:

@@ -1,8 +1,8 @@
-"""Training steps as CUDA graphs: a step is some hundred small kernels and one launch.
+"""Training steps as CUDA graphs: a step is some ninety kernels and one launch.
 
-A graph has fixed shapes, so there is one for each length of the longest caption; all work in the
-same buffers, the objective's. A longer batch than any before makes these grow, and the graphs that
-point into the old ones are thrown away.
+A graph has fixed shapes, so there is one for each number of captions and length of the longest
+one; all work in the same buffers, the objective's. A longer batch than any before makes these
+grow, and the graphs that point into the old ones are thrown away.
 """
 
 from __future__ import annotations
@@ -16,7 +16,64 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.batches import CaptionSet
+# Batches in flight to the device. The host may be so many steps ahead, then it waits.
+_SLOTS = 32
+# A capture takes as long as some ten direct steps. Most lengths come hundreds of times an epoch;
+# the few long batches have lengths of their own each, so these are rounded up to share a graph.
+_SIGHTS_BEFORE_CAPTURE = 2
+_EXACT_LENGTHS = 20
+_LENGTH_MULTIPLE = 8
+
+
+def graph_length(length: int) -> int:
+    """The length that a batch whose longest caption has `length` targets is computed with."""
+    if length <= _EXACT_LENGTHS:
+        return length
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+class StepInputs:
+    """What changes from step to step, on the device: one copy brings all of it.
+
+    numbers: (4,) float32: the tokens of the batch, the learning rate, the weight of the moving
+    average; one is free. They and the captions stay where they are, for graphs to read.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._device = torch.zeros(2 + 2 * batch_size, dtype=torch.int64, device=device)
+        self.numbers = self._device[:2].view(torch.float32)
+        self._slots = [
+            torch.zeros(2 + 2 * batch_size, dtype=torch.int64, pin_memory=on_gpu)
+            for _ in range(_SLOTS)
+        ]
+        self._copied = [torch.cuda.Event() for _ in self._slots] if on_gpu else []
+        self._next = 0
+
+    def send(
+        self,
+        captions: NDArray[np.int64],
+        views: NDArray[np.int64] | int,
+        *,
+        tokens: int,
+        rate: float,
+        average_weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the captions (B,) and their views (B,) as they will be on the device."""
+        slot = self._next
+        self._next = (slot + 1) % len(self._slots)
+        if self._copied:
+            self._copied[slot].synchronize()  # its last copy has read it; true for long, mostly
+        count = len(captions)
+        values = self._slots[slot].numpy()
+        values[:2].view(np.float32)[:3] = tokens, rate, average_weight
+        values[2 : 2 + count] = captions
+        values[2 + count : 2 + 2 * count] = views
+        used = 2 + 2 * count
+        self._device[:used].copy_(self._slots[slot][:used], non_blocking=True)
+        if self._copied:
+            self._copied[slot].record(torch.cuda.current_stream(self._device.device))
+        return self._device[2 : 2 + count], self._device[2 + count : used]
 
 
 @dataclass(frozen=True)
@@ -26,48 +83,42 @@ class _Captured:
 
 
 class GraphedSteps:
-    """Calls `step(captions (B,), views (B,), T)` on the GPU: directly for a shape seen once, as a
-    captured graph from then on.
+    """Calls `step(captions (B,), views (B,), T)` on the GPU: directly for a shape that is new, as
+    a captured graph from then on.
 
     step: without synchronisation; returns a scalar. Everything else that changes from step to step
     it must read from tensors.
     """
 
     def __init__(
-        self,
-        step: Callable[[Tensor, Tensor, int], Tensor],
-        captions: CaptionSet,
-        generation: Callable[[], int],
+        self, step: Callable[[Tensor, Tensor, int], Tensor], generation: Callable[[], int]
     ) -> None:
         """generation: a number that changes whenever the step's buffers have moved."""
         self._step = step
-        self._captions = captions
         self._generation = generation
         self._captured_in = generation()
-        self._seen: set[tuple[int, int]] = set()
+        self._sights: dict[tuple[int, int], int] = {}
         self._captured: dict[tuple[int, int], _Captured] = {}
-        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # captions and views, by batch size
         self._pool: Any = None  # of graph memory, shared: replays follow one another
+        self.failure = ""  # why no graph could be captured; everything is called directly then
 
-    def run(self, captions: NDArray[np.int64], views: NDArray[np.int64] | None) -> Tensor:
-        """One step on these captions, in any order. Returns the loss, on the device."""
-        count, length = len(captions), int(self._captions.lengths[captions].max())
-        chosen, seen = self._buffers(count)
-        chosen.copy_(torch.from_numpy(captions).pin_memory(), non_blocking=True)
-        if views is None:
-            seen.fill_(self._captions.full_view)
-        else:
-            seen.copy_(torch.from_numpy(views).pin_memory(), non_blocking=True)
-        shape = (count, length)
-        self._forget_if_moved()  # validation works in the same buffers
-        if shape not in self._seen:
-            self._seen.add(shape)
-            loss = self._step(chosen, seen, length)
-            self._forget_if_moved()
-            return loss
-        if shape not in self._captured:
-            self._captured[shape] = self._capture(chosen, seen, length)
-        captured = self._captured[shape]
+    def run(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
+        """One step on what `StepInputs.send` returned, whose longest caption has no more targets
+        than `length`. Returns the loss, on the device.
+        """
+        shape = (len(captions), length)
+        self._forget_if_moved()
+        captured = self._captured.get(shape)
+        if captured is None:
+            self._sights[shape] = self._sights.get(shape, 0) + 1
+            if self.failure or self._sights[shape] <= _SIGHTS_BEFORE_CAPTURE:
+                loss = self._step(captions, views, length)
+                self._forget_if_moved()
+                return loss
+            captured = self._capture(captions, views, length)
+            if captured is None:
+                return self._step(captions, views, length)
+            self._captured[shape] = captured
         captured.graph.replay()
         return captured.loss.clone()
 
@@ -77,18 +128,17 @@ class GraphedSteps:
             self._pool = None  # a pool whose graphs are gone cannot be captured into again
             self._captured_in = self._generation()
 
-    def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
-        if count not in self._inputs:
-            device = self._captions.device
-            self._inputs[count] = (
-                torch.empty(count, dtype=torch.int64, device=device),
-                torch.empty(count, dtype=torch.int64, device=device),
-            )
-        return self._inputs[count]
-
-    def _capture(self, captions: Tensor, views: Tensor, length: int) -> _Captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            loss = self._step(captions, views, length)
+    def _capture(self, captions: Tensor, views: Tensor, length: int) -> _Captured | None:
+        """None, and `failure` says why, if it cannot be done."""
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = self._step(captions, views, length)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failure = str(error).splitlines()[0]
+            return None
         self._pool = self._pool or graph.pool()
         return _Captured(graph, loss)

@@ -18,19 +18,22 @@ from torch import Tensor
 
 from train.batches import Batch, CaptionSet, epoch_batches, epoch_views
 from train.config import Recipe
+from train.cuda_objective import CudaObjective
 from train.decoder import CaptionDecoder
 from train.dropout import draw_masks
-from train.fast import FastObjective, fast_dtype
-from train.flat import FlatParameters
-from train.graphs import GraphedSteps
+from train.fast import fast_dtype
+from train.graphs import GraphedSteps, StepInputs, graph_length
+from train.objective import flat_parameters, objective_for
 from train.optimizer import FlatAdamW, WeightAverage, learning_rate
-from train.packed import pack
+from train.packed import PackedBatch, gather_packed, pack
 from train.sampling import with_own_words
 from train.self_critical import SelfCritical
 from train.vocab import Vocabulary
 
 # For BatchNorm's statistics under averaged weights; a tenth of a second.
 _MEASURED_PHOTOS = 8192
+# At a time, on a GPU: as many as keep it busy; their logits take 150 MB at COCO's size.
+_GPU_VALIDATION_CAPTIONS = 512
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,26 @@ class Trainer:
         self.recipe = recipe
         self.seed = seed
         device = captions.device
-        self.parameters = FlatParameters(decoder, transposed=device.type == "cpu")
-        self.optimizer = FlatAdamW(self.parameters, recipe)
+        self.parameters = flat_parameters(decoder)
+        self._inputs = StepInputs(recipe.batch_size, device)
+        numbers = self._inputs.numbers
         self.average: WeightAverage | None = None
         if recipe.average_decay:
-            self.average = WeightAverage(self.parameters, recipe.average_decay)
+            self.average = WeightAverage(self.parameters, recipe.average_decay, numbers[2])
         dtype = fast_dtype(device) if precision == "auto" else getattr(torch, precision)
-        self.objective = FastObjective(
+        self.objective = objective_for(
             decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
         )
+        self.optimizer = self._optimizer(numbers[1])
         self._vocabulary = vocabulary
         self._self_critical: SelfCritical | None = None  # made when it is needed
         self._plain = plain
-        self._graphs: GraphedSteps | None = None
+        self.graphs: GraphedSteps | None = None
         if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
-            self._graphs = GraphedSteps(
-                self._gather_and_update, captions, lambda: self.objective.generation
-            )
+            self.graphs = GraphedSteps(self._gather_and_update, lambda: self.objective.generation)
+            assert isinstance(self.objective, CudaObjective)
+            longest = graph_length(int(captions.lengths.max()))
+            self.objective.reserve(recipe.batch_size, longest)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
         """Train through this epoch, from `first_step` on: by cross-entropy, or by reward in the
@@ -102,12 +108,8 @@ class Trainer:
         views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
         steps = len(batches)
         for step, chosen in enumerate(batches[first_step:], first_step):
-            position = epoch * steps + step
-            self.optimizer.set_rate(learning_rate(recipe, position, recipe.epochs * steps))
-            if self.average is not None:
-                self.average.set_step(position)
-            seed = _step_seed(self.seed, position)
-            loss = self._step(chosen, None if views is None else views[chosen], seed, epoch)
+            seen = None if views is None else views[chosen]
+            loss = self._step(chosen, seen, epoch, epoch * steps + step, recipe.epochs * steps)
             yield Step(epoch, step, steps, len(chosen), loss)
 
     def _rewarded_epoch(self, epoch: int, first_step: int) -> Iterator[Step]:
@@ -145,16 +147,26 @@ class Trainer:
         if self.average is not None:
             self.average.take()
             self._measure_photos()
-        self.optimizer = FlatAdamW(self.parameters, self.recipe)
+        self.optimizer = self._optimizer(None)
 
     def _step(
-        self, chosen: NDArray[np.int64], views: NDArray[np.int64] | None, seed: int, epoch: int
+        self,
+        chosen: NDArray[np.int64],
+        views: NDArray[np.int64] | None,
+        epoch: int,
+        position: int,
+        steps: int,
     ) -> Tensor:
-        if self._graphs is not None:
-            torch.cuda.manual_seed(seed)
-            return self._graphs.run(chosen, views)
+        """position: of this step among all `steps` of training by cross-entropy."""
+        recipe, seed = self.recipe, _step_seed(self.seed, position)
+        rate = learning_rate(recipe, position, steps)
+        if self.graphs is not None:
+            return self._graphed_step(self.graphs, chosen, views, rate, position, seed)
+        self.optimizer.set_rate(rate)
+        if self.average is not None:
+            self.average.set_step(position)
         batch = self.captions.batch(chosen, views)
-        share = self.recipe.scheduled_sampling * epoch / max(1, self.recipe.epochs - 1)
+        share = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
         if share:
             batch = with_own_words(self.objective, batch, share, seed)
         if self._plain:
@@ -164,14 +176,45 @@ class Trainer:
             return self._update(batch, None)
         return self._update(batch, seed)
 
+    def _graphed_step(
+        self,
+        graphs: GraphedSteps,
+        chosen: NDArray[np.int64],
+        views: NDArray[np.int64] | None,
+        rate: float,
+        position: int,
+        seed: int,
+    ) -> Tensor:
+        """Nothing but launches: all that this step has of its own goes to the device at once."""
+        config, lengths = self.decoder.config, self.captions.lengths[chosen]
+        if config.dropout or config.feature_dropout:
+            torch.cuda.manual_seed(seed)
+        inputs = self._inputs.send(
+            chosen,
+            self.captions.full_view if views is None else views,
+            tokens=int(lengths.sum()),
+            rate=rate,
+            average_weight=self.average.weight_at(position) if self.average else 0.0,
+        )
+        assert isinstance(self.objective, CudaObjective)
+        self.objective.refresh()
+        return graphs.run(*inputs, graph_length(int(lengths.max())))
+
     def _gather_and_update(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
-        return self._update(self.captions.gather(captions, views, length), None)
+        assert isinstance(self.objective, CudaObjective)
+        kernels = self.objective.kernels
+        packed = gather_packed(self.captions, kernels, captions, views, length)
+        return self._update_packed(packed, self._inputs.numbers[0], None)
 
     def _update(self, batch: Batch, seed: int | None) -> Tensor:
-        """seed: of this step's dropout; None: the device's generator is seeded already."""
         packed = pack(batch, round_up=self.captions.device.type == "cpu")
+        return self._update_packed(packed, packed.count(), seed)
+
+    def _update_packed(self, packed: PackedBatch, count: Tensor, seed: int | None) -> Tensor:
+        """count: of the targets. seed: of this step's dropout; None: the device's generator is
+        seeded already.
+        """
         masks = draw_masks(self.decoder.config, packed, self.objective.dtype, seed)
-        count = packed.count()
         loss = self.objective.loss_and_gradients(packed, masks)
         self._apply(count)
         return loss / count
@@ -191,9 +234,12 @@ class Trainer:
         return loss.detach()
 
     def _apply(self, count: Tensor) -> None:
-        self.optimizer.step(count)
-        if self.average is not None:
-            self.average.update()
+        low = self.objective.low if isinstance(self.objective, CudaObjective) else None
+        self.optimizer.step(count, self.average, low)
+
+    def _optimizer(self, rate: Tensor | None) -> FlatAdamW:
+        kernels = self.objective.kernels if isinstance(self.objective, CudaObjective) else None
+        return FlatAdamW(self.parameters, self.recipe, rate=rate, kernels=kernels)
 
     @contextlib.contextmanager
     def best_weights(self) -> Iterator[None]:
@@ -241,8 +287,11 @@ class Trainer:
         total, tokens = torch.zeros((), device=captions.device, dtype=torch.float64), 0
         # Captions of like length share a batch: less padding, the same sum.
         order = np.argsort(captions.lengths, kind="stable")
-        for start in range(0, len(order), self.recipe.batch_size):
-            chosen = order[start : start + self.recipe.batch_size]
+        size = self.recipe.batch_size
+        if captions.device.type == "cuda":
+            size = max(size, _GPU_VALIDATION_CAPTIONS)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             batch, count = captions.batch(chosen), int(captions.lengths[chosen].sum())
             if self._plain:
                 loss = self.decoder.loss(batch)

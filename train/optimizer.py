@@ -12,6 +12,8 @@ from torch import Tensor
 
 from train.config import Recipe
 from train.flat import FlatParameters
+from train.kernels import Kernels
+from train.torch_kernels import TorchKernels
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -29,52 +31,59 @@ class FlatAdamW:
     """AdamW (Loshchilov & Hutter, 2019), decoupled weight decay on matrices alone; β 0.9, 0.999.
 
     Gradients are the sum over a batch's tokens; they are divided by the number of tokens, and
-    clipped to a norm, in the pass that reads them anyway. torch's fused kernel is called directly:
-    `torch.optim` brings its compiler along, a second and a half of imports.
+    clipped to a norm, in the pass that reads them anyway.
     """
 
-    def __init__(self, parameters: FlatParameters, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        recipe: Recipe,
+        *,
+        rate: Tensor | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """rate: where steps read the learning rate, a float32 scalar on the parameters' device;
+        None: one of its own. kernels: None: PyTorch's.
+        """
         self.parameters = parameters
         self._recipe = recipe
         self._mean = torch.zeros_like(parameters.values)
         self._mean_of_squares = torch.zeros_like(parameters.values)
         device = parameters.values.device
+        self._kernels = kernels or TorchKernels(device, torch.float32)
         # Tensors, so that a captured graph reads them anew at every replay.
         self._steps = torch.zeros((), device=device)
-        self._rate = torch.zeros((), device=device)
+        self._rate = torch.zeros((), device=device) if rate is None else rate
 
     def set_rate(self, rate: float) -> None:
         self._rate.fill_(rate)
 
     @torch.no_grad()
-    def step(self, count: Tensor) -> None:
-        """Update the parameters. count: scalar, the tokens behind the gradients' sum."""
+    def step(
+        self, count: Tensor, average: WeightAverage | None = None, low: Tensor | None = None
+    ) -> None:
+        """Update the parameters. count: scalar, the tokens behind the gradients' sum.
+
+        average: takes in the new weights. low: gets them, in its own dtype, that of `kernels`.
+        """
         values, gradients = self.parameters.values, self.parameters.gradients
-        divisor = count.float()
-        excess = gradients.norm() / (divisor * self._recipe.clip_norm)
-        divisor = divisor * excess.clamp_min(1.0)
+        norm = gradients.norm()
         self._steps.add_(1)
-        cut = self.parameters.matrices
-        for part, decay in (
-            (slice(0, cut), self._recipe.weight_decay),
-            (slice(cut, None), 0.0),
-        ):
-            torch._fused_adamw_(
-                [values[part]],
-                [gradients[part]],
-                [self._mean[part]],
-                [self._mean_of_squares[part]],
-                [],
-                [self._steps],
-                lr=self._rate,
-                beta1=0.9,
-                beta2=0.999,
-                weight_decay=decay,
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=divisor,
-            )
+        self._kernels.adamw(
+            values,
+            gradients,
+            (self._mean, self._mean_of_squares),
+            self._steps,
+            self._rate,
+            count.float(),
+            norm,
+            average.values if average else None,
+            average.weight if average else None,
+            low,
+            matrices=self.parameters.matrices,
+            decay=self._recipe.weight_decay,
+            clip_norm=self._recipe.clip_norm,
+        )
 
     def state(self) -> dict[str, Any]:
         """The moments by parameter name, and the number of steps: plain tensors."""
@@ -95,23 +104,36 @@ class WeightAverage:
     """A moving average of the weights (Polyak & Juditsky, 1992).
 
     Young averages forget faster, so that the first random weights do not stay in them.
+
+    values: the average, laid out as the parameters' values. weight: of the newest parameters, a
+    scalar on the device.
     """
 
-    def __init__(self, parameters: FlatParameters, decay: float) -> None:
+    def __init__(
+        self, parameters: FlatParameters, decay: float, weight: Tensor | None = None
+    ) -> None:
+        """weight: where updates read the weight of the newest parameters, as the optimizer's rate
+        is read.
+        """
         self._parameters = parameters
-        self._average = parameters.values.clone()
+        self.values = parameters.values.clone()
         self._decay = decay
         # A tensor, so that a captured graph reads it anew at every replay.
-        self._weight = torch.zeros((), device=parameters.values.device)
+        device = parameters.values.device
+        self.weight = torch.zeros((), device=device) if weight is None else weight
+
+    def weight_at(self, step: int) -> float:
+        """Of the newest parameters, after this step of the run (from 0)."""
+        return 1 - min(self._decay, (1 + step) / (10 + step))
 
     def set_step(self, step: int) -> None:
         """Say which step of the run (from 0) the next `update` follows."""
-        self._weight.fill_(1 - min(self._decay, (1 + step) / (10 + step)))
+        self.weight.fill_(self.weight_at(step))
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        self._average.lerp_(self._parameters.values, self._weight)
+        self.values.lerp_(self._parameters.values, self.weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -127,12 +149,12 @@ class WeightAverage:
     @torch.no_grad()
     def take(self) -> None:
         """Give the decoder the averaged weights for good."""
-        self._parameters.values.copy_(self._average)
+        self._parameters.values.copy_(self.values)
 
     def state(self) -> dict[str, Tensor]:
         """The average by parameter name, as plain tensors."""
-        return self._parameters.named(self._average)
+        return self._parameters.named(self.values)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
-        self._parameters.load(state, self._average)
+        self._parameters.load(state, self.values)

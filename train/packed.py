@@ -14,12 +14,14 @@ count for nothing.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from train.batches import Batch
+from train.batches import Batch, CaptionSet
+from train.kernels import Kernels
 from train.vocab import PAD
 
 _STEP_MULTIPLE = 16
@@ -53,7 +55,7 @@ def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
     count, length = batch.targets.shape
     device = batch.targets.device
     if not round_up:
-        rows = torch.arange(count * length, device=device)
+        captions, previous = _even_rows(count, length, device)
         targets = batch.targets.t().reshape(-1)
         photo = targets.new_full((count,), PAD)
         return PackedBatch(
@@ -61,8 +63,8 @@ def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
             steps=(count,) * length,
             words=torch.cat([photo, batch.inputs.t().reshape(-1)]),
             targets=targets,
-            captions=rows % count,
-            previous=(rows - count).clamp_min(0),
+            captions=captions,
+            previous=previous,
         )
     running = (batch.targets != PAD).sum(0).tolist()  # a caption's targets have no gaps
     steps = [-(-rows // _STEP_MULTIPLE) * _STEP_MULTIPLE for rows in running]
@@ -87,3 +89,35 @@ def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
         captions=filled(captions),
         previous=filled(torch.where(time > 0, starts[before] + captions, 0)),
     )
+
+
+def gather_packed(
+    captions: CaptionSet, kernels: Kernels, chosen: Tensor, views: Tensor, length: int
+) -> PackedBatch:
+    """The packed batch of these captions (B,) int64 in their order, `length` steps of B rows, each
+    photo by its view (B,). Works on the device alone, so it can be part of a captured graph.
+    """
+    rows = length * len(chosen)
+    words, targets = (
+        torch.empty(rows, dtype=torch.int64, device=captions.device) for _ in range(2)
+    )
+    kernels.gather_words(chosen, captions.starts, captions.targets, captions.tokens, words, targets)
+    caption_of, previous = _kept_even_rows(len(chosen), length, captions.device)
+    return PackedBatch(
+        features=captions.features_of(chosen, views),
+        steps=(len(chosen),) * length,
+        words=words,
+        targets=targets,
+        captions=caption_of,
+        previous=previous,
+    )
+
+
+def _even_rows(count: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each row's caption and previous row where every step has `count` rows."""
+    rows = torch.arange(count * length, device=device)
+    return rows % count, (rows - count).clamp_min(0)
+
+
+# Never forgotten: made anew within a capture they would be the graph's, and empty outside of it.
+_kept_even_rows = functools.cache(_even_rows)

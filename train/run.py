@@ -3,7 +3,7 @@
     runs/base/
       best.cap         the model with the best validation score (CIDEr, or the loss)
       last.cap         the model after the last epoch (or interruption)
-      epoch-0-step-1000.cap …   one every `save_every` steps
+      epoch-0-step-1000.cap …   one every `save_every` steps; if not asked for, not too often
       metrics.jsonl    one JSON object a log line and an epoch
       checkpoint.pt    decoder, optimizer and position: what `--resume` reads
 
@@ -29,7 +29,7 @@ from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
 from train.batches import CaptionSet, caption_set, split_photos
 from train.bundle import Bundle
-from train.config import Recipe, TrainConfig
+from train.config import SAVE_EVERY, SAVE_PAUSE_S, Recipe, TrainConfig
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.device import is_out_of_memory, resolve_device
 from train.loop import Step, Trainer
@@ -146,6 +146,21 @@ def train(config: TrainConfig) -> Generator[Report, None, None]:
         raise
 
 
+@dataclass(frozen=True)
+class _Window:
+    """The steps of a log line, whose loss is still on the device."""
+
+    step: int  # the last of them
+    steps: int
+    loss: Tensor
+    captions: int
+
+
+def _reads_losses_late(device: torch.device) -> bool:
+    """On a GPU a loss is read when the step after it is queued, which it then does meanwhile."""
+    return device.type == "cuda"
+
+
 class _Run:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -186,6 +201,9 @@ class _Run:
         self.epoch, self.step = 0, 0  # the next to do
         self.best_score = (-math.inf, -math.inf)  # the higher, the better; then minus the loss
         self.best_epoch = -1
+        self._saved_at = time.monotonic()
+        self._since = time.perf_counter()  # the last log line
+        self._unread: _Window | None = None
         self._prepare_folder()
         self.metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
 
@@ -195,7 +213,7 @@ class _Run:
             started = time.perf_counter()
             yield from self._steps()
             with self.trainer.best_weights():
-                val_loss = self._finite(self.trainer.validation_loss(self.validation))
+                val_loss = self._finite(self.trainer.validation_loss(self.validation), self.step)
                 scores = self.judge.score(self.decoder, self.vocabulary)
                 score = (-val_loss if config.select_by == "loss" else scores.cider, -val_loss)
                 best = score > self.best_score
@@ -233,30 +251,26 @@ class _Run:
         return patience is not None and self.epoch - 1 - self.best_epoch >= patience
 
     def _steps(self) -> Generator[Report, None, None]:
-        config = self.config
+        log_every, late = self.config.log_every, _reads_losses_late(self.device)
         losses: list[Tensor] = []
-        captions, since = 0, time.perf_counter()
+        captions, self._since = 0, time.perf_counter()
         for report in self._trained():
             losses.append(report.loss)
             captions += report.captions
             self.step = report.step + 1
-            saves = self.step % config.save_every == 0
-            if self.step % config.log_every == 0 or self.step == report.steps or saves:
-                loss = self._finite(float(torch.stack(losses).mean()))
-                seconds = time.perf_counter() - since
-                log = StepLog(
-                    self.epoch,
-                    config.recipe.all_epochs,
-                    self.step,
-                    report.steps,
-                    loss,
-                    captions / seconds,
-                    rewarded=self.epoch >= config.recipe.epochs,
-                )
-                self._write_metrics({"epoch": self.epoch, "step": self.step, "loss": loss})
+            if self._unread is not None:
+                unread, self._unread = self._unread, None
+                yield self._log(unread)
+            saves, last = self._is_time_to_save(), self.step == report.steps
+            if self.step % log_every == 0 or last or saves:
+                window = _Window(self.step, report.steps, torch.stack(losses).mean(), captions)
                 losses.clear()
-                captions, since = 0, time.perf_counter()
-                yield log
+                captions = 0
+                if late and not (last or saves):
+                    self._unread = window
+                    yield None
+                else:
+                    yield self._log(window)
             else:
                 yield None
             if saves:
@@ -265,6 +279,29 @@ class _Run:
                     self._save_model(name)
                 self._save_checkpoint()
                 yield Saved(self.out / name)
+
+    def _log(self, window: _Window) -> StepLog:
+        """Waits for the device. Raises TrainError where the loss is not finite."""
+        recipe, loss = self.config.recipe, self._finite(float(window.loss), window.step)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._write_metrics({"epoch": self.epoch, "step": window.step, "loss": loss})
+        return StepLog(
+            self.epoch,
+            recipe.all_epochs,
+            window.step,
+            window.steps,
+            loss,
+            window.captions / seconds,
+            rewarded=self.epoch >= recipe.epochs,
+        )
+
+    def _is_time_to_save(self) -> bool:
+        every = self.config.save_every
+        if every is not None:
+            return self.step % every == 0
+        due = time.monotonic() - self._saved_at >= SAVE_PAUSE_S
+        return due and self.step % SAVE_EVERY == 0
 
     def _trained(self) -> Iterator[Step]:
         try:
@@ -278,16 +315,18 @@ class _Run:
                 f"try --batch-size {max(1, size // 2)}"
             ) from None
 
-    def _finite(self, loss: float) -> float:
+    def _finite(self, loss: float, step: int) -> float:
         if math.isfinite(loss):
             return loss
         raise TrainError(
-            f"{self.out}: the loss is {loss} at epoch {self.epoch}, step {self.step}; "
+            f"{self.out}: the loss is {loss} at epoch {self.epoch}, step {step}; "
             "lower --learning-rate (the last checkpoint is kept)"
         )
 
     def save_position(self) -> None:
         """Keep everything at a step boundary, after an interruption."""
+        if self._unread is not None:
+            self._log(self._unread)
         with self.trainer.best_weights():
             self._save_model("last.cap")
         self._save_checkpoint()
@@ -319,6 +358,7 @@ class _Run:
             "best_epoch": self.best_epoch,
         }
         write_atomically(self.out / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+        self._saved_at = time.monotonic()
 
     def _write_metrics(self, record: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(record) + "\n")
@@ -433,8 +473,19 @@ def _data(
                 "use --val-cache"
             )
     length = config.max_length
-    return (
-        caption_set(cache, vocabulary, rows=rows, device=device, max_length=length),
-        caption_set(other, vocabulary, rows=held_out, device=device, max_length=length),
-        Validation(other, rows=held_out),
-    )
+    try:
+        training = caption_set(cache, vocabulary, rows=rows, device=device, max_length=length)
+        validation = caption_set(
+            other,
+            vocabulary,
+            rows=held_out,
+            device=device,
+            max_length=length,
+            shared=training if other is cache else None,
+        )
+    except torch.OutOfMemoryError:
+        size = cache.features.nbytes + (0 if other is cache else other.features.nbytes)
+        raise TrainError(
+            f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
+        ) from None
+    return training, validation, Validation(other, rows=held_out)

@@ -12,12 +12,12 @@ import dataclasses
 import torch
 
 from train.batches import Batch
-from train.fast import FastObjective
+from train.objective import Objective
 from train.packed import pack
 from train.vocab import PAD
 
 
-def with_own_words(objective: FastObjective, batch: Batch, share: float, seed: int) -> Batch:
+def with_own_words(objective: Objective, batch: Batch, share: float, seed: int) -> Batch:
     """The batch with about `share` of its input words drawn from the model's distribution.
 
     Targets stay the true words.

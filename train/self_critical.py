@@ -22,7 +22,7 @@ from torch import Tensor
 from train.batches import Batch, CaptionSet
 from train.decoder import CaptionDecoder
 from train.dropout import draw_masks
-from train.fast import FastObjective
+from train.objective import Objective
 from train.packed import pack
 from train.ptb import PUNCTUATION
 from train.reward import CiderReward
@@ -42,7 +42,7 @@ class SelfCritical:
     def __init__(
         self,
         decoder: CaptionDecoder,
-        objective: FastObjective,
+        objective: Objective,
         captions: CaptionSet,
         vocabulary: Vocabulary,
         *,

@@ -22,7 +22,8 @@ from train.search import search
 from train.views import view_features
 from train.vocab import Vocabulary
 
-_ROWS = 1024  # photos whose features are in memory at once
+_ROWS = 4096  # photos whose features are in memory at once
+_GPU_BATCH, _CPU_BATCH = 1024, 128  # photos captioned at once
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ class Validation:
         device = next(decoder.parameters()).device
         training = decoder.training
         decoder.eval()
+        batch_size = _GPU_BATCH if device.type == "cuda" else _CPU_BATCH
         captions: list[str] = []
         for start in range(0, len(self.rows), _ROWS):
             rows = self.rows[start : start + _ROWS]
             features = view_features(self._cache, rows, self._view).to(device)
-            found = search(decoder, features, config)
+            found = search(decoder, features, config, batch_size=batch_size)
             captions.extend(vocabulary.decode(hypothesis.words) for hypothesis in found)
         decoder.train(training)
         return captions

@@ -1,0 +1,398 @@
+"""What `gpu_check.py` checks and measures of training."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.record import EncoderRecord, Skeleton, Strings
+from cache.store import open_cache
+from cache.writer import open_writer
+from pipeline.bench_train import bench_train
+from train.batches import Batch, CaptionSet, caption_set
+from train.config import BEST, CLASSIC, Recipe, TrainConfig
+from train.cuda_objective import CudaObjective
+from train.decoder import CaptionDecoder, DecoderConfig
+from train.dropout import draw_masks
+from train.fast import FastObjective, Masks
+from train.flat import FlatParameters
+from train.kernel_check import check_kernels, kernels_for
+from train.kernels import compile_kernels
+from train.loop import Trainer
+from train.packed import pack
+from train.run import train
+from train.torch_kernels import TorchKernels
+from train.vocab import END, PAD, Vocabulary, build_caption_table, build_vocabulary
+
+Figures = dict[str, Any]
+CPU = torch.device("cpu")
+
+# Relative length of the difference between a parameter's gradients, and of that between losses.
+GRADIENT_BOUND = {torch.float32: 2e-4, torch.bfloat16: 0.04}
+LOSS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
+# Of mean losses of ten steps, some of a nat high, in the course of 300 steps.
+CURVE_BOUND = {"float32": 0.03, "auto": 0.15}
+_PHOTOS, _FEATURES = 1536, 64
+_WORDS, _BATCH_FEATURES = 997, 72
+
+
+def kernels_compile_and_pass_their_check(device: torch.device, work: Path) -> Figures:
+    """Ours and PyTorch's fused LSTM cell, against plain operations, in both precisions."""
+    figures: Figures = {}
+    for dtype in _dtypes(device):
+        name = str(dtype).removeprefix("torch.")
+        check_kernels(TorchKernels(device, dtype), device, dtype)
+        if device.type == "cuda":
+            started = time.perf_counter()
+            kernels = compile_kernels(device, dtype)
+            figures[f"{name}_compile_s"] = round(time.perf_counter() - started, 3)
+            check_kernels(kernels, device, dtype)
+            assert kernels_for(device, dtype).name == "compiled"
+    return figures
+
+
+def steps_compute_the_plain_loss_and_gradients(device: torch.device, work: Path) -> Figures:
+    """Every option on ragged batches, against autograd on the CPU; with given dropout, weights,
+    drawn captions and fixed statistics against the CPU's own objective.
+    """
+    worst: Figures = {}
+    for dtype, batch, options in itertools.product(_dtypes(device), _batches(), _options()):
+        name = str(dtype).removeprefix("torch.")
+        smoothing = 0.1 if options["tie_embeddings"] else 0.0
+        torch.manual_seed(1)
+        sizes: dict[str, Any] = {"embedding_size": 48, "hidden_size": 80, **options}
+        plain = CaptionDecoder(DecoderConfig(_BATCH_FEATURES, _WORDS, **sizes)).train()
+        mine = copy.deepcopy(plain).to(device)
+        theirs = copy.deepcopy(plain)
+        objective = CudaObjective(
+            mine,
+            FlatParameters(mine, transposed=False),
+            dtype=dtype,
+            label_smoothing=smoothing,
+        )
+        packed = pack(_moved(batch, device), round_up=False)
+
+        plain.normalize.train(len(batch.targets) > 1)
+        expected = plain.loss(batch, smoothing)
+        expected.backward()
+        loss = objective.loss_and_gradients(packed) / packed.count()
+        objective.parameters.gradients.div_(packed.count())
+        _compare(worst, f"{name}: plain", dtype, loss, expected, mine, plain)
+
+        reference = FastObjective(
+            theirs,
+            FlatParameters(theirs, transposed=True),
+            dtype=torch.float32,
+            label_smoothing=smoothing,
+        )
+        theirs.load_state_dict({n: v.cpu() for n, v in mine.state_dict().items()})
+        there = pack(batch, round_up=False)
+        config = replace(theirs.config, dropout=0.4, feature_dropout=0.3)
+        masks = draw_masks(config, there, torch.float32, 7)
+        weights = torch.linspace(-1, 2, len(there.words))
+        for drawn, training in ((False, True), (True, False)):
+            if drawn and bool((batch.targets[:, 0] == END).any()):
+                continue  # a drawn caption has a word
+            flags = {"drawn": drawn, "training": training}
+            expected = reference.loss_and_gradients(there, masks, weights=weights, **flags)
+            loss = objective.loss_and_gradients(
+                packed, _masks_on(masks, device, dtype), weights=weights.to(device), **flags
+            )
+            theirs.normalize.train(training)
+            _compare(worst, f"{name}: given dropout", dtype, loss, expected, mine, theirs)
+        difference = _difference(objective.loss(packed), reference.loss(there))
+        worst[f"{name}: validation"] = max(worst.get(f"{name}: validation", 0.0), difference)
+        assert difference < LOSS_BOUND[dtype], (name, options, difference)
+    return worst
+
+
+def graphs_train_as_direct_steps_do(device: torch.device, work: Path) -> Figures:
+    """Losses of trainers with and without graphs; and a graph draws new dropout at each replay."""
+    captions, vocabulary = _caption_set(device, work)
+    recipe = replace(
+        BEST,
+        embedding_size=64,
+        hidden_size=96,
+        batch_size=64,
+        epochs=4,
+        learning_rate=1e-3,
+        dropout=0.0,
+        feature_dropout=0.0,
+    )
+    losses: list[list[float]] = []
+    captured = 0
+    for graphed in (True, False):
+        trainer = _trainer(captions, vocabulary, recipe, precision="float32")
+        if not graphed and trainer.graphs is not None:
+            trainer.graphs.failure = "not wanted"
+        losses.append([float(step.loss) for epoch in range(4) for step in trainer.epoch(epoch)])
+        if graphed and trainer.graphs is not None:
+            assert trainer.graphs.failure == "", trainer.graphs.failure
+            captured = len(trainer.graphs._captured)
+            assert captured > 0
+    mine, theirs = np.array(losses)
+    distance = float(np.abs(mine - theirs).max())
+    assert distance < 0.02, distance
+    figures: Figures = {"steps": len(mine), "graphs": captured, "largest_difference": distance}
+    return figures | (_dropout_of_replays(captions, vocabulary) if captured else {})
+
+
+def _dropout_of_replays(captions: CaptionSet, vocabulary: Vocabulary) -> Figures:
+    """At a learning rate of zero one batch has one loss for each seed."""
+    recipe = replace(CLASSIC, embedding_size=64, hidden_size=96, batch_size=32, dropout=0.5)
+    trainer = _trainer(captions, vocabulary, recipe, precision="float32")
+    graphs, chosen = trainer.graphs, np.arange(32)
+    assert graphs is not None
+    losses = [
+        float(trainer._graphed_step(graphs, chosen, None, rate=0.0, position=0, seed=seed))
+        for seed in (1, 2, 1, 2, 3, 1, 2, 3)
+    ]
+    direct, replayed = np.array(losses[:2]), np.array(losses[2:]).reshape(2, 3)
+    assert len(graphs._captured) == 1
+    assert np.abs(replayed[0] - replayed[1]).max() < 1e-5, losses
+    spread = float(np.abs(np.diff(replayed[0])).min())
+    assert spread > 1e-4, losses
+    return {
+        "spread_of_dropout": spread,
+        "direct_to_replayed": float(np.abs(direct - replayed[0, :2]).max()),
+    }
+
+
+def curves_lie_on_one_another(device: torch.device, work: Path) -> Figures:
+    """300 steps from one seed: the plain path, the fast one in float32, and as it comes."""
+    captions, vocabulary = _caption_set(device, work)
+    recipe = replace(CLASSIC, embedding_size=64, hidden_size=128, batch_size=128, epochs=25)
+    found = {}
+    for name, plain, precision in (
+        ("plain", True, "float32"),
+        ("float32", False, "float32"),
+        ("auto", False, "auto"),
+    ):
+        trainer = _trainer(captions, vocabulary, recipe, precision=precision, plain=plain)
+        steps = (step.loss for epoch in range(recipe.epochs) for step in trainer.epoch(epoch))
+        losses = torch.stack([loss.clone() for loss in itertools.islice(steps, 300)]).cpu()
+        found[name] = losses.view(-1, 10).mean(1)
+    assert float(found["plain"][-1]) < 0.7 * float(found["plain"][0]), found["plain"]
+    figures: Figures = {name: float(losses[-1]) for name, losses in found.items()}
+    for name, bound in CURVE_BOUND.items():
+        distance = float((found[name] - found["plain"]).abs().max())
+        figures[f"{name}_distance"] = distance
+        assert distance < bound, figures
+    return figures
+
+
+def resumed_training_reaches_what_an_unbroken_run_does(device: torch.device, work: Path) -> Figures:
+    """State is kept to the bit; steps are repeated to rounding (a GPU adds up in any order)."""
+    _caption_set(device, work)
+    recipe = replace(
+        BEST, embedding_size=64, hidden_size=96, batch_size=64, epochs=3, learning_rate=1e-3
+    )
+
+    def config(name: str, **changes: Any) -> TrainConfig:
+        return TrainConfig(
+            from_cache=work / "captions.h5",
+            out=work / name,
+            recipe=recipe,
+            min_count=1,
+            device=str(device),
+            **changes,
+        )
+
+    for _ in train(config("whole")):
+        pass
+    reports = train(config("broken"))
+    for _ in itertools.islice(reports, 40):
+        pass
+    reports.close()
+    for _ in train(config("broken", resume=True)):
+        pass
+    states = [
+        torch.load(work / name / "checkpoint.pt", weights_only=True)["trainer"]
+        for name in ("whole", "broken")
+    ]
+    assert states[0]["optimizer"]["steps"] == states[1]["optimizer"]["steps"]
+    whole, broken = (
+        torch.cat([value.flatten() for value in state["average"].values()]) for state in states
+    )
+    difference = float((whole - broken).norm() / whole.norm())
+    assert difference < 0.02, difference
+    return {"difference_of_weights": difference, "same_bits": torch.equal(whole, broken)}
+
+
+TRAINING_CHECKS: tuple[Callable[[torch.device, Path], Figures], ...] = (
+    kernels_compile_and_pass_their_check,
+    steps_compute_the_plain_loss_and_gradients,
+    graphs_train_as_direct_steps_do,
+    curves_lie_on_one_another,
+    resumed_training_reaches_what_an_unbroken_run_does,
+)
+
+TRAINING_BENCHES: dict[str, Recipe] = {
+    "train classic": CLASSIC,
+    "train best": BEST,
+    "train classic, hidden 1024 x 2 layers": replace(CLASSIC, hidden_size=1024, num_layers=2),
+    "train classic, batch 512": replace(CLASSIC, batch_size=512),
+    "train best, batch 512": replace(BEST, batch_size=512),
+}
+
+
+def measure_training(recipe: Recipe, cache: Path, device: torch.device) -> Figures:
+    result = bench_train(recipe, device=str(device), cache=cache)
+    derived = {
+        "ratio": result.ratio,
+        "epoch_s": result.epoch_s,
+        "limit_epoch_s": result.limit_epoch_s,
+        "share_of_limit": result.limit_step_ms / result.fast_step_ms,
+        "captions_per_s": result.captions_per_s,
+    }
+    return asdict(result) | derived
+
+
+def measure_prompt_to_model(cache: Path, device: torch.device, work: Path) -> Figures:
+    """The two epochs of the CNN-LSTM tutorials, from the shell's prompt to the saved model."""
+    command = [sys.executable, "-c", "from pipeline.cli import app; app()", "train"]
+    command += ["--from-cache", str(cache), "--out", str(work / "prompt"), "--recipe", "classic"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--device", str(device)], capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert (work / "prompt" / "best.cap").exists()
+    epochs = [line for line in done.stderr.splitlines() if "done in" in line]
+    return {"prompt_to_model_s": seconds, "epochs": epochs, "said": done.stdout.strip()}
+
+
+def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return (torch.float32, torch.bfloat16) if native else (torch.float32,)
+
+
+def _options() -> Iterator[dict[str, Any]]:
+    for layers, tied, every in itertools.product((1, 2), (False, True), (False, True)):
+        yield {"num_layers": layers, "tie_embeddings": tied, "photo_every_step": every}
+
+
+def _batches() -> Iterator[Batch]:
+    """Ragged captions with one that ends at once, a single one, and captions of one word."""
+    random = np.random.default_rng(0)
+    for lengths in (sorted(random.integers(0, 14, 45).tolist(), reverse=True), [6], [1] * 7):
+        targets = torch.full((len(lengths), lengths[0] + 1), PAD)
+        for row, length in enumerate(lengths):
+            targets[row, :length] = torch.from_numpy(random.integers(4, _WORDS, length))
+            targets[row, length] = END
+        inputs = targets[:, :-1].masked_fill(targets[:, :-1] == END, PAD)
+        features = torch.from_numpy(random.standard_normal((len(lengths), _BATCH_FEATURES)))
+        yield Batch(features.half(), inputs, targets)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.features.to(device), batch.inputs.to(device), batch.targets.to(device))
+
+
+def _masks_on(masks: Masks, device: torch.device, dtype: torch.dtype) -> Masks:
+    assert masks.features is not None
+    assert masks.inputs is not None
+    return Masks(
+        masks.features.to(device, dtype),
+        masks.inputs.to(device, dtype),
+        tuple(mask.to(device, dtype) for mask in masks.layers),
+    )
+
+
+def _compare(
+    worst: Figures,
+    name: str,
+    dtype: torch.dtype,
+    loss: torch.Tensor,
+    expected: torch.Tensor,
+    mine: CaptionDecoder,
+    theirs: CaptionDecoder,
+) -> None:
+    difference = _difference(loss, expected.detach())
+    assert difference < LOSS_BOUND[dtype], (name, "loss", difference)
+    worst[f"{name}, loss"] = max(worst.get(f"{name}, loss", 0.0), difference)
+    wanted = dict(theirs.named_parameters())
+    for parameter, value in mine.named_parameters():
+        if parameter == "project.bias" and theirs.normalize.training:
+            continue  # BatchNorm cancels it: only rounding is left
+        gradient = wanted[parameter].grad
+        assert gradient is not None
+        assert value.grad is not None
+        difference = _difference(value.grad, gradient)
+        worst[f"{name}, gradient"] = max(worst.get(f"{name}, gradient", 0.0), difference)
+        assert difference < GRADIENT_BOUND[dtype], (name, parameter, mine.config, difference)
+
+
+def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    mine, theirs = mine.detach().cpu().double(), theirs.detach().cpu().double()
+    return float((mine - theirs).norm() / theirs.norm().clamp_min(1e-3))
+
+
+def _caption_set(device: torch.device, work: Path) -> tuple[CaptionSet, Vocabulary]:
+    """Photos of 48 kinds, each with three captions of its kind that vary in length."""
+    path = work / "captions.h5"
+    if not path.exists():
+        random = np.random.default_rng(0)
+        kinds = random.integers(48, size=_PHOTOS)
+        texts = [
+            [
+                " ".join(f"w{(kind * 7 + k * k + kind * k) % 61}" for k in range(length))
+                for length in random.integers(3, 12, 3)
+            ]
+            for kind in kinds
+        ]
+        names = Strings.pack(f"{n:06d}.jpg" for n in range(_PHOTOS))
+        encoder = EncoderRecord(
+            backbone="resnet18",
+            weights="check",
+            weights_sha256="0" * 64,
+            feature_dim=_FEATURES,
+            image_size=224,
+            views=("full",),
+            preprocessing="none",
+            precision="float32",
+        )
+        skeleton = Skeleton(names, names, build_caption_table(texts), encoder, batch_rows=32)
+        features = random.standard_normal((48, _FEATURES))[kinds]
+        features = features + 0.3 * random.standard_normal(features.shape)
+        with open_writer(path, skeleton, library_versions={}) as writer:
+            digests = np.zeros((_PHOTOS, 16), np.uint8)
+            writer.write(np.arange(_PHOTOS), features[:, None].astype(np.float16), digests)
+    cache = open_cache(path)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    return caption_set(cache, vocabulary, device=device, max_length=50), vocabulary
+
+
+def _trainer(
+    captions: CaptionSet,
+    vocabulary: Vocabulary,
+    recipe: Recipe,
+    *,
+    precision: str,
+    plain: bool = False,
+) -> Trainer:
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        captions.feature_dim,
+        len(vocabulary),
+        recipe.embedding_size,
+        recipe.hidden_size,
+        recipe.num_layers,
+        dropout=recipe.dropout,
+        feature_dropout=recipe.feature_dropout,
+        tie_embeddings=recipe.tie_embeddings,
+        photo_every_step=recipe.photo_every_step,
+    )
+    decoder = CaptionDecoder(config).to(captions.device)
+    return Trainer(decoder, captions, recipe, seed=0, precision=precision, plain=plain)
