@@ -1,4 +1,4 @@
-"""The decoder's loss and gradients, written out: the same objective as `CaptionDecoder.loss`.
+"""The decoder's loss and gradients, written out, for a CPU: what `CaptionDecoder.loss` computes.
 
 What autograd over an `nn.LSTM` on packed sequences does in several hundred small operations and
 large fresh buffers is done here in the fewest products, over rows without padding
@@ -12,7 +12,8 @@ large fresh buffers is done here in the fewest products, over rows without paddi
 - gradients go straight into the flat buffer that the optimizer reads.
 
 LSTM equations as in Hochreiter & Schmidhuber (1997) with forget gates, gate order i, f, g, o; their
-gradients are checked against autograd for every option in `tests/test_fast.py`.
+gradients are checked against autograd for every option in `tests/test_fast.py`. What suits a GPU is
+in `train.cuda_objective`.
 """
 
 from __future__ import annotations
