@@ -39,6 +39,7 @@ from train.dropout import draw_masks
 from train.loop import Trainer
 from train.machine import peak_rss_mb
 from train.packed import gather_packed, pack
+from train.products import multiply
 from train.vocab import PAD, Vocabulary, build_vocabulary
 
 # COCO train2014.
@@ -113,15 +114,16 @@ def bench_train(
     recipe: Recipe = CLASSIC,
     *,
     device: str = "auto",
+    precision: str = "auto",
     steps: int = 24,
     photos: int = PHOTOS,
     cache: Path | None = None,
 ) -> TrainBench:
     """Time steps on a cache of COCO's size.
 
-    steps: measurements of each kind. photos: fewer make a smaller, quicker bench with as many
-    captions less. cache: one that `write_synthetic_cache` made; None: make it in a temporary
-    folder.
+    precision: of the fast step's products, as `cap train` takes it. steps: measurements of each
+    kind. photos: fewer make a smaller, quicker bench with as many captions less. cache: one that
+    `write_synthetic_cache` made; None: make it in a temporary folder.
     """
     chosen = resolve_device(device)
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
@@ -132,7 +134,7 @@ def bench_train(
         opened = open_cache(cache or path)
         vocabulary = build_vocabulary(opened.captions, 4)
         captions = caption_set(opened, vocabulary, device=chosen, max_length=50)
-        return _time_steps(captions, vocabulary, chosen, recipe, steps, first_step_s)
+        return _time_steps(captions, vocabulary, chosen, recipe, precision, steps, first_step_s)
 
 
 def write_synthetic_cache(path: Path, photos: int) -> None:
@@ -237,12 +239,13 @@ def _time_steps(
     vocabulary: Vocabulary,
     device: torch.device,
     recipe: Recipe,
+    precision: str,
     measurements: int,
     first_step_s: float,
 ) -> TrainBench:
     on_gpu = device.type == "cuda"
     batches = epoch_batches(captions.lengths, recipe.batch_size, seed=0, epoch=0)
-    trainer = _trainer(captions, vocabulary, device, recipe)
+    trainer = _trainer(captions, vocabulary, device, recipe, precision)
     before_mb = _own_memory_mb()
     epochs = itertools.cycle(range(recipe.epochs))
     steps = itertools.chain.from_iterable(map(trainer.epoch, epochs))
@@ -294,7 +297,11 @@ def _time_steps(
 
 
 def _trainer(
-    captions: CaptionSet, vocabulary: Vocabulary, device: torch.device, recipe: Recipe
+    captions: CaptionSet,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    recipe: Recipe,
+    precision: str,
 ) -> Trainer:
     torch.manual_seed(0)
     config = DecoderConfig(
@@ -308,7 +315,8 @@ def _trainer(
         tie_embeddings=recipe.tie_embeddings,
         photo_every_step=recipe.photo_every_step,
     )
-    return Trainer(CaptionDecoder(config).to(device), captions, recipe, seed=0)
+    decoder = CaptionDecoder(config).to(device)
+    return Trainer(decoder, captions, recipe, seed=0, precision=precision)
 
 
 def _take(steps: Iterator[object], count: int) -> None:
@@ -352,7 +360,7 @@ def _product_rate(trainer: Trainer, device: torch.device, tokens: int) -> float:
 
     def products() -> None:
         for _ in range(repeats):
-            torch.mm(left, right, out=out)
+            multiply(left, right, out)
 
     best = min(_milliseconds(products, device) for _ in range(20)) / repeats
     return 2.0 * left.shape[0] * inner * words / (best / 1e3)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import Device, Json, errors, print_json
+from pipeline.cli_options import Device, Json, errors, one_of, print_json
 from pipeline.terminal import say
 from train.config import RECIPES
 
@@ -57,6 +57,9 @@ def bench_train(
     photos: Annotated[
         int, typer.Option(min=500, help="Photos of the cache; five captions each.")
     ] = 82_783,
+    precision: Annotated[
+        str, typer.Option(help="Of the fast step's products: auto, float32 or bfloat16.")
+    ] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -64,8 +67,8 @@ def bench_train(
 
     Example: cap bench train
     """
-    if recipe not in RECIPES:
-        raise typer.BadParameter(f"{recipe!r} is not {' or '.join(RECIPES)}", param_hint="--recipe")
+    one_of("--recipe", recipe, tuple(RECIPES))
+    one_of("--precision", precision, ("auto", "float32", "bfloat16"))
     chosen = RECIPES[recipe]
     chosen = dataclasses.replace(
         chosen,
@@ -80,7 +83,7 @@ def bench_train(
 
         machine = describe_machine(resolve_device(device))
         say(machine.summary())
-        result = run(chosen, device=device, photos=photos)
+        result = run(chosen, device=device, precision=precision, photos=photos)
         if as_json:
             derived = {
                 "ratio": result.ratio,

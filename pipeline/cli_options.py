@@ -100,3 +100,8 @@ def _end_at_once() -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1), flush=True)
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"{value!r} is not {' or '.join(allowed)}", param_hint=option)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli_options import Device, Json, defaults, errors, print_json
+from pipeline.cli_options import Device, Json, defaults, errors, one_of, print_json
 from pipeline.terminal import say
 from train.config import RECIPES, SAVE_EVERY, SAVE_PAUSE_S, Recipe, TrainConfig
 
@@ -149,9 +149,9 @@ def train(
         from train.run import EpochLog, Saved, Started, StepLog
         from train.run import train as run_training
 
-        _one_of("--recipe", recipe, tuple(RECIPES))
-        _one_of("--select-by", select_by, ("cider", "loss"))
-        _one_of("--precision", precision, ("auto", "float32", "bfloat16"))
+        one_of("--recipe", recipe, tuple(RECIPES))
+        one_of("--select-by", select_by, ("cider", "loss"))
+        one_of("--precision", precision, ("auto", "float32", "bfloat16"))
         config = TrainConfig(
             from_cache=from_cache,
             out=out,
@@ -213,11 +213,6 @@ def _changed(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with the numbers that were given."""
     given = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, **given)
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise typer.BadParameter(f"{value!r} is not {' or '.join(allowed)}", param_hint=option)
 
 
 @contextlib.contextmanager
