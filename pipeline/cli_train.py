@@ -13,7 +13,7 @@ import typer
 
 from pipeline.cli_options import Device, Json, defaults, errors, one_of, print_json
 from pipeline.terminal import say
-from train.config import RECIPES, SAVE_EVERY, SAVE_PAUSE_S, Recipe, TrainConfig
+from train.config import RECIPES, SAVE_EVERY, SAVE_PAUSE_S, SELECT_BY, Recipe, TrainConfig
 
 _TRAIN = defaults(TrainConfig)
 
@@ -108,7 +108,11 @@ def train(
         float, typer.Option(min=0.0, max=0.9, help="Share of photos held out without --val-cache.")
     ] = _TRAIN["val_share"],
     select_by: Annotated[
-        str, typer.Option(help="What makes a model the best: cider or loss, on validation photos.")
+        str,
+        typer.Option(
+            help="What makes a model the best, on validation photos: cider (of greedy captions), "
+            "beam (CIDEr of beam search) or loss."
+        ),
     ] = _TRAIN["select_by"],
     patience: Annotated[
         int | None,
@@ -150,7 +154,7 @@ def train(
         from train.run import train as run_training
 
         one_of("--recipe", recipe, tuple(RECIPES))
-        one_of("--select-by", select_by, ("cider", "loss"))
+        one_of("--select-by", select_by, SELECT_BY)
         one_of("--precision", precision, ("auto", "float32", "bfloat16"))
         config = TrainConfig(
             from_cache=from_cache,

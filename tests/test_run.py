@@ -261,16 +261,34 @@ def test_self_critical_epochs_can_be_added_to_a_finished_run(
 
 
 def test_the_best_model_is_the_one_selection_asks_for(cache: FeatureCache, tmp_path: Path) -> None:
-    for select_by in ("cider", "loss"):
+    for select_by in ("cider", "beam", "loss"):
         run = tmp_path / select_by
         reports = train(config(cache, run, epochs=6, select_by=select_by))
         logs = [report for report in reports if isinstance(report, EpochLog)]
-        keys = [(log.cider if select_by == "cider" else 0.0, -log.val_loss) for log in logs]
+        keys = [(0.0 if select_by == "loss" else log.cider, -log.val_loss) for log in logs]
         best = keys.index(max(keys))
         assert load_bundle(run / "best.cap").training["epoch"] == best
         assert [log.best for log in logs] == [
             key == max(keys[: n + 1]) for n, key in enumerate(keys)
         ]
+
+
+def test_by_another_measure_the_model_so_far_is_judged_anew(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 2}
+    for _ in train(config(cache, run, **settings)):
+        pass
+    # Without learning no later epoch is better than the one that was there.
+    more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
+    logs = [*train(config(cache, run, select_by="beam", **more))]
+    (log,) = (report for report in logs if isinstance(report, EpochLog))
+    assert not log.best
+    best = load_bundle(run / "best.cap").training
+    assert best["epoch"] == 1
+    assert best["config"]["select_by"] == "beam"
+    assert best["scores"]["cider"] == log.cider
 
 
 def test_patience_ends_a_run_that_gets_no_better(cache: FeatureCache, tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ RECIPES = {"best": BEST, "classic": CLASSIC}
 SAVE_EVERY, SAVE_PAUSE_S = 1000, 10.0
 
 
+# CIDEr of the greedy captions of the validation photos, CIDEr of what beam search says of them, or
+# the validation loss.
+SELECT_BY = ("cider", "beam", "loss")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What `cap train` does by default, and everything it can be told."""
@@ -83,7 +88,7 @@ class TrainConfig:
     recipe: Recipe = BEST
     val_cache: Path | None = None
     val_share: float = 0.05  # of the photos, held out where there is no val_cache
-    select_by: str = "cider"  # or loss: what makes a model the best one
+    select_by: str = "cider"  # what makes a model the best one; see SELECT_BY
     patience: int | None = None  # epochs without a better model before stopping; None: never
     min_count: int = 4
     max_length: int = 50  # words of a caption; the rest is cut

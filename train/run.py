@@ -1,7 +1,7 @@
 """A training run and its folder: what is logged, what is kept, how to go on after anything.
 
     runs/base/
-      best.cap         the model with the best validation score (CIDEr, or the loss)
+      best.cap         the model with the best validation score
       last.cap         the model after the last epoch (or interruption)
       epoch-0-step-1000.cap …   one every `save_every` steps; if not asked for, not too often
       metrics.jsonl    one JSON object a log line and an epoch
@@ -29,7 +29,7 @@ from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
 from train.batches import CaptionSet, caption_set, split_photos
 from train.bundle import Bundle
-from train.config import SAVE_EVERY, SAVE_PAUSE_S, Recipe, TrainConfig
+from train.config import SAVE_EVERY, SAVE_PAUSE_S, Recipe, SearchConfig, TrainConfig
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.device import is_out_of_memory, resolve_device
 from train.loop import Step, Trainer
@@ -94,7 +94,9 @@ class StepLog:
 
 @dataclass(frozen=True)
 class EpochLog:
-    """After each epoch. Scores are fractions, of greedy captions of the validation photos."""
+    """After each epoch. Scores are fractions, of the validation photos' greedy captions, or of
+    beam search's where these choose the best model.
+    """
 
     epoch: int
     epochs: int
@@ -201,6 +203,7 @@ class _Run:
         self.epoch, self.step = 0, 0  # the next to do
         self.best_score = (-math.inf, -math.inf)  # the higher, the better; then minus the loss
         self.best_epoch = -1
+        self._judges_anew = False  # by another measure than the epochs before
         self._saved_at = time.monotonic()
         self._since = time.perf_counter()  # the last log line
         self._unread: _Window | None = None
@@ -209,17 +212,14 @@ class _Run:
 
     def epochs(self) -> Generator[Report, None, None]:
         config = self.config
+        if self._judges_anew:
+            with self.trainer.best_weights():
+                self._keep_if_best(self.epoch if self.step else self.epoch - 1)
         while self.epoch < config.recipe.all_epochs and not self._out_of_patience():
             started = time.perf_counter()
             yield from self._steps()
             with self.trainer.best_weights():
-                val_loss = self._finite(self.trainer.validation_loss(self.validation), self.step)
-                scores = self.judge.score(self.decoder, self.vocabulary)
-                score = (-val_loss if config.select_by == "loss" else scores.cider, -val_loss)
-                best = score > self.best_score
-                if best:
-                    self.best_score, self.best_epoch = score, self.epoch
-                    self._save_model("best.cap", val_loss, scores)
+                val_loss, scores, best = self._keep_if_best(self.epoch)
                 self._save_model("last.cap", val_loss, scores)
             log = EpochLog(
                 epoch=self.epoch,
@@ -245,6 +245,19 @@ class _Run:
             self._save_checkpoint()
             yield log
         self.metrics.close()
+
+    def _keep_if_best(self, epoch: int) -> tuple[float, ValidationScores, bool]:
+        """Judge the decoder as it is: (validation loss, scores, whether it is the best so far)."""
+        by = self.config.select_by
+        val_loss = self._finite(self.trainer.validation_loss(self.validation), self.step)
+        search = SearchConfig() if by == "beam" else SearchConfig(beam_size=1)
+        scores = self.judge.score(self.decoder, self.vocabulary, search)
+        score = (-val_loss if by == "loss" else scores.cider, -val_loss)
+        best = score > self.best_score
+        if best:
+            self.best_score, self.best_epoch = score, epoch
+            self._save_model("best.cap", val_loss, scores, epoch)
+        return val_loss, scores, best
 
     def _out_of_patience(self) -> bool:
         patience = self.config.patience
@@ -333,10 +346,14 @@ class _Run:
         self.metrics.close()
 
     def _save_model(
-        self, name: str, val_loss: float | None = None, scores: ValidationScores | None = None
+        self,
+        name: str,
+        val_loss: float | None = None,
+        scores: ValidationScores | None = None,
+        epoch: int | None = None,
     ) -> None:
         facts = {
-            "epoch": self.epoch,
+            "epoch": self.epoch if epoch is None else epoch,
             "step": self.step,
             "val_loss": val_loss,
             "scores": asdict(scores) if scores else None,
@@ -410,6 +427,9 @@ class _Run:
             begun = (state["epoch"], state["step"]) > (state["settings"]["epochs"], 0)
             if name.startswith("self_critical") and not begun:
                 continue
+            if name == "select_by" and asked[name] != value:
+                self._judges_anew = True
+                continue
             if asked.get(name) != value:
                 raise TrainError(
                     f"{self.out}: was trained with {name} {value}, asked for {asked.get(name)}"
@@ -421,7 +441,8 @@ class _Run:
                 )
         self.trainer.load(state["trainer"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.best_score, self.best_epoch = tuple(state["best_score"]), state["best_epoch"]
+        if not self._judges_anew:
+            self.best_score, self.best_epoch = tuple(state["best_score"]), state["best_epoch"]
         self._drop_later_metrics()
 
     def _drop_later_metrics(self) -> None:
