@@ -38,7 +38,7 @@ class Recipe:
     self_critical_epochs: int = 0
     self_critical_rate: float = 5e-5  # learning rate, level
     self_critical_anchor: float = (
-        0.3  # weight of the true captions' cross-entropy beside the reward
+        0.1  # weight of the true captions' cross-entropy beside the reward
     )
     self_critical_photos: int = 32  # a step
     self_critical_samples: int = 5  # captions drawn for each photo
