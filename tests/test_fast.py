@@ -401,6 +401,10 @@ def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
 
     @contextlib.contextmanager
     def capture(graph: Graph, **options: object) -> Iterator[None]:
+        if not options:
+            log.append("recover")
+            yield
+            return
         seen.append((options["stream"], options["pool"]))
         yield
         if len(seen) == 3:
@@ -411,6 +415,11 @@ def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    usual = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: usual)
+    monkeypatch.setattr(
+        torch.cuda, "set_stream", lambda stream: log.append(f"usual stream {stream is usual}")
+    )
 
     def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
         return torch.tensor(float(length))
@@ -422,9 +431,24 @@ def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
     assert seen == [(seen[0][0], None), (seen[0][0], "pool"), (seen[0][0], "pool")]
     assert steps.failure == "capture is off"
     assert "capture is off" in caplog.text
-    assert log[-2:] == ["capture", "wait"]
+    assert log[-5:] == ["capture", "wait", "capture", "recover", "usual stream True"]
     steps.run(chosen, chosen, 1)
-    assert log[-1] == "wait"  # directly, not by a graph
+    assert log[-1] == "usual stream True"  # directly, not by a graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_random_numbers_are_drawn_on_after_a_capture_that_failed() -> None:
+    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
+        drawn = torch.rand(4, device="cuda")
+        return torch.tensor(float(drawn.sum()))  # waits, which a capture forbids
+
+    steps, chosen = GraphedSteps(step, lambda: 0), torch.tensor([0], device="cuda")
+    usual = torch.cuda.current_stream()
+    losses = {float(steps.run(chosen, chosen, 3)) for _ in range(6)}
+    assert steps.failure
+    assert len(losses) == 6
+    assert torch.cuda.current_stream() == usual
 
 
 def test_step_inputs_bring_everything_in_the_order_of_the_steps() -> None:

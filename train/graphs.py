@@ -7,6 +7,7 @@ grow, and the graphs that point into the old ones are thrown away.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,8 +142,10 @@ class GraphedSteps:
 
     def _capture(self, captions: Tensor, views: Tensor, length: int) -> _Captured | None:
         """None, and `failure` says why, if it cannot be done."""
+        before: torch.cuda.Stream | None = None
         try:
             graph = torch.cuda.CUDAGraph()
+            before = torch.cuda.current_stream(captions.device)
             self._stream = self._stream or torch.cuda.Stream(captions.device)
             # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
             with torch.cuda.graph(
@@ -155,6 +158,17 @@ class GraphedSteps:
             self.failure = str(error).splitlines()[0]
             _log.warning("no CUDA graphs (%s): training goes on without, slower", self.failure)
             self._forget()
+            if before is not None:
+                _recover(before)
             return None
         self._pool = self._pool or graph.pool()
         return _Captured(graph, loss)
+
+
+def _recover(before: torch.cuda.Stream) -> None:
+    """After a capture that failed: PyTorch leaves its stream the current one, and the generator of
+    random numbers refusing to draw outside of it until another capture has ended well.
+    """
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=before.device)
+    torch.cuda.set_stream(before)
