@@ -406,9 +406,11 @@ def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
             yield
             return
         seen.append((options["stream"], options["pool"]))
-        yield
-        if len(seen) == 3:
-            raise RuntimeError("capture is off")
+        try:
+            yield
+        finally:
+            if len(seen) == 3:
+                raise RuntimeError("cannot end this capture")
 
     monkeypatch.setattr(StubGraph, "log", log, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -422,6 +424,8 @@ def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
     )
 
     def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
+        if length == 3 and len(seen) == 3 and not steps.failure:
+            raise RuntimeError("capture is off")
         return torch.tensor(float(length))
 
     steps = GraphedSteps(step, lambda: 0)

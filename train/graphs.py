@@ -155,7 +155,8 @@ class GraphedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
+            # What broke it off, not that the capture then could not end.
+            self.failure = str(error.__context__ or error).splitlines()[0]
             _log.warning("no CUDA graphs (%s): training goes on without, slower", self.failure)
             self._forget()
             if before is not None:
