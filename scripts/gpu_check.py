@@ -1,21 +1,22 @@
 """Check on a GPU what can be checked nowhere else, then run the benchmarks; one JSON file of both.
 
-A check is a function from a `Setting` to figures that raises AssertionError where something is
-wrong; add it to CHECKS. A benchmark is the arguments of a `cap bench` command; add it to BENCHES.
-Training's own are in `gpu_check_training.py`.
+A check is a function that returns figures and raises AssertionError where something is wrong:
+those of training are in `gpu_check_training.py`, with its benchmarks, those of extraction in
+`gpu_check_extraction.py`, which needs what decodes photos. Another benchmark is the arguments of a
+`cap bench` command; add it to BENCHES.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import faulthandler
 import json
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,127 +29,13 @@ from gpu_check_training import (
     measure_training,
 )
 
-from pipeline.bench_photos import write_bench_photos
 from pipeline.bench_train import PHOTOS, write_synthetic_cache
-from pipeline.config import ExtractConfig
-from pipeline.encoder import (
-    MEAN_COSINE,
-    MIN_COSINE,
-    Backbone,
-    Encoder,
-    encode_plain,
-    fast_precisions,
-    load_backbone,
-)
-from pipeline.extract import Progress, extract
-from pipeline.images import preprocess
 from train.machine import describe_machine
 
-LIMIT_S = 460.0  # of everything
-_PHOTOS = 160
-_BATCH = 32
+LIMIT_S = 460.0  # of everything: nothing is begun after it
+_HUNG_S = 570.0  # then it says where it stands, and ends
 Figures = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What the checks work on."""
-
-    device: torch.device
-    backbone: Backbone  # random weights
-    folder: Path  # of JPEGs
-    pixels: torch.Tensor  # (_PHOTOS, 3, 224, 224) uint8, of the same
-    work: Path  # for files
-
-
-def fast_features_agree_with_float32(setting: Setting) -> Figures:
-    """Every precision that `auto` may take, against the plain network on the same device."""
-    photos = setting.pixels[:_BATCH]
-    plain = encode_plain(setting.backbone, photos, setting.device)
-    figures: Figures = {}
-    for precision in fast_precisions(setting.device):
-        encoder = Encoder(setting.backbone, device=setting.device, precision=precision)
-        cosines = torch.cosine_similarity(encoder.encode(photos).float(), plain)
-        figures[precision] = {"worst": float(cosines.min()), "mean": float(cosines.mean())}
-        assert cosines.min() >= MIN_COSINE, figures
-        assert cosines.mean() >= MEAN_COSINE, figures
-    return figures
-
-
-def devices_agree(setting: Setting) -> Figures:
-    """The plain network here, against the plain network on the CPU."""
-    photos = setting.pixels[:4]
-    here = encode_plain(setting.backbone, photos, setting.device).cpu()
-    there = encode_plain(setting.backbone, photos, torch.device("cpu"))
-    worst = float(torch.cosine_similarity(here, there).min())
-    assert worst > 0.99999, worst
-    return {"worst": worst}
-
-
-def graphs_compute_what_direct_calls_do(setting: Setting) -> Figures:
-    """A captured graph, replayed on other photos, against encoders that never captured one."""
-    precision = fast_precisions(setting.device)[0]
-    batches = setting.pixels.split(_BATCH)
-    direct = []
-    for batch in batches:
-        encoder = Encoder(setting.backbone, device=setting.device, precision=precision)
-        direct.append(encoder.encode(batch).cpu())
-    queued = [encoder.queue(batch) for batch in batches]  # the second call captures
-    for features, expected in zip(queued, direct, strict=True):
-        assert torch.equal(torch.from_numpy(features.wait()), expected)
-    assert encoder.notices == [], encoder.notices
-    return {"batches": len(batches), "precision": precision}
-
-
-def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
-    """Broken off twice and gone on with, against an unbroken run."""
-
-    def config(name: str) -> ExtractConfig:
-        return ExtractConfig(
-            images=setting.folder,
-            out=setting.work / name,
-            backbone=setting.backbone.name,
-            weights="random",
-            device=str(setting.device),
-            batch_size=_BATCH,
-        )
-
-    for _ in extract(config("whole.h5")):
-        pass
-    for _ in range(2):
-        reports = extract(config("broken.h5"))
-        for report in reports:
-            if isinstance(report, Progress) and report.new >= _BATCH:
-                break
-        reports.close()
-    last: object = None
-    for last in extract(config("broken.h5")):  # noqa: B007
-        pass
-    assert isinstance(last, Progress)
-    assert 0 < last.new < _PHOTOS, last
-    same = (setting.work / "broken.h5").read_bytes() == (setting.work / "whole.h5").read_bytes()
-    assert same, "other bytes than an unbroken run's"
-    return {"photos": _PHOTOS, "after_the_last_break": last.new}
-
-
-def gpu_tests_pass(setting: Setting) -> Figures:
-    """The test suite's own tests for a GPU."""
-    if importlib.util.find_spec("pytest") is None:
-        return {"skipped": "no pytest"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    lines = done.stdout.strip().splitlines()
-    assert done.returncode == 0, "\n".join(lines[-15:])
-    return {"summary": lines[-1]}
-
-
-CHECKS: tuple[Callable[[Setting], Figures], ...] = (
-    devices_agree,
-    fast_features_agree_with_float32,
-    graphs_compute_what_direct_calls_do,
-    resumed_extraction_has_the_same_bytes,
-    gpu_tests_pass,
-)
 
 # The first word is the command: one that this version lacks is left out.
 BENCHES: tuple[str, ...] = (
@@ -165,7 +52,11 @@ def run_check(check: Callable[[], Figures]) -> Figures:
     try:
         result: Figures = {"ok": True, **check()}
     except Exception as error:  # whatever it is, the other checks are still worth running
-        result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        result = {
+            "ok": False,
+            "error": f"{type(error).__name__}: {error}",
+            "where": traceback.format_exc(limit=-5)[-2000:],
+        }
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -188,25 +79,24 @@ def run_bench(arguments: str, left_s: float) -> Figures:
 
 
 def measure_all_training(
-    device: torch.device, work: Path, photos: int, record: Callable[[str, str, Figures], None]
+    device: torch.device,
+    work: Path,
+    photos: int,
+    left_s: Callable[[], float],
+    record: Callable[[str, str, Figures], None],
 ) -> None:
     """On one cache of COCO's size."""
     cache = work / "train.h5"
     write_synthetic_cache(cache, photos)
-    for name, recipe in TRAINING_BENCHES.items():
-        measured = run_check(partial(measure_training, recipe, cache, device))
-        record("benches", name, measured)
-        torch.cuda.empty_cache()
-    measured = run_check(partial(measure_prompt_to_model, cache, device, work))
-    record("benches", "train, two classic epochs from the prompt", measured)
-
-
-def _setting(work: Path, device: torch.device, backbone: str) -> Setting:
-    folder = work / "photos"
-    folder.mkdir()
-    write_bench_photos(folder, _PHOTOS, 320, 240)
-    pixels = [preprocess(path.read_bytes(), 224) for path in sorted(folder.iterdir())]
-    return Setting(device, load_backbone(backbone, "random"), folder, torch.cat(pixels), work)
+    measures: dict[str, Callable[[Path, torch.device, Path], Figures]] = {
+        name: partial(measure_training, recipe) for name, recipe in TRAINING_BENCHES.items()
+    }
+    measures["train, two classic epochs from the prompt"] = measure_prompt_to_model
+    for name, measure in measures.items():
+        if left_s() <= 0:
+            record("benches", name, {"error": "no time left"})
+        else:
+            record("benches", name, run_check(partial(measure, cache, device, work)))
 
 
 def bench_commands() -> set[str]:
@@ -228,8 +118,14 @@ def main() -> int:
         print("no CUDA GPU here: nothing was checked or measured", file=sys.stderr)
         return 1
     started = time.perf_counter()
+
+    def left_s() -> float:
+        return LIMIT_S - (time.perf_counter() - started)
+
     # As PyTorch names the tensors' device: with a number.
     device = torch.empty(0, device=options.device).device
+    if device.type == "cuda":
+        faulthandler.dump_traceback_later(_HUNG_S, exit=True)
     results: dict[str, Any] = {
         "machine": describe_machine(device).summary(),
         "checks": {},
@@ -251,16 +147,19 @@ def main() -> int:
                 figures = run_check(partial(training_check, device, work))
                 record("checks", training_check.__name__, figures)
         if options.only != "train":
-            setting = _setting(work, device, options.backbone)
-            for check in CHECKS:
+            # Only here: a machine may lack what decodes photos, and train all the same.
+            import gpu_check_extraction as extraction
+
+            setting = extraction.make_setting(work, device, options.backbone)
+            for check in extraction.CHECKS:
                 record("checks", check.__name__, run_check(partial(check, setting)))
         if options.only != "extract" and not options.checks_only:
-            measure_all_training(device, work, options.photos, record)
+            measure_all_training(device, work, options.photos, left_s, record)
     known = bench_commands()
     for arguments in () if options.checks_only or options.only == "train" else BENCHES:
         if arguments.split()[0] in known:
-            left_s = LIMIT_S - (time.perf_counter() - started)
-            record("benches", arguments, run_bench(arguments, left_s))
+            record("benches", arguments, run_bench(arguments, left_s()))
+    faulthandler.cancel_dump_traceback_later()
     print(options.out.resolve())
     done = results["checks"] | results["benches"]
     failed = [name for name, figures in done.items() if figures.get("ok") is False]

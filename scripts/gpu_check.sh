@@ -6,7 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
-imports='import h5py, nltk, numpy, PIL, pycocotools, safetensors, simplejpeg, torch, torchvision, typer'
+imports='import h5py, numpy, safetensors, torch, typer'
+case " $* " in
+*" --only train "*) ;;
+*) imports="$imports, nltk, PIL, simplejpeg, torchvision" ;;
+esac
 if ! "$python" -c "$imports" 2>/dev/null; then
     . scripts/install.sh
     install ""

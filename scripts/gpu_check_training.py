@@ -47,7 +47,9 @@ _WORDS, _BATCH_FEATURES = 997, 72
 
 
 def kernels_compile_and_pass_their_check(device: torch.device, work: Path) -> Figures:
-    """Ours and PyTorch's fused LSTM cell, against plain operations, in both precisions."""
+    """Ours, and PyTorch's own with its fused LSTM cell, against plain operations, in both
+    precisions.
+    """
     figures: Figures = {}
     for dtype in _dtypes(device):
         name = str(dtype).removeprefix("torch.")
@@ -246,8 +248,9 @@ TRAINING_BENCHES: dict[str, Recipe] = {
 }
 
 
-def measure_training(recipe: Recipe, cache: Path, device: torch.device) -> Figures:
+def measure_training(recipe: Recipe, cache: Path, device: torch.device, work: Path) -> Figures:
     result = bench_train(recipe, device=str(device), cache=cache)
+    torch.cuda.empty_cache()
     derived = {
         "ratio": result.ratio,
         "epoch_s": result.epoch_s,
@@ -264,7 +267,11 @@ def measure_prompt_to_model(cache: Path, device: torch.device, work: Path) -> Fi
     command += ["--from-cache", str(cache), "--out", str(work / "prompt"), "--recipe", "classic"]
     started = time.perf_counter()
     done = subprocess.run(
-        [*command, "--device", str(device)], capture_output=True, text=True, check=False
+        [*command, "--device", str(device)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr[-1000:]

@@ -365,6 +365,19 @@ def test_without_a_gpu_the_kernels_are_pytorchs() -> None:
     assert kernels_for(CPU, torch.float32).name == "torch"
 
 
+def test_a_gpu_whose_kernels_cannot_be_had_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_kernels(device: torch.device, dtype: torch.dtype) -> CompiledKernels:
+        raise KernelError("no compiler")
+
+    monkeypatch.setattr("train.kernel_check.compile_kernels", compile_kernels)
+    assert kernels_for.__wrapped__(torch.device("cuda", 99), torch.float32).name == "torch"
+    assert caplog.messages == [
+        "cuda:99: training with PyTorch's operations, slower than compiled kernels (no compiler)"
+    ]
+
+
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_kernels_compile_for_a_gpu(architecture: str, dtype: torch.dtype) -> None:

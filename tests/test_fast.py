@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -386,6 +388,73 @@ def test_steps_go_on_directly_where_no_graph_can_be_captured(
     assert steps.failure == "operation not permitted when stream is capturing"
 
 
+def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dropping some of a stream's graphs would take cuBLAS's workspace from the others."""
+    log: list[str] = []
+    seen: list[tuple[object, object]] = []
+
+    class Graph(StubGraph):
+        def pool(self) -> str:
+            return "pool"
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, **options: object) -> Iterator[None]:
+        if not options:
+            log.append("recover")
+            yield
+            return
+        seen.append((options["stream"], options["pool"]))
+        try:
+            yield
+        finally:
+            if len(seen) == 3:
+                raise RuntimeError("cannot end this capture")
+
+    monkeypatch.setattr(StubGraph, "log", log, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    usual = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: usual)
+    monkeypatch.setattr(
+        torch.cuda, "set_stream", lambda stream: log.append(f"usual stream {stream is usual}")
+    )
+
+    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
+        if length == 3 and len(seen) == 3 and not steps.failure:
+            raise RuntimeError("capture is off")
+        return torch.tensor(float(length))
+
+    steps = GraphedSteps(step, lambda: 0)
+    chosen = torch.tensor([0])
+    for length in (1, 2, 3):
+        assert [float(steps.run(chosen, chosen, length)) for _ in range(4)] == [length] * 4
+    assert seen == [(seen[0][0], None), (seen[0][0], "pool"), (seen[0][0], "pool")]
+    assert steps.failure == "capture is off"
+    assert "capture is off" in caplog.text
+    assert log[-5:] == ["capture", "wait", "capture", "recover", "usual stream True"]
+    steps.run(chosen, chosen, 1)
+    assert log[-1] == "usual stream True"  # directly, not by a graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_random_numbers_are_drawn_on_after_a_capture_that_failed() -> None:
+    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
+        drawn = torch.rand(4, device="cuda")
+        return torch.tensor(float(drawn.sum()))  # waits, which a capture forbids
+
+    steps, chosen = GraphedSteps(step, lambda: 0), torch.tensor([0], device="cuda")
+    usual = torch.cuda.current_stream()
+    losses = {float(steps.run(chosen, chosen, 3)) for _ in range(6)}
+    assert steps.failure
+    assert len(losses) == 6
+    assert torch.cuda.current_stream() == usual
+
+
 def test_step_inputs_bring_everything_in_the_order_of_the_steps() -> None:
     inputs = StepInputs(4, torch.device("cpu"))
     for n in range(100):  # more than there are slots
@@ -422,6 +491,30 @@ def test_rows_gathered_on_the_device_are_the_packed_batch(
     for name in ("features", "targets", "captions", "previous"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     assert torch.equal(found.words[4:], expected.words[4:])  # at step 0 the photo is read
+
+
+def test_the_plain_path_never_rounds_float32_to_tf32(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cuDNN's LSTM does by default; whoever calls keeps the default."""
+    cache = make_cache([["a b c", "b a"]] * 4)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=50)
+    model = CaptionDecoder(DecoderConfig(8, len(vocabulary), 4, 4))
+    trainer = Trainer(model, captions, Recipe(batch_size=4), seed=0, plain=True)
+    allowed: list[bool] = []
+    loss = model.loss
+
+    def watched(batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return loss(batch, label_smoothing)
+
+    monkeypatch.setattr(model, "loss", watched)
+    before = torch.backends.cudnn.allow_tf32
+    steps = len(list(trainer.epoch(0)))
+    trainer.validation_loss(captions)
+    assert allowed == [False] * (steps + 2)
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -44,6 +45,18 @@ def test_the_checks_themselves_run_on_a_cpu(tmp_path: Path) -> None:
     assert checks["resumed_extraction_has_the_same_bytes"]["photos"] == 160
 
 
+def test_training_is_checked_without_the_packages_that_decode_photos() -> None:
+    code = (
+        "import sys, gpu_check; "
+        "print([m for m in ('simplejpeg', 'torchvision', 'nltk', 'PIL') if m in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_a_failed_check_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
@@ -59,7 +72,8 @@ def test_a_failed_check_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.Monk
     def fine(setting: object) -> dict[str, object]:
         return {"figure": 1}
 
-    monkeypatch.setattr(script, "CHECKS", (broken, fine))
+    extraction = importlib.import_module("gpu_check_extraction")
+    monkeypatch.setattr(extraction, "CHECKS", (broken, fine))
     monkeypatch.setattr(script, "TRAINING_CHECKS", ())
     out = tmp_path / "x.json"
     options = ["--device", "cpu", "--backbone", "resnet18", "--checks-only", "--out", str(out)]

@@ -7,6 +7,8 @@ grow, and the graphs that point into the old ones are thrown away.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
 # Batches in flight to the device. The host may be so many steps ahead, then it waits.
 _SLOTS = 32
 # A capture takes as long as some ten direct steps. Most lengths come hundreds of times an epoch;
@@ -100,6 +103,9 @@ class GraphedSteps:
         self._sights: dict[tuple[int, int], int] = {}
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool: Any = None  # of graph memory, shared: replays follow one another
+        # Of its own: in PyTorch after 2.11 whoever drops a graph takes cuBLAS's workspace from all
+        # graphs that were captured on the same stream (its issue 193402).
+        self._stream: torch.cuda.Stream | None = None
         self.failure = ""  # why no graph could be captured; everything is called directly then
 
     def run(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
@@ -124,21 +130,46 @@ class GraphedSteps:
 
     def _forget_if_moved(self) -> None:
         if self._generation() != self._captured_in:
-            self._captured.clear()
-            self._pool = None  # a pool whose graphs are gone cannot be captured into again
+            self._forget()
             self._captured_in = self._generation()
+
+    def _forget(self) -> None:
+        """All graphs at once: they share what dropping one takes away."""
+        if self._captured and self._stream is not None:
+            torch.cuda.synchronize(self._stream.device)  # some may still be running
+        self._captured.clear()
+        self._pool = None  # a pool whose graphs are gone cannot be captured into again
 
     def _capture(self, captions: Tensor, views: Tensor, length: int) -> _Captured | None:
         """None, and `failure` says why, if it cannot be done."""
+        before: torch.cuda.Stream | None = None
         try:
             graph = torch.cuda.CUDAGraph()
+            before = torch.cuda.current_stream(captions.device)
+            self._stream = self._stream or torch.cuda.Stream(captions.device)
             # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 loss = self._step(captions, views, length)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
+            # What broke it off, not that the capture then could not end.
+            self.failure = str(error.__context__ or error).splitlines()[0]
+            _log.warning("no CUDA graphs (%s): training goes on without, slower", self.failure)
+            self._forget()
+            if before is not None:
+                _recover(before)
             return None
         self._pool = self._pool or graph.pool()
         return _Captured(graph, loss)
+
+
+def _recover(before: torch.cuda.Stream) -> None:
+    """After a capture that failed: PyTorch leaves its stream the current one, and the generator of
+    random numbers refusing to draw outside of it until another capture has ended well.
+    """
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=before.device)
+    torch.cuda.set_stream(before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,10 +226,12 @@ class Trainer:
         # BatchNorm cannot measure one row; a last batch of one caption uses running statistics.
         self.decoder.normalize.train(len(batch.targets) > 1)
         self.parameters.gradients.zero_()
-        loss = self.decoder.loss(batch, self.recipe.label_smoothing)
-        with warnings.catch_warnings():
+        with _without_tf32(), warnings.catch_warnings():
             # Autograd is told that transposed gradients may be slow, which is meant here.
             warnings.filterwarnings("ignore", message="grad and param do not obey")
+            # cuDNN, that the LSTM's weights would be faster in a buffer of its own.
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+            loss = self.decoder.loss(batch, self.recipe.label_smoothing)
             loss.backward()
         self._apply(torch.ones((), device=loss.device))
         return loss.detach()
@@ -294,7 +297,8 @@ class Trainer:
             chosen = order[start : start + size]
             batch, count = captions.batch(chosen), int(captions.lengths[chosen].sum())
             if self._plain:
-                loss = self.decoder.loss(batch)
+                with _without_tf32():
+                    loss = self.decoder.loss(batch)
             else:
                 loss = self.objective.loss(pack(batch, round_up=captions.device.type == "cpu"))
             total += loss.double() * count
@@ -318,6 +322,12 @@ class Trainer:
         self.optimizer.load(state["optimizer"])
         if self.average is not None:
             self.average.load(state["average"])
+
+
+def _without_tf32() -> AbstractContextManager[None]:
+    """cuDNN's LSTM rounds float32 to ten bits unless told not to."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return flags
 
 
 def _step_seed(seed: int, step: int) -> int:

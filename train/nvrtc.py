@@ -124,18 +124,22 @@ def _nvrtc() -> ctypes.CDLL:
     """NVRTC of PyTorch's own CUDA version; the process has it loaded already."""
     if torch.version.cuda is None:
         raise KernelError("this PyTorch is built without CUDA")
-    return _library(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
+    # The second name is the toolkit's: where PyTorch is not from a wheel.
+    return _library(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}", "libnvrtc.so")
 
 
 def _driver() -> ctypes.CDLL:
     return _library("libcuda.so.1")
 
 
-def _library(name: str) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(name)
-    except OSError as error:
-        raise KernelError(str(error)) from None
+def _library(*names: str) -> ctypes.CDLL:
+    reasons = []
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            reasons.append(str(error))
+    raise KernelError(reasons[0])
 
 
 def _check_nvrtc(nvrtc: ctypes.CDLL, result: int) -> None:

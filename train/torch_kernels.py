@@ -16,23 +16,29 @@ _aten = torch.ops.aten
 
 
 class TorchKernels:
-    """As `train.kernels.Kernels` says. The LSTM's cell is PyTorch's own fused one on a GPU."""
+    """As `train.kernels.Kernels` says. The LSTM's cell is PyTorch's own fused one on a GPU.
+
+    fused: False: plain operations in float32 for that cell and for the products.
+    """
 
     name = "torch"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, fused: bool = True) -> None:
         self._dtype = dtype
         self._device = device
+        self._fused = fused
         # Decided by trying: not every device has these operations.
-        self._float_products = dtype is not torch.float32 and self._works(self._float_product)
-        self._fused_cells = device.type == "cuda" and self._works(self._fused_cell)
+        self._float_products = (
+            fused and dtype is not torch.float32 and self._works(self._float_product)
+        )
+        self._fused_cells = fused and device.type == "cuda" and self._works(self._fused_cell)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         if self._float_products:
             _aten.mm.dtype_out(left, right, torch.float32, out=out)
         elif self._dtype is torch.float32:
             torch.mm(left, right, out=out)
-        elif self._device.type == "cpu":
+        elif self._device.type == "cpu" or not self._fused:
             torch.mm(left.float(), right.float(), out=out)
         else:
             out.copy_(left @ right)
