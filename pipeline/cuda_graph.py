@@ -35,6 +35,8 @@ class CapturedGraphs:
         self._seen: set[tuple[int, ...]] = set()
         self._captured: dict[tuple[int, ...], _Captured] = {}
         self._copies = torch.cuda.Stream(device)  # so that copies overlap with the work before
+        # Of these graphs alone: dropping one frees what PyTorch's libraries keep for its stream.
+        self._captures = torch.cuda.Stream(device)
         self.failure = ""  # why no graph could be captured; everything is called directly then
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -76,20 +78,22 @@ class CapturedGraphs:
     def _capture(self, example: Tensor) -> _Captured | None:
         """None, and `failure` says why, if it cannot be done. Raises where memory is too small."""
         inputs = example.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, current = self._captures, torch.cuda.current_stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):  # libraries allocate their workspaces outside the graph
             for _ in range(_WARM_UP_RUNS):
                 self._function(inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 outputs = self._function(inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
+            # What broke it off, not that the capture then could not end.
+            self.failure = str(error.__context__ or error).splitlines()[0]
+            torch.cuda.set_stream(current)  # PyTorch leaves the capture's stream the current one
             return None
         return _Captured(graph, inputs, outputs)
