@@ -240,13 +240,17 @@ def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None
         ),
         (["evaluate", "--human", "--captions", "absent"], "absent: cannot read (No such"),
         (["build-vocab", "--from", "README.md"], "README.md: "),
+        (
+            ["build-vocab", "--from", "{cache}", "--min-count", "1", "--out", "absent/v.json"],
+            "absent/v.json: cannot write (No such file or directory)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    out, err = cap(*arguments, code=1)
+    out, err = cap(*(part.format(cache=work / "x.h5") for part in arguments), code=1)
     assert out == ""
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1

@@ -146,6 +146,7 @@ class Vocabulary:
         return np.array([self.number(word) for word in table.words], np.int32)
 
     def save(self, path: Path) -> None:
+        """Write as JSON. Raises WriteError."""
         write_text(path, self.to_json() + "\n")
 
     def to_json(self) -> str:
