@@ -149,7 +149,14 @@ def train(
 
     Example: cap train --from-cache train.h5 --out runs/base
     """
-    with errors(f"the model so far is in {out}; go on with --resume"):
+    started = False
+
+    def kept() -> str:
+        if started:
+            return f"the model so far is in {out}; go on with --resume"
+        return "training had not begun; run the same command again"
+
+    with errors(kept):
         from train.run import EpochLog, Saved, Started, StepLog
         from train.run import train as run_training
 
@@ -194,6 +201,7 @@ def train(
             for report in reports:
                 match report:
                     case Started():
+                        started = True
                         say(report.summary())
                     case StepLog():
                         say(report.line())

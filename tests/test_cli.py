@@ -340,6 +340,25 @@ def test_ctrl_c_during_training_keeps_the_step(work: Path, tmp_path: Path) -> No
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_ctrl_c_before_training_begins_promises_no_model(work: Path, tmp_path: Path) -> None:
+    # Stands where the second goes by until then.
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    arguments = ["train", "--from-cache", str(work / "x.h5"), "--out", str(tmp_path / "run")]
+    process = subprocess.run(
+        [sys.executable, "-c", "from pipeline.start import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        timeout=50,
+    )
+    assert process.returncode == 130
+    assert process.stderr == "interrupted; training had not begun; run the same command again\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_closed_pipe_is_no_traceback(work: Path, photos: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
