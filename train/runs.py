@@ -18,12 +18,12 @@ class RunsError(CapError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. Scores are those of its best epoch, None where it has not come that far."""
+    """One run folder. Scores are those of its best model, None where it has not come that far."""
 
     path: Path
     epochs: int  # finished
     best_epoch: int | None
-    cider: float | None  # on its validation photos, greedy
+    cider: float | None  # on its validation photos, greedy, or by beam search if select_by is beam
     bleu_4: float | None
     val_loss: float | None
     settings: dict[str, Any]  # what it was trained with
@@ -59,10 +59,12 @@ def _merit(run: Run) -> tuple[float, float]:
 def _read(path: Path) -> Run:
     epochs = _epoch_records(path / "metrics.jsonl")
     settings, scores, problem = _read_model(path)
-    # A folder without its metrics still has what its best model says of itself.
-    best: dict[str, Any] = max(
-        epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
-    )
+    # The best model is the one `select_by` chose. A folder without it still has its metrics.
+    best: dict[str, Any] = scores
+    if scores.get("cider") is None or not (path / "best.cap").exists():
+        best = max(
+            epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
+        )
     return Run(
         path=path,
         epochs=len({record["epoch"] for record in epochs}),
