@@ -208,6 +208,10 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     assert (listed.best_epoch, listed.val_loss) == (0, chosen["val_loss"])
     assert listed.cider == chosen["scores"]["cider"]
     assert listed.epochs == 2
+    # A run that has no model yet has no settings, and none differ for that.
+    write_metrics(tmp_path / "begun", {"epoch": 0, "step": 10, "loss": 5.0})
+    header = runs_table(find_runs(tmp_path)).splitlines()[0]
+    assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "epochs"]
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:

@@ -106,12 +106,11 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def runs_table(runs: Iterable[Run]) -> str:
-    """One line a run: scores, then the settings that differ between them."""
+    """One line a run: scores, then the settings that differ between those that have any."""
     runs = list(runs)
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    differing = [
-        name for name in names if len({str(run.settings.get(name, "")) for run in runs}) > 1
-    ]
+    known = [run.settings for run in runs if run.settings]
+    differing = [name for name in names if len({str(one.get(name, "")) for one in known}) > 1]
     header = ["run", "CIDEr", "BLEU-4", "val loss", "epochs", *differing]
     rows = [
         [
