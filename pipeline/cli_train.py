@@ -118,7 +118,7 @@ def train(
         int | None,
         typer.Option(min=1, help="Stop after so many epochs without a better model."),
     ] = _TRAIN["patience"],
-    seed: Annotated[int, typer.Option(min=0)] = _TRAIN["seed"],
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = _TRAIN["seed"],
     save_every: Annotated[
         int | None,
         typer.Option(
@@ -140,7 +140,9 @@ def train(
     plain: Annotated[
         bool, typer.Option("--plain", help="Use the slow, readable reference computation.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; its options again.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where a run exists.")
     ] = False,

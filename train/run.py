@@ -449,7 +449,8 @@ class _Run:
                 continue
             if asked.get(name) != value:
                 raise TrainError(
-                    f"{self.out}: was trained with {name} {value}, asked for {asked.get(name)}"
+                    f"{self.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
+                    "give the options it was begun with, or another --out"
                 )
         for name, value in self._data_identity().items():
             if state["data"][name] != value:
