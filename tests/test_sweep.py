@@ -138,7 +138,7 @@ def test_without_captions_or_optuna_a_sweep_says_so(
     make_cache: MakeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = make_cache([[], []], name="bare.h5").path
-    with pytest.raises(CapError, match="no word occurs"):
+    with pytest.raises(CapError, match="holds no captions"):
         run(small(tmp_path / "bare", bare, jobs=1))
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(SweepError, match="pip install 'optuna"):

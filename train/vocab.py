@@ -175,6 +175,8 @@ def build_vocabulary(table: CaptionTable, min_count: int) -> Vocabulary:
 
     Raises VocabularyError where none does.
     """
+    if not len(table):
+        raise VocabularyError("the cache holds no captions; extract its photos with --captions")
     kept = int(np.searchsorted(-table.counts, -min_count, side="right"))
     if kept == 0:
         raise VocabularyError(
