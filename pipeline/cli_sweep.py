@@ -35,7 +35,7 @@ def sweep(
     min_count: Annotated[
         int, typer.Option(min=1, help="Words seen less often become <unk>.")
     ] = _SWEEP["min_count"],
-    seed: Annotated[int, typer.Option(min=0)] = _SWEEP["seed"],
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = _SWEEP["seed"],
     device: Device = _SWEEP["device"],
     as_json: Json = False,
 ) -> None:

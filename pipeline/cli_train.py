@@ -118,7 +118,7 @@ def train(
         int | None,
         typer.Option(min=1, help="Stop after so many epochs without a better model."),
     ] = _TRAIN["patience"],
-    seed: Annotated[int, typer.Option(min=0)] = _TRAIN["seed"],
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = _TRAIN["seed"],
     save_every: Annotated[
         int | None,
         typer.Option(
@@ -140,7 +140,9 @@ def train(
     plain: Annotated[
         bool, typer.Option("--plain", help="Use the slow, readable reference computation.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; its options again.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where a run exists.")
     ] = False,
@@ -149,7 +151,14 @@ def train(
 
     Example: cap train --from-cache train.h5 --out runs/base
     """
-    with errors(f"the model so far is in {out}; go on with --resume"):
+    started = False
+
+    def kept() -> str:
+        if started:
+            return f"the model so far is in {out}; go on with --resume"
+        return "training had not begun; run the same command again"
+
+    with errors(kept):
         from train.run import EpochLog, Saved, Started, StepLog
         from train.run import train as run_training
 
@@ -194,6 +203,7 @@ def train(
             for report in reports:
                 match report:
                     case Started():
+                        started = True
                         say(report.summary())
                     case StepLog():
                         say(report.line())

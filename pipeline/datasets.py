@@ -55,7 +55,8 @@ def read_photos(
     Raises DatasetError if nothing can be read, nothing is left, or the arguments do not fit.
     """
     if not images.is_dir():
-        raise DatasetError(f"{images}: no such folder")
+        wrong = "is a file; name a folder" if images.is_file() else "no such folder"
+        raise DatasetError(f"{images}: {wrong}")
     if captions is None:
         if split is not None:
             raise DatasetError("--split needs a Karpathy JSON as --captions")

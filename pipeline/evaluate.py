@@ -85,7 +85,7 @@ def evaluate(
     meteor, spice: False leaves these out; they take most of the time.
     Writes `NAME.scores.json` and `NAME.predictions.json` beside the model, NAME being the cache's.
     Raises BundleError, CacheError (no captions, or features of another encoder), SearchError,
-    ViewError or MetricsError.
+    ViewError, MetricsError or WriteError.
     """
     check(search_config)
     bundle = load_bundle(model, resolve_device(device))

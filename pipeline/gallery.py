@@ -31,7 +31,7 @@ def write_contact_sheet(
 ) -> None:
     """Draw the tiles row by row into a PNG, below a line that says what their two inks are.
 
-    legend: what the captions are, what the notes are. Raises ImageError or OSError.
+    legend: what the captions are, what the notes are. Raises ImageError or WriteError.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     texts = [(_wrap(tile.caption, font), _wrap(tile.note, font)) for tile in tiles]

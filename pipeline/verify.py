@@ -43,7 +43,8 @@ class Verification:
         ]
         if self.worst_cosine is not None:
             lines.append(f"worst cosine of stored to recomputed features: {self.worst_cosine:.6f}")
-        lines.append("all good" if self.ok else f"{len(self.problems):,} problems")
+        count = len(self.problems)
+        lines.append("all good" if self.ok else f"{count:,} problem{'s' if count > 1 else ''}")
         return "\n".join(lines)
 
 

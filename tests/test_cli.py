@@ -231,6 +231,7 @@ def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None
     [
         (["info", "absent.h5"], "absent.h5: no such file"),
         (["extract-features", "--images", "absent", "--out", "x.h5"], "absent: no such folder"),
+        (["extract-features", "--images", "LICENSE", "--out", "x.h5"], "LICENSE: is a file; name"),
         (["train", "--from-cache", "README.md", "--out", "x"], "README.md: not a feature cache"),
         (["evaluate", "--model", "absent", "--cache", "x.h5"], "absent: not found"),
         (["predict", "a.jpg", "--model", "absent"], "absent: not found"),
@@ -240,13 +241,17 @@ def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None
         ),
         (["evaluate", "--human", "--captions", "absent"], "absent: cannot read (No such"),
         (["build-vocab", "--from", "README.md"], "README.md: "),
+        (
+            ["build-vocab", "--from", "{cache}", "--min-count", "1", "--out", "absent/v.json"],
+            "absent/v.json: cannot write (No such file or directory)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    out, err = cap(*arguments, code=1)
+    out, err = cap(*(part.format(cache=work / "x.h5") for part in arguments), code=1)
     assert out == ""
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
@@ -334,6 +339,25 @@ def test_ctrl_c_during_training_keeps_the_step(work: Path, tmp_path: Path) -> No
     assert f"interrupted; the model so far is in {tmp_path}/run; go on with --resume" in err
     assert (tmp_path / "run" / "last.cap").exists()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_ctrl_c_before_training_begins_promises_no_model(work: Path, tmp_path: Path) -> None:
+    # Stands where the second goes by until then.
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    arguments = ["train", "--from-cache", str(work / "x.h5"), "--out", str(tmp_path / "run")]
+    process = subprocess.run(
+        [sys.executable, "-c", "from pipeline.start import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        timeout=50,
+    )
+    assert process.returncode == 130
+    assert process.stderr == "interrupted; training had not begun; run the same command again\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_closed_pipe_is_no_traceback(work: Path, photos: Path) -> None:

@@ -92,7 +92,7 @@ def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
         ("34.pth", "not weights of resnet18"),
         ("mobile.pth", "not weights of resnet18"),
         ("list.pth", "holds no state dict"),
-        ("text.pth", "not a weights file"),
+        ("text.pth", r"not a weights file \(no state dict, or one with more than tensors in it\)"),
         ("absent.pth", "no such weights file, and not a published name .*IMAGENET1K_V1"),
     ):
         with pytest.raises(EncoderError, match=message) as caught:

@@ -18,6 +18,7 @@ from train.bundle import load_bundle
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.run import EpochLog, StepLog, TrainError, train
 from train.search import search
+from train.vocab import VocabularyError
 
 SMALL: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "epochs": 3, "batch_size": 16}
 WORDS = ("a", "the", "dog", "cat", "bird", "runs", "sleeps", "sings", "on", "under", "hill")
@@ -323,6 +324,11 @@ def test_one_photo_is_too_few_and_a_last_batch_of_one_is_not(
     for _ in train(config(cache, tmp_path / "b", val_share=0.05)):
         pass
     assert all(w.isfinite().all() for w in weights(tmp_path / "b/last.cap").values())
+
+
+def test_a_cache_without_captions_says_so(tmp_path: Path, make_cache: MakeCache) -> None:
+    with pytest.raises(VocabularyError, match=r"holds no captions; extract .* with --captions"):
+        next(train(config(make_cache([[], []]), tmp_path / "run")))
 
 
 def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCache) -> None:

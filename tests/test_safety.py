@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from cache.errors import CapError
 from cache.merge import merge
 from cache.record import CacheError
 from cache.store import open_cache
@@ -29,6 +30,8 @@ from pipeline.loading import PhotoLoader, StalledError
 from pipeline.photos import ReadPhoto, file_digest, read_file
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.test_extract import config, run
+from train.config import Recipe, TrainConfig
+from train.run import EpochLog, train
 
 
 @pytest.fixture
@@ -64,6 +67,34 @@ def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:
         rows = np.ones((40, 1, 8_000), np.float16)
         writer.write(np.arange(40), rows, np.ones((40, 16), np.uint8))
     assert verify(open_cache(small_disk / "x.h5"))[0].ok
+
+
+@pytest.mark.parametrize(
+    ("share", "of"), [(0.0, "last.cap"), (0.5, "last.cap"), (0.9, "checkpoint.pt")]
+)
+def test_a_disk_that_fills_up_during_training_is_one_line(
+    share: float, of: str, small_disk: Path, make_cache: MakeCache
+) -> None:
+    """Room is left for a share of a file; the run can be resumed from where it was saved."""
+    cache = make_cache([["a dog runs", "a cat"], ["the dog", "a bird"]] * 3, feature_dim=8)
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=2)
+    asked = TrainConfig(
+        from_cache=cache.path, out=small_disk / "run", recipe=recipe, min_count=1, device="cpu"
+    )
+    reports = train(asked)
+    for report in reports:
+        if isinstance(report, EpochLog):
+            break
+    run_folder = small_disk / "run"
+    before = (run_folder / "checkpoint.pt").read_bytes()
+    assert len(before) > 2 * (run_folder / "last.cap").stat().st_size
+    room = int(share * (run_folder / of).stat().st_size)
+    (small_disk / "big").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - room))
+    name = "checkpoint.pt" if of == "checkpoint.pt" else r"(best|last)\.cap"
+    with pytest.raises(CapError, match=rf"run/{name}: cannot write \(.*No space left on device"):
+        list(reports)
+    assert (run_folder / "checkpoint.pt").read_bytes() == before
+    assert not list(run_folder.glob(".*"))
 
 
 def test_a_read_only_folder_is_one_line(small_disk: Path, photos: Path) -> None:

@@ -14,7 +14,8 @@ from cache.errors import CapError
 from tests.conftest import MakeCache
 from tests.test_cli import cap
 from train.bundle import load_bundle
-from train.config import BEST, SweepConfig
+from train.config import BEST, Recipe, SweepConfig, TrainConfig
+from train.run import train
 from train.runs import RunsError, find_runs, runs_table
 from train.sweep import SweepError, SweepResult, TrialLog, _hear, _Running, sweep
 from train.sweep_worker import EpochScore, Failed, Finished
@@ -137,7 +138,7 @@ def test_without_captions_or_optuna_a_sweep_says_so(
     make_cache: MakeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = make_cache([[], []], name="bare.h5").path
-    with pytest.raises(CapError, match="no word occurs"):
+    with pytest.raises(CapError, match="holds no captions"):
         run(small(tmp_path / "bare", bare, jobs=1))
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(SweepError, match="pip install 'optuna"):
@@ -188,6 +189,29 @@ def test_runs_are_ranked_by_their_best_epoch(tmp_path: Path) -> None:
     table = runs_table(found).splitlines()
     assert table[2].split()[1:] == ["40.00", "10.00", "3.0000", "2"]
     assert table[4].split()[1:] == ["-", "-", "-", "0"]
+
+
+def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
+    make_cache: MakeCache, tmp_path: Path
+) -> None:
+    cache = make_cache(CAPTIONS)
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=1)
+    settings: dict[str, Any] = {"recipe": recipe, "min_count": 1, "device": "cpu"}
+    run = tmp_path / "run"
+    list(train(TrainConfig(cache.path, run, select_by="loss", **settings)))
+    chosen = load_bundle(run / "best.cap").training
+    # An epoch of a higher CIDEr that was not chosen.
+    later = {"epoch": 1, "val_loss": 99.0, "cider": 9.0, "bleu_4": 0.9, "best": False}
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(later) + "\n")
+    (listed,) = find_runs(tmp_path)
+    assert (listed.best_epoch, listed.val_loss) == (0, chosen["val_loss"])
+    assert listed.cider == chosen["scores"]["cider"]
+    assert listed.epochs == 2
+    # A run that has no model yet has no settings, and none differ for that.
+    write_metrics(tmp_path / "begun", {"epoch": 0, "step": 10, "loss": 5.0})
+    header = runs_table(find_runs(tmp_path)).splitlines()[0]
+    assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "epochs"]
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:

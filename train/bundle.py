@@ -41,7 +41,7 @@ class Bundle:
     training: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write atomically. Raises OSError."""
+        """Write atomically. Raises WriteError."""
         record = {
             "version": VERSION,
             "decoder": asdict(self.decoder.config),
@@ -55,7 +55,14 @@ class Bundle:
             for name, tensor in (*self.decoder.named_parameters(), *self.decoder.named_buffers())
         }
         metadata = {_KEY: json.dumps(record, ensure_ascii=False)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+        def write(temporary: Path) -> None:
+            try:
+                save_file(tensors, temporary, metadata)
+            except SafetensorError as error:  # as it calls a full disk
+                raise OSError(str(error)) from None
+
+        write_atomically(path, write)
 
 
 def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:

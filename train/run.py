@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.atomic import write_atomically, write_text
+from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
@@ -129,7 +129,7 @@ def train(config: TrainConfig) -> Generator[Report, None, None]:
     """Train as configured. Yields a report, or None, after every step.
 
     Closing the generator between two steps saves the run, so that `resume` goes on there.
-    Raises CacheError, TrainError, VocabularyError or TrainingSetError.
+    Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
     """
     run = _Run(config)
     try:
@@ -208,7 +208,11 @@ class _Run:
         self._since = time.perf_counter()  # the last log line
         self._unread: _Window | None = None
         self._prepare_folder()
-        self.metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+        path = self.out / "metrics.jsonl"
+        try:
+            self.metrics = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise WriteError(f"{path}: cannot write ({error.strerror})") from None
 
     def epochs(self) -> Generator[Report, None, None]:
         config = self.config
@@ -374,12 +378,25 @@ class _Run:
             "best_score": self.best_score,
             "best_epoch": self.best_epoch,
         }
-        write_atomically(self.out / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+
+        def write(temporary: Path) -> None:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # what the disk said; torch covers it up
+                    raise error.__context__ from None
+                raise
+
+        write_atomically(self.out / "checkpoint.pt", write)
         self._saved_at = time.monotonic()
 
     def _write_metrics(self, record: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
+        try:
+            self.metrics.write(json.dumps(record) + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise WriteError(f"{self.metrics.name}: cannot write ({error.strerror})") from None
 
     def _data_identity(self) -> dict[str, str]:
         cache = self.cache
@@ -432,7 +449,8 @@ class _Run:
                 continue
             if asked.get(name) != value:
                 raise TrainError(
-                    f"{self.out}: was trained with {name} {value}, asked for {asked.get(name)}"
+                    f"{self.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
+                    "give the options it was begun with, or another --out"
                 )
         for name, value in self._data_identity().items():
             if state["data"][name] != value:

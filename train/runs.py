@@ -18,12 +18,12 @@ class RunsError(CapError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. Scores are those of its best epoch, None where it has not come that far."""
+    """One run folder. Scores are those of its best model, None where it has not come that far."""
 
     path: Path
     epochs: int  # finished
     best_epoch: int | None
-    cider: float | None  # on its validation photos, greedy
+    cider: float | None  # on its validation photos, greedy, or by beam search if select_by is beam
     bleu_4: float | None
     val_loss: float | None
     settings: dict[str, Any]  # what it was trained with
@@ -59,10 +59,12 @@ def _merit(run: Run) -> tuple[float, float]:
 def _read(path: Path) -> Run:
     epochs = _epoch_records(path / "metrics.jsonl")
     settings, scores, problem = _read_model(path)
-    # A folder without its metrics still has what its best model says of itself.
-    best: dict[str, Any] = max(
-        epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
-    )
+    # The best model is the one `select_by` chose. A folder without it still has its metrics.
+    best: dict[str, Any] = scores
+    if scores.get("cider") is None or not (path / "best.cap").exists():
+        best = max(
+            epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
+        )
     return Run(
         path=path,
         epochs=len({record["epoch"] for record in epochs}),
@@ -104,12 +106,11 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def runs_table(runs: Iterable[Run]) -> str:
-    """One line a run: scores, then the settings that differ between them."""
+    """One line a run: scores, then the settings that differ between those that have any."""
     runs = list(runs)
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    differing = [
-        name for name in names if len({str(run.settings.get(name, "")) for run in runs}) > 1
-    ]
+    known = [run.settings for run in runs if run.settings]
+    differing = [name for name in names if len({str(one.get(name, "")) for one in known}) > 1]
     header = ["run", "CIDEr", "BLEU-4", "val loss", "epochs", *differing]
     rows = [
         [

@@ -146,6 +146,7 @@ class Vocabulary:
         return np.array([self.number(word) for word in table.words], np.int32)
 
     def save(self, path: Path) -> None:
+        """Write as JSON. Raises WriteError."""
         write_text(path, self.to_json() + "\n")
 
     def to_json(self) -> str:
@@ -174,6 +175,8 @@ def build_vocabulary(table: CaptionTable, min_count: int) -> Vocabulary:
 
     Raises VocabularyError where none does.
     """
+    if not len(table):
+        raise VocabularyError("the cache holds no captions; extract its photos with --captions")
     kept = int(np.searchsorted(-table.counts, -min_count, side="right"))
     if kept == 0:
         raise VocabularyError(
