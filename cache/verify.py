@@ -56,6 +56,7 @@ def verify(
         damaged.append(f"{cache.path}: its captions are not those it was made with")
     changed: list[str] = []
     same: list[int] = []
+    missing = 0
     done = cache.rows_with(DONE)
     chosen = np.random.default_rng(seed).permutation(done)[:sample] if images else done[:0]
     for row in np.sort(chosen).tolist():
@@ -68,7 +69,10 @@ def verify(
             else:
                 changed.append(f"{path}: the photo has changed since its features were extracted")
         except OSError as error:
+            missing += isinstance(error, FileNotFoundError)
             changed.append(f"{path}: {error.strerror or error}")
+    if missing > 1 and missing == len(chosen):  # another folder
+        changed = [f"{images}: none of the {missing} photos looked for is there, as {path}"]
     report = VerifyReport(
         rows=len(cache),
         pending=len(cache) - len(finished),

@@ -23,6 +23,7 @@ from pipeline.images import preprocess
 from pipeline.loading import PhotoLoader
 from train.device import resolve_device
 from train.machine import peak_rss_mb
+from train.memory import keep_freed_memory
 
 _DEFAULT_PHOTOS = {"cpu": 192, "cuda": 16_384}
 _PLAIN_BATCH = 32
@@ -221,6 +222,7 @@ class _Parts:
     def plain_loop(self) -> int:
         """The tutorials' way, as torch's defaults have it: decode a batch, then encode it."""
         photos = []
+        keep_freed_memory(False)  # as torch's defaults have that, too
         for path in self._paths[:_PLAIN_BATCH]:
             with Image.open(path) as image:
                 small = image.convert("RGB").resize((self._size,) * 2, Image.Resampling.BILINEAR)
@@ -231,10 +233,12 @@ class _Parts:
 
     @torch.no_grad()
     def plain_backbone(self) -> int:
+        keep_freed_memory(False)
         self._plain(self._normalize(self._pixels[:_PLAIN_BATCH]).contiguous())
         return min(_PLAIN_BATCH, len(self._pixels))
 
     def fast_backbone(self) -> int:
+        keep_freed_memory()
         self._encoder.encode(self._pixels)
         return len(self._pixels)
 

@@ -22,9 +22,9 @@ from pipeline.datasets import IMAGE_SUFFIXES
 from pipeline.encoder import Encoder
 from pipeline.photos import ReadPhoto, read_photo
 from train.bundle import Bundle, load_bundle
-from train.config import SearchConfig
+from train.config import SearchConfig, check_search
 from train.device import resolve_device
-from train.search import Hypothesis, check, search_several
+from train.search import Hypothesis, search_several
 from train.views import chosen_view, mean_of_views, view_features, views_to_read
 from train.vocab import Vocabulary
 
@@ -95,7 +95,7 @@ class Captioner:
         chosen = resolve_device(device)
         bundle = load_bundle(model, chosen)
         search_config = search_config or SearchConfig()
-        check(search_config)
+        check_search(search_config)
         encoder = Encoder.load(bundle.encoder, device=chosen, weights=weights)
         return cls(bundle, encoder, search_config)
 

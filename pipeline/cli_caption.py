@@ -27,6 +27,7 @@ from pipeline.cli_options import (
     View,
     errors,
     print_json,
+    search_config,
 )
 from pipeline.config import DemoConfig
 from pipeline.terminal import say
@@ -77,7 +78,7 @@ def evaluate(
 
     Example: cap evaluate --model runs/base --cache val.h5
     """
-    config = SearchConfig(
+    config = search_config(
         beam_size=beam_size,
         max_length=max_length,
         length_penalty=length_penalty,
@@ -200,7 +201,7 @@ def predict(
 
     Example: cap predict dog.jpg holidays/ --model runs/base
     """
-    config = SearchConfig(
+    config = search_config(
         beam_size=beam_size,
         max_length=max_length,
         length_penalty=length_penalty,

@@ -22,6 +22,7 @@ import typer
 from cache.errors import CapError
 from pipeline.start import command_begins
 from pipeline.terminal import say
+from train.config import SearchConfig, SearchError, check_search
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -40,8 +41,13 @@ Diversity = Annotated[
     float, typer.Option(min=0.0, help="Log-probability a word costs if an earlier group said it.")
 ]
 Sample = Annotated[bool, typer.Option("--sample", help="Draw words instead of searching.")]
-Temperature = Annotated[float, typer.Option(help="Of --sample; below 1 keeps to likely words.")]
-TopP = Annotated[float, typer.Option(help="--sample among the likeliest words of this share.")]
+Temperature = Annotated[
+    float, typer.Option(help="Of --sample: above 0; below 1 keeps to likely words.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(help="--sample among the likeliest words of this share: above 0, at most 1."),
+]
 SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of --sample.")]
 View = Annotated[
     str,
@@ -100,6 +106,16 @@ def _end_at_once() -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1), flush=True)
+
+
+def search_config(**settings: Any) -> SearchConfig:
+    """Raises BadParameter where the settings do not fit one another."""
+    config = SearchConfig(**settings)
+    try:
+        check_search(config)
+    except SearchError as error:
+        raise typer.BadParameter(str(error)) from None
+    return config
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -31,6 +31,7 @@ from pipeline.cuda_graph import CapturedGraphs
 from pipeline.fused import fold_batchnorm, fuse_convolutions, has_batchnorm, meta_twin
 from pipeline.images import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
 from train.device import is_out_of_memory
+from train.memory import keep_freed_memory
 
 RANDOM = "random"
 DTYPES = {
@@ -322,6 +323,8 @@ class Encoder:
         self.record = _record(backbone, image_size, views, precision)
         self.notices: list[str] = []  # what the user should know of; whoever shows them clears them
         dtype = DTYPES[precision]
+        if device.type == "cpu":
+            keep_freed_memory()  # each layer's results are as large at the next batch
         self._network = backbone.fast_network(device, dtype, image_size)
         self._normalize = normalizer(device, dtype)
         self._graphs = CapturedGraphs(self._forward, device) if device.type == "cuda" else None

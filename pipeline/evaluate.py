@@ -20,12 +20,11 @@ from pipeline.references import (
 )
 from train.bootstrap import LEVEL, RESAMPLINGS, intervals
 from train.bundle import find_bundle, load_bundle
-from train.config import SearchConfig
+from train.config import SearchConfig, check_search
 from train.device import resolve_device
 from train.diversity import Diversity, diversity
 from train.human import Agreement, human_agreement
 from train.metrics import Scores, score
-from train.search import check
 from train.vocab import SPECIALS
 
 
@@ -87,7 +86,7 @@ def evaluate(
     Raises BundleError, CacheError (no captions, or features of another encoder), SearchError,
     ViewError, MetricsError or WriteError.
     """
-    check(search_config)
+    check_search(search_config)
     bundle = load_bundle(model, resolve_device(device))
     cache = open_cache(cache_path)
     difference = cache.encoder.difference(bundle.encoder)

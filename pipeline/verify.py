@@ -44,7 +44,8 @@ class Verification:
         if self.worst_cosine is not None:
             lines.append(f"worst cosine of stored to recomputed features: {self.worst_cosine:.6f}")
         count = len(self.problems)
-        lines.append("all good" if self.ok else f"{count:,} problem{'s' if count > 1 else ''}")
+        good = "all good" if self.sampled else "the cache is whole; no photo was looked at"
+        lines.append(good if self.ok else f"{count:,} problem{'s' if count > 1 else ''}")
         return "\n".join(lines)
 
 

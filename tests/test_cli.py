@@ -103,6 +103,12 @@ def test_verify_finds_changed_photos_and_damage(work: Path, photos: Path, tmp_pa
     out, err = cap("verify", work / "x.h5", "--images", tmp_path, "--device", "cpu", code=1)
     assert "b.jpg: the photo has changed" in err
     assert "c.jpg: No such file" in err
+    (tmp_path / "elsewhere").mkdir()
+    out, err = cap("verify", work / "x.h5", "--images", tmp_path / "elsewhere", code=1)
+    assert "1 problem" in out
+    assert err.count("\n") == 1
+    assert "none of the 11 photos looked for is there, as" in err
+    assert "no photo was looked at" in cap("verify", work / "x.h5")[0]
     data = bytearray((work / "x.h5").read_bytes())
     data[-700] ^= 1
     (tmp_path / "y.h5").write_bytes(data)
@@ -179,11 +185,10 @@ def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Pa
     assert len(once["captions"]) == 2
     assert once["captions"][0]["caption"] == once["caption"]
     assert once["captions"][0]["score"] >= once["captions"][1]["score"]
-    _, err = cap("predict", photo, "--model", run, "--captions", 9, code=1)
-    assert err == (
-        "error: 9 captions of each photo need as many beams, not 3; raise --beam-size or draw "
-        "them with --sample\n"
-    )
+    _, err = cap("predict", photo, "--model", run, "--captions", 9, code=2)
+    assert "9 captions of each photo need as many beams, not 3" in err
+    _, err = cap("predict", photo, "--model", run, "--sample", "--temperature", 0, code=2)
+    assert "temperature 0 must be above 0" in err
 
 
 def test_a_file_of_predictions_scores_as_its_model_did(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from train.beam import beam_search
-from train.config import SearchConfig
+from train.config import SearchConfig, SearchError
 from train.decoder import CaptionDecoder, DecoderConfig
-from train.search import Hypothesis, SearchError, search, search_several
+from train.search import Hypothesis, search, search_several
 from train.vocab import END, PAD, START, UNK
 
 WORDS = 8  # the four special ones and four real words

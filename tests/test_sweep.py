@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -211,7 +212,9 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     # A run that has no model yet has no settings, and none differ for that.
     write_metrics(tmp_path / "begun", {"epoch": 0, "step": 10, "loss": 5.0})
     header = runs_table(find_runs(tmp_path)).splitlines()[0]
-    assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "epochs"]
+    assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "done"]
+    by_beam = dataclasses.replace(listed, settings={"select_by": "beam"})
+    assert "CIDEr, beam" in runs_table([by_beam, by_beam])
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:

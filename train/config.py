@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import CapError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -141,3 +143,24 @@ class SearchConfig:
     top_p: float = 1.0  # draw among the likeliest words of this share
     seed: int = 0  # of drawing
     view: str = AUTO
+
+
+class SearchError(CapError):
+    """A search is configured in a way that cannot be. One line."""
+
+
+def check_search(config: SearchConfig) -> None:
+    """Raise SearchError where the settings do not fit one another."""
+    if config.beam_size % config.groups:
+        raise SearchError(
+            f"{config.beam_size} beams cannot be shared by {config.groups} groups equally"
+        )
+    if config.captions > config.beam_size and not config.sample:
+        raise SearchError(
+            f"{config.captions} captions of each photo need as many beams, not "
+            f"{config.beam_size}; raise --beam-size or draw them with --sample"
+        )
+    if config.temperature <= 0:
+        raise SearchError(f"temperature {config.temperature:g} must be above 0")
+    if not 0 < config.top_p <= 1:
+        raise SearchError(f"top-p {config.top_p:g} must be above 0 and at most 1")

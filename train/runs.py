@@ -111,7 +111,9 @@ def runs_table(runs: Iterable[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     known = [run.settings for run in runs if run.settings]
     differing = [name for name in names if len({str(one.get(name, "")) for one in known}) > 1]
-    header = ["run", "CIDEr", "BLEU-4", "val loss", "epochs", *differing]
+    by_beam = bool(known) and all(one.get("select_by") == "beam" for one in known)
+    scores = ["CIDEr, beam" if by_beam else "CIDEr", "BLEU-4", "val loss"]
+    header = ["run", *scores, "done", *differing]  # epochs done; differing may name those wanted
     rows = [
         [
             str(run.path),

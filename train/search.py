@@ -15,16 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import CapError
 from train.beam import beam_search
-from train.config import SearchConfig
+from train.config import SearchConfig, check_search
 from train.decoder import CaptionDecoder
 from train.rollout import greedy, sample_scored
 from train.vocab import END
-
-
-class SearchError(CapError):
-    """A search is configured in a way that cannot be. One line."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def search_several(
     not have more. Raises SearchError.
     """
     config = config or SearchConfig()
-    check(config)
+    check_search(config)
     found: list[list[Hypothesis]] = []
     numbers = range(len(features)) if numbers is None else numbers
     for start in range(0, len(features), batch_size):
@@ -87,23 +82,6 @@ def search_several(
         else:
             found.extend(_beams(decoder, chunk, config))
     return found
-
-
-def check(config: SearchConfig) -> None:
-    """Raise SearchError where the settings do not fit one another."""
-    if config.beam_size % config.groups:
-        raise SearchError(
-            f"{config.beam_size} beams cannot be shared by {config.groups} groups equally"
-        )
-    if config.captions > config.beam_size and not config.sample:
-        raise SearchError(
-            f"{config.captions} captions of each photo need as many beams, not "
-            f"{config.beam_size}; raise --beam-size or draw them with --sample"
-        )
-    if config.temperature <= 0:
-        raise SearchError(f"temperature {config.temperature:g} must be above 0")
-    if not 0 < config.top_p <= 1:
-        raise SearchError(f"top-p {config.top_p:g} must be above 0 and at most 1")
 
 
 def _beams(
