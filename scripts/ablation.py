@@ -51,7 +51,7 @@ VARIANTS = {
     "no label smoothing": Variant(dataclasses.replace(BEST, label_smoothing=0.0)),
     "no weight decay": Variant(dataclasses.replace(BEST, weight_decay=0.0)),
     "no average of weights": Variant(dataclasses.replace(BEST, average_decay=0.0)),
-    "level learning rate": Variant(dataclasses.replace(BEST, decay="constant", warmup=0.0)),
+    "falling learning rate": Variant(dataclasses.replace(BEST, decay="cosine", warmup=0.05)),
     "one view in training": Variant(dataclasses.replace(BEST, random_views=False)),
     # By greedy captions of a few hundred photos the last of these epochs is rarely the best one.
     "two self-critical epochs": Variant(_REWARDED, model="last.cap"),
