@@ -13,7 +13,15 @@ import typer
 
 from pipeline.cli_options import Device, Json, defaults, errors, one_of, print_json
 from pipeline.terminal import say
-from train.config import RECIPES, SAVE_EVERY, SAVE_PAUSE_S, SELECT_BY, Recipe, TrainConfig
+from train.config import (
+    DECAYS,
+    RECIPES,
+    SAVE_EVERY,
+    SAVE_PAUSE_S,
+    SELECT_BY,
+    Recipe,
+    TrainConfig,
+)
 
 _TRAIN = defaults(TrainConfig)
 
@@ -70,12 +78,35 @@ def train(
     learning_rate: Annotated[
         float | None, _recipe("Of AdamW, at its highest.", "learning_rate", min=0.0)
     ] = None,
+    warmup: Annotated[
+        float | None,
+        _recipe("Share of the steps in which it rises to that.", "warmup", min=0.0, max=1.0),
+    ] = None,
+    decay: Annotated[
+        str | None, _recipe("Then: constant, or cosine, which falls to 0.", "decay")
+    ] = None,
     weight_decay: Annotated[
         float | None, _recipe("Of AdamW, on matrices.", "weight_decay", min=0.0)
+    ] = None,
+    clip_norm: Annotated[
+        float | None, _recipe("Of all gradients together, at most.", "clip_norm", min=1e-6)
+    ] = None,
+    average_decay: Annotated[
+        float | None,
+        _recipe(
+            "A step's share that the moving average of the weights keeps; 0: no average.",
+            "average_decay",
+            min=0.0,
+            max=0.999999,
+        ),
     ] = None,
     dropout: Annotated[
         float | None,
         _recipe("On the LSTM's inputs and outputs.", "dropout", min=0.0, max=0.95),
+    ] = None,
+    feature_dropout: Annotated[
+        float | None,
+        _recipe("On the photo's features.", "feature_dropout", min=0.0, max=0.95),
     ] = None,
     label_smoothing: Annotated[
         float | None,
@@ -100,6 +131,13 @@ def train(
     self_critical_anchor: Annotated[
         float | None,
         _recipe("Weight of the true captions in those.", "self_critical_anchor", min=0.0),
+    ] = None,
+    self_critical_photos: Annotated[
+        int | None, _recipe("Photos a step of those.", "self_critical_photos", min=1)
+    ] = None,
+    self_critical_samples: Annotated[
+        int | None,
+        _recipe("Captions drawn for each of them.", "self_critical_samples", min=2),
     ] = None,
     min_count: Annotated[
         int, typer.Option(min=1, help="Words seen less often become <unk>.")
@@ -165,6 +203,8 @@ def train(
         one_of("--recipe", recipe, tuple(RECIPES))
         one_of("--select-by", select_by, SELECT_BY)
         one_of("--precision", precision, ("auto", "float32", "bfloat16"))
+        if decay is not None:
+            one_of("--decay", decay, DECAYS)
         config = TrainConfig(
             from_cache=from_cache,
             out=out,
@@ -176,13 +216,20 @@ def train(
                 hidden_size=hidden_size,
                 num_layers=num_layers,
                 learning_rate=learning_rate,
+                warmup=warmup,
+                decay=decay,
                 weight_decay=weight_decay,
+                clip_norm=clip_norm,
+                average_decay=average_decay,
                 dropout=dropout,
+                feature_dropout=feature_dropout,
                 label_smoothing=label_smoothing,
                 scheduled_sampling=scheduled_sampling,
                 self_critical_epochs=self_critical_epochs,
                 self_critical_rate=self_critical_rate,
                 self_critical_anchor=self_critical_anchor,
+                self_critical_photos=self_critical_photos,
+                self_critical_samples=self_critical_samples,
             ),
             val_cache=val_cache,
             val_share=val_share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import ExtractConfig
 from tests.conftest import ROOT, write_photo
-from train.config import BEST, CLASSIC
+from train.config import BEST, CLASSIC, Recipe
 
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
 SMALL = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64"]
@@ -80,6 +81,9 @@ def test_defaults_shown_are_the_configs(work: Path) -> None:
     assert (CLASSIC.embedding_size, CLASSIC.hidden_size, CLASSIC.batch_size) == (256, 512, 128)
     text = " ".join(cap("train", "--help")[0].split())
     assert f"[best: {BEST.embedding_size}, classic: {CLASSIC.embedding_size}]" in text
+    for field in dataclasses.fields(Recipe):
+        if field.type in ("int", "float", "str"):
+            assert f" --{field.name.replace('_', '-')} <" in text
 
 
 def test_info_shows_and_prints_json(work: Path) -> None:

@@ -26,7 +26,7 @@ class Recipe:
     batch_size: int = 128  # captions
     learning_rate: float = 0.001  # at its highest
     warmup: float = 0.0  # share of all steps in which the learning rate rises to that
-    decay: str = "constant"  # or cosine: falls to 0 over the rest
+    decay: str = "constant"  # of DECAYS; cosine falls to 0 over the rest
     weight_decay: float = 0.0  # of matrices; biases and BatchNorm have none
     clip_norm: float = 5.0  # of all gradients together; healthy training stays below
     average_decay: float = 0.0  # of the moving average of the weights; 0: the last weights
@@ -49,6 +49,9 @@ class Recipe:
     def all_epochs(self) -> int:
         return self.epochs + self.self_critical_epochs
 
+
+# What the learning rate does after its warm-up.
+DECAYS = ("constant", "cosine")
 
 # The CNN-LSTM tutorials' training, as thousands have run it.
 CLASSIC = Recipe()
