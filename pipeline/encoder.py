@@ -112,6 +112,12 @@ def _headless(name: str, device: str) -> tuple[nn.Module, int]:
         with torch.device(device), _NothingDrawn(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some constructors announce changes of their defaults
             network: nn.Module = classifiers().get_model(name, weights=None)
+    except (
+        NotImplementedError
+    ):  # a RegNet computes its widths by tensors
+        if device == "cpu":
+            raise
+        return _headless(name, "cpu")
     except ValueError:
         raise EncoderError(
             f"no backbone {name!r} in torchvision; for example resnet152, resnet50, mobilenet_v2"
@@ -124,6 +130,10 @@ def _headless(name: str, device: str) -> tuple[nn.Module, int]:
     assert isinstance(head, nn.Linear)
     setattr(network.get_submodule(parent), child, nn.Identity())
     return network, head.in_features
+
+
+# What torch hands to a mode. The initializers of torch.nn.init among them draw unseen by it.
+_DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -140,9 +150,10 @@ class _NothingDrawn(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if self._skips and func is Tensor.normal_:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._skips and func in _DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _check_shapes(backbone: Backbone, image_size: int) -> None:

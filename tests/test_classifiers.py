@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 
@@ -16,14 +18,15 @@ def run(code: str) -> list[str]:
     return result.stdout.split()
 
 
-def test_a_backbone_is_made_ready_without_torchs_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])  # they draw in different ways
+def test_a_backbone_is_made_ready_without_torchs_compiler(name: str, tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     found = run(
         "import sys, torch\n"
         "from pipeline.encoder import Encoder, load_backbone\n"
-        "drawn = load_backbone('resnet18', 'random')\n"
+        f"drawn = load_backbone({name!r}, 'random')\n"
         f"torch.save(drawn.network.state_dict(), {str(weights)!r})\n"
-        f"backbone = load_backbone('resnet18', {str(weights)!r})\n"
+        f"backbone = load_backbone({name!r}, {str(weights)!r})\n"
         "encoder = Encoder(backbone, device=torch.device('cpu'), precision='float32')\n"
         "encoder.encode(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))\n"
         "print('torch._dynamo' in sys.modules, 'torch._dynamo.utils' in sys.modules)"

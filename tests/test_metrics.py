@@ -162,7 +162,7 @@ def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(spice, "package_folder", lambda: tmp_path)
     said = spice.obstacle()
     assert said is not None
-    assert said.startswith("stanford-corenlp-3.6.0-models.jar of Stanford CoreNLP 3.6.0 not in ")
+    assert said.startswith("Stanford CoreNLP 3.6.0 is not whole in ")
     (tmp_path / "spice/lib/stanford-corenlp-3.6.0-models.jar").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     for printed, expected in (

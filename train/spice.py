@@ -29,11 +29,10 @@ def obstacle() -> str | None:
     Raises nothing; a program that fails all the same is found out by `spice`.
     """
     folder = package_folder() / "spice" / "lib"
-    missing = [name for name in _MODELS if not (folder / name).is_file()]
-    if missing:
+    if not all((folder / name).is_file() for name in _MODELS):
         return (
-            f"{' and '.join(missing)} of Stanford CoreNLP 3.6.0 not in {folder} "
-            "(pycocoevalcap.spice.get_stanford_models downloads them)"
+            f"Stanford CoreNLP 3.6.0 is not whole in {folder} "
+            "(pycocoevalcap.spice.get_stanford_models downloads it)"
         )
     version = java_version()
     if version is not None and version > _LAST_JAVA:
