@@ -112,9 +112,7 @@ def _headless(name: str, device: str) -> tuple[nn.Module, int]:
         with torch.device(device), _NothingDrawn(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some constructors announce changes of their defaults
             network: nn.Module = classifiers().get_model(name, weights=None)
-    except (
-        NotImplementedError
-    ):  # a RegNet computes its widths by tensors
+    except NotImplementedError:  # a RegNet computes its widths by tensors
         if device == "cpu":
             raise
         return _headless(name, "cpu")

@@ -14,10 +14,13 @@ import torch
 from cache.record import CacheError
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
+from train.batches import split_photos
 from train.bundle import load_bundle
+from train.choice import Choice, Judged
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.run import EpochLog, StepLog, TrainError, train
 from train.search import search
+from train.validation import Validation
 from train.vocab import VocabularyError
 
 SMALL: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "epochs": 3, "batch_size": 16}
@@ -261,35 +264,80 @@ def test_self_critical_epochs_can_be_added_to_a_finished_run(
         next(train(config(cache, tmp_path / "run", **(more | {"self_critical_epochs": 3}))))
 
 
-def test_the_best_model_is_the_one_selection_asks_for(cache: FeatureCache, tmp_path: Path) -> None:
-    for select_by in ("cider", "beam", "loss"):
-        run = tmp_path / select_by
-        reports = train(config(cache, run, epochs=6, select_by=select_by))
-        logs = [report for report in reports if isinstance(report, EpochLog)]
-        keys = [(0.0 if select_by == "loss" else log.cider, -log.val_loss) for log in logs]
-        best = keys.index(max(keys))
-        assert load_bundle(run / "best.cap").training["epoch"] == best
-        assert [log.best for log in logs] == [
-            key == max(keys[: n + 1]) for n, key in enumerate(keys)
-        ]
+@pytest.mark.parametrize("select_by", ["cider", "beam", "loss"])
+def test_the_best_model_is_the_one_selection_asks_for(
+    select_by: str, cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = Choice(by_loss=select_by == "loss")
+    expected: list[bool] = []
+
+    def takes(one: Choice, judged: Judged) -> bool:
+        expected.append(Choice.takes(choice, judged))
+        return expected[-1]
+
+    monkeypatch.setattr("train.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    reports = train(config(cache, tmp_path / "run", epochs=6, select_by=select_by))
+    logs = [report for report in reports if isinstance(report, EpochLog)]
+    assert [log.best for log in logs] == expected
+    bundle = load_bundle(tmp_path / "run/best.cap")
+    best = max(n for n, log in enumerate(logs) if log.best)
+    assert bundle.training["epoch"] == best
+    _, held_out = split_photos(cache, held_out=0.2, seed=0)
+    search = SearchConfig(beam_size=3 if select_by == "beam" else 1)
+    scores = Validation(cache, rows=held_out).score(bundle.decoder, bundle.vocabulary, search)
+    assert scores.cider == pytest.approx(logs[best].cider)
+    if select_by == "loss":
+        assert logs[best].val_loss == min(log.val_loss for log in logs)
 
 
 def test_by_another_measure_the_model_so_far_is_judged_anew(
-    cache: FeatureCache, tmp_path: Path
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     settings: dict[str, Any] = {"epochs": 2}
-    for _ in train(config(cache, run, **settings)):
-        pass
-    # Without learning no later epoch is better than the one that was there.
+    list(train(config(cache, run, **settings)))
+    seen: list[Judged] = []
+
+    def takes(choice: Choice, judged: Judged) -> bool:
+        seen.append(judged)
+        return Choice.takes(choice, judged)
+
+    monkeypatch.setattr("train.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    # Without learning the next epoch is judged as the one that was there.
     more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
-    logs = [*train(config(cache, run, select_by="beam", **more))]
-    (log,) = (report for report in logs if isinstance(report, EpochLog))
-    assert not log.best
+    list(train(config(cache, run, select_by="beam", **more)))
+    assert [judged.epoch for judged in seen] == [1, 2]
+    assert seen[0].ciders.tolist() == seen[1].ciders.tolist()
     best = load_bundle(run / "best.cap").training
-    assert best["epoch"] == 1
     assert best["config"]["select_by"] == "beam"
-    assert best["scores"]["cider"] == log.cider
+    assert best["scores"]["cider"] == pytest.approx(seen[0].ciders.mean())
+
+
+def test_more_epochs_may_follow_until_rewarded_ones_have(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"average_decay": 0.9, "self_critical_photos": 8}
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1, **settings)))
+    more = settings | {"resume": True}
+    list(train(config(cache, run, epochs=2, **more)))
+    more["self_critical_epochs"] = 1
+    list(train(config(cache, run, epochs=2, **more)))
+    with pytest.raises(TrainError, match="was trained with epochs 2, asked for 3"):
+        next(train(config(cache, run, epochs=3, **more)))
+
+
+def test_on_other_validation_photos_the_model_so_far_is_judged_anew(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    other = make_cache([["a cat sleeps on a hill"]] * 3, name="other.h5")
+    logs = list(train(config(cache, run, epochs=2, val_cache=other.path, resume=True)))
+    (log,) = (report for report in logs if isinstance(report, EpochLog))
+    best = load_bundle(run / "best.cap").training
+    assert best["scores"]["count"] == 3
+    assert best["epoch"] == (1 if log.best else 0)
 
 
 def test_patience_ends_a_run_that_gets_no_better(cache: FeatureCache, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
 from train.batches import CaptionSet, caption_set, split_photos
 from train.bundle import Bundle
+from train.choice import Choice, Judged
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, Recipe, SearchConfig, TrainConfig
 from train.decoder import CaptionDecoder, DecoderConfig
 from train.device import is_out_of_memory, resolve_device
@@ -36,7 +37,7 @@ from train.loop import Step, Trainer
 from train.validation import Validation, ValidationScores
 from train.vocab import Vocabulary, build_vocabulary
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 class TrainError(CapError):
@@ -201,9 +202,8 @@ class _Run:
             plain=config.plain,
         )
         self.epoch, self.step = 0, 0  # the next to do
-        self.best_score = (-math.inf, -math.inf)  # the higher, the better; then minus the loss
-        self.best_epoch = -1
-        self._judges_anew = False  # by another measure than the epochs before
+        self.choice = Choice(by_loss=config.select_by == "loss")
+        self._judges_anew = False  # by another measure or other photos than the epochs before
         self._saved_at = time.monotonic()
         self._since = time.perf_counter()  # the last log line
         self._unread: _Window | None = None
@@ -252,20 +252,20 @@ class _Run:
 
     def _keep_if_best(self, epoch: int) -> tuple[float, ValidationScores, bool]:
         """Judge the decoder as it is: (validation loss, scores, whether it is the best so far)."""
-        by = self.config.select_by
+        by_beam = self.config.select_by == "beam"
         val_loss = self._finite(self.trainer.validation_loss(self.validation), self.step)
-        search = SearchConfig() if by == "beam" else SearchConfig(beam_size=1)
+        search = SearchConfig() if by_beam else SearchConfig(beam_size=1)
         scores = self.judge.score(self.decoder, self.vocabulary, search)
-        score = (-val_loss if by == "loss" else scores.cider, -val_loss)
-        best = score > self.best_score
+        rewarded = epoch >= self.config.recipe.epochs
+        best = self.choice.takes(Judged(epoch, val_loss, scores.ciders, rewarded))
         if best:
-            self.best_score, self.best_epoch = score, epoch
             self._save_model("best.cap", val_loss, scores, epoch)
         return val_loss, scores, best
 
     def _out_of_patience(self) -> bool:
-        patience = self.config.patience
-        return patience is not None and self.epoch - 1 - self.best_epoch >= patience
+        patience, best = self.config.patience, self.choice.best
+        since = self.epoch - 1 - (best.epoch if best else -1)
+        return patience is not None and since >= patience
 
     def _steps(self) -> Generator[Report, None, None]:
         log_every, late = self.config.log_every, _reads_losses_late(self.device)
@@ -360,7 +360,7 @@ class _Run:
             "epoch": self.epoch if epoch is None else epoch,
             "step": self.step,
             "val_loss": val_loss,
-            "scores": asdict(scores) if scores else None,
+            "scores": scores.as_dict() if scores else None,
             "captions": len(self.training),
             "config": _settings(self.config),
         }
@@ -375,8 +375,8 @@ class _Run:
             "trainer": self.trainer.state(),
             "epoch": self.epoch,
             "step": self.step,
-            "best_score": self.best_score,
-            "best_epoch": self.best_epoch,
+            "choice": self.choice.state(),
+            "validated_on": self.judge.identity,
         }
 
         def write(temporary: Path) -> None:
@@ -439,9 +439,9 @@ class _Run:
         for name, value in state["settings"].items():
             # More epochs are welcome where nothing in an epoch depends on how many follow, and
             # self-critical ones whenever none has begun.
-            if name == "epochs" and _may_grow(self.config.recipe):
-                continue
             begun = (state["epoch"], state["step"]) > (state["settings"]["epochs"], 0)
+            if name == "epochs" and _may_grow(self.config.recipe) and not begun:
+                continue
             if name.startswith("self_critical") and not begun:
                 continue
             if name == "select_by" and asked[name] != value:
@@ -459,8 +459,9 @@ class _Run:
                 )
         self.trainer.load(state["trainer"])
         self.epoch, self.step = state["epoch"], state["step"]
+        self._judges_anew |= state["validated_on"] != self.judge.identity
         if not self._judges_anew:
-            self.best_score, self.best_epoch = tuple(state["best_score"]), state["best_epoch"]
+            self.choice.load(state["choice"])
         self._drop_later_metrics()
 
     def _drop_later_metrics(self) -> None:

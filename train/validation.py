@@ -7,7 +7,7 @@ and some tens of milliseconds. The scores are those of `train.metrics.score(…,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +26,23 @@ _ROWS = 4096  # photos whose features are in memory at once
 _GPU_BATCH, _CPU_BATCH = 1024, 128  # photos captioned at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ValidationScores:
     """Corpus scores of one caption a photo, as fractions; `train.metrics.Scores` in short."""
 
     bleu_4: float
     cider: float
     distinct: int  # different captions; one, or a few, means the decoder has collapsed
-    count: int  # captions scored
+    ciders: NDArray[np.float64] = field(repr=False)  # (N,) of each photo
+
+    @property
+    def count(self) -> int:
+        """Captions scored."""
+        return len(self.ciders)
+
+    def as_dict(self) -> dict[str, float]:
+        names = ("bleu_4", "cider", "distinct", "count")
+        return {name: getattr(self, name) for name in names}
 
 
 class ValidationScorer:
@@ -58,7 +67,7 @@ class ValidationScorer:
             bleu_4=float(bleu.bleu()[3]),
             cider=float(cider.mean()),
             distinct=len(set(captions)),
-            count=len(captions),
+            ciders=cider,
         )
 
 
@@ -83,6 +92,12 @@ class Validation:
             raise TrainingSetError(f"{cache.path}: no captions of extracted photos to validate on")
         self._cache, self._view = cache, view
         self._scorer = ValidationScorer([texts[row] for row in self.rows.tolist()])
+
+    @property
+    def identity(self) -> str:
+        """Of the photos and their references, up to which of them are held out."""
+        cache = self._cache
+        return f"{cache.photos_sha256} {cache.captions_sha256} {len(self.rows)}"
 
     def captions(
         self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
