@@ -36,7 +36,7 @@ def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     variants = {
         "plain": module.Variant(PLAIN),
         "greedy": module.Variant(PLAIN, module.SearchConfig(beam_size=1)),
-        "with rewards": module.Variant(REWARDED, model="last.cap"),
+        "with rewards": module.Variant(REWARDED),
     }
     monkeypatch.setattr(module, "VARIANTS", variants)
     return module
