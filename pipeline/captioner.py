@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from cache.store import DONE, FeatureCache
-from pipeline.datasets import IMAGE_SUFFIXES
-from pipeline.encoder import Encoder
-from pipeline.photos import ReadPhoto, read_photo
-from train.bundle import Bundle, load_bundle
+from pipeline.encoder.encoder import Encoder
+from pipeline.photos.captions_files import IMAGE_SUFFIXES
+from pipeline.photos.photo_file import ReadPhoto, read_photo
+from train.captions.views import chosen_view, mean_of_views, view_features, views_to_read
+from train.captions.vocabulary import Vocabulary
 from train.config import SearchConfig, check_search
 from train.device import resolve_device
-from train.search import Hypothesis, search_several
-from train.views import chosen_view, mean_of_views, view_features, views_to_read
-from train.vocab import Vocabulary
+from train.model.bundle import Bundle, load_bundle
+from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
 _CACHE_ROWS = 1024  # whose features are in memory at once

@@ -25,9 +25,9 @@ import typer
 
 from cache.atomic import write_text
 from cache.errors import CapError
-from pipeline.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate
 from train.config import BEST, CLASSIC, MEAN, Recipe, SearchConfig, TrainConfig
-from train.run import EpochLog, train
+from train.fit.run import EpochLog, train
 
 _BEAM, _MEAN_VIEW = SearchConfig(beam_size=5), SearchConfig(beam_size=5, view=MEAN)
 

@@ -29,7 +29,7 @@ from gpu_check_training import (
     measure_training,
 )
 
-from pipeline.bench_train import PHOTOS, write_synthetic_cache
+from pipeline.bench.train import PHOTOS, write_synthetic_cache
 from train.machine import describe_machine
 
 LIMIT_S = 460.0  # of everything: nothing is begun after it
@@ -61,7 +61,7 @@ def run_check(check: Callable[[], Figures]) -> Figures:
 
 
 def run_bench(arguments: str, left_s: float) -> Figures:
-    command = [sys.executable, "-c", "from pipeline.cli import app; app()", "bench"]
+    command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "bench"]
     try:
         done = subprocess.run(
             [*command, *arguments.split(), "--json"],
@@ -100,7 +100,7 @@ def measure_all_training(
 
 
 def bench_commands() -> set[str]:
-    from pipeline.cli_bench import bench
+    from pipeline.cli.bench import bench
 
     return {command.name or "" for command in bench.registered_commands}
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline.bench_photos import write_bench_photos
+from pipeline.bench.jpegs import write_bench_photos
 from pipeline.config import ExtractConfig
-from pipeline.encoder import (
+from pipeline.encoder.encoder import (
     MEAN_COSINE,
     MIN_COSINE,
     Backbone,
@@ -23,8 +23,8 @@ from pipeline.encoder import (
     fast_precisions,
     load_backbone,
 )
-from pipeline.extract import Progress, extract
-from pipeline.images import preprocess
+from pipeline.extraction.extract import Progress, extract
+from pipeline.photos.preprocessing import preprocess
 
 _PHOTOS = 160
 _BATCH = 32

@@ -18,21 +18,21 @@ import torch
 from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import open_cache
 from cache.writer import open_writer
-from pipeline.bench_train import bench_train
-from train.batches import Batch, CaptionSet, caption_set
+from pipeline.bench.train import bench_train
+from train.captions.caption_set import Batch, CaptionSet, caption_set
+from train.captions.vocabulary import END, PAD, Vocabulary, build_caption_table, build_vocabulary
 from train.config import BEST, CLASSIC, Recipe, TrainConfig
-from train.cuda_objective import CudaObjective
-from train.decoder import CaptionDecoder, DecoderConfig
-from train.dropout import draw_masks
-from train.fast import FastObjective, Masks
-from train.flat import FlatParameters
-from train.kernel_check import check_kernels, kernels_for
-from train.kernels import compile_kernels
-from train.loop import Trainer
-from train.packed import pack
-from train.run import train
-from train.torch_kernels import TorchKernels
-from train.vocab import END, PAD, Vocabulary, build_caption_table, build_vocabulary
+from train.fit.run import train
+from train.fit.trainer import Trainer
+from train.model.decoder import CaptionDecoder, DecoderConfig
+from train.model.flat_parameters import FlatParameters
+from train.step.cpu.objective import FastObjective, Masks
+from train.step.cuda.kernel_check import check_kernels, kernels_for
+from train.step.cuda.kernels import compile_kernels
+from train.step.cuda.objective import CudaObjective
+from train.step.cuda.torch_kernels import TorchKernels
+from train.step.dropout import draw_masks
+from train.step.packed_batch import pack
 
 Figures = dict[str, Any]
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def measure_training(recipe: Recipe, cache: Path, device: torch.device, work: Pa
 
 def measure_prompt_to_model(cache: Path, device: torch.device, work: Path) -> Figures:
     """The two epochs of the CNN-LSTM tutorials, from the shell's prompt to the saved model."""
-    command = [sys.executable, "-c", "from pipeline.cli import app; app()", "train"]
+    command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "train"]
     command += ["--from-cache", str(cache), "--out", str(work / "prompt"), "--recipe", "classic"]
     started = time.perf_counter()
     done = subprocess.run(

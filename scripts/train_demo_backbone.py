@@ -7,7 +7,7 @@ order (noun, colour, size), the layout and the place. The heads are thrown away;
 written as a float16 state dict. The first epochs see the scenes at half size, at a quarter of the
 cost. About a quarter of an hour on two cores.
 
-    python scripts/train_demo_backbone.py --out pipeline/demo_backbone.pth
+    python scripts/train_demo_backbone.py --out pipeline/demo/demo_backbone.pth
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.encoder import normalizer
-from pipeline.images import preprocess
-from pipeline.scenes import COLORS, LAYOUTS, NOUNS, PLACES, draw_scene
+from pipeline.demo.scenes import COLORS, LAYOUTS, NOUNS, PLACES, draw_scene
+from pipeline.encoder.encoder import normalizer
+from pipeline.photos.preprocessing import preprocess
 
 BACKBONE = "shufflenet_v2_x0_5"
 FIRST_SEED = 1_000_000

@@ -1,0 +1,1 @@
+"""From a cache to a trained decoder: vocabulary, steps, search, scores, runs. No images."""

@@ -1,8 +1,8 @@
 """Writes the files of this folder: what today's code makes of a tiny set of photos and captions.
 
 They were written once, by version 0.1.0 (cache format 2, model format 1, checkpoint format 3), and
-stay as they are: every later version must read them (`tests/test_formats.py`). A new format gets a
-folder of its own, written by `python -m tests.formats.make FOLDER`.
+stay as they are: every later version must read them (`tests/project/test_formats.py`). A new format
+gets a folder of its own, written by `python -m tests.formats.make FOLDER`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from cache.record import EncoderRecord, Shard, Skeleton, Strings, photos_sha256,
 from cache.store import DONE, open_cache
 from cache.writer import open_writer
 from pipeline.captioner import caption_cache
-from train.bundle import load_bundle
+from train.captions.vocabulary import build_caption_table
 from train.config import Recipe, SearchConfig, TrainConfig
-from train.run import EpochLog, train
-from train.vocab import build_caption_table
+from train.fit.run import EpochLog, train
+from train.model.bundle import load_bundle
 
 SCENES = ("a dog runs on the beach", "the cat sleeps", "two birds sing", "a man rides a bike")
 PHOTOS = 16

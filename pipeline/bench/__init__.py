@@ -1,0 +1,1 @@
+"""`cap bench`: how fast each part is on this machine."""

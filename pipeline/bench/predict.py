@@ -1,0 +1,207 @@
+"""`cap bench predict`: how long one photo takes, from the prompt and from a loaded model, and how
+many photos of a folder a second.
+
+The model is one of COCO's size with random weights, made on the spot. Its decoder does not know
+when to end, so in the loaded model search ends every caption after COCO's mean length.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cache.errors import CapError
+from pipeline.captioner import Captioner
+from pipeline.encoder.encoder import RANDOM, Backbone, Encoder, choose_precision, load_backbone
+from pipeline.photos.photo_file import read_photo
+from train.captions.vocabulary import SPECIALS, Vocabulary
+from train.config import SearchConfig
+from train.device import resolve_device
+from train.machine import Machine, describe_machine
+from train.model.bundle import Bundle
+from train.model.decoder import CaptionDecoder, DecoderConfig
+
+BEAM_SIZES = (1, 3)
+_VOCAB_SIZE = 9_948  # COCO train2014 at minimum count 4
+_CAPTION_WORDS = 11  # the mean of COCO's captions, rounded
+_PHOTO_SIZE = (640, 480)  # pixels; most of COCO
+_WARM_UP = 3  # photos whose time does not count
+_ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One photo after the other with one beam size. Seconds where the name says nothing else."""
+
+    beam_size: int
+    cold_p50_s: float  # a fresh process, from the prompt to the caption
+    cold_p99_s: float
+    warm_p50_ms: float  # a loaded model, from the path of a photo to its caption
+    warm_p99_ms: float
+    photos_per_s: float  # a folder, with a loaded model
+
+
+@dataclass(frozen=True)
+class PredictBench:
+    """What was measured, and on what."""
+
+    backbone: str
+    precision: str
+    photos: int
+    cold_runs: int
+    latencies: tuple[Latency, ...]
+    machine: Machine
+
+    def table(self) -> str:
+        lines = [
+            f"{self.backbone} in {self.precision}, vocabulary {_VOCAB_SIZE:,}, "
+            f"{self.photos} JPEGs of {_PHOTO_SIZE[0]}×{_PHOTO_SIZE[1]}, "
+            f"{self.cold_runs} cold starts, files in memory",
+            f"{'':<10}{'cold p50':>10}{'p99':>10}{'warm p50':>12}{'p99':>12}{'folder':>16}",
+        ]
+        for row in self.latencies:
+            name = "greedy" if row.beam_size == 1 else f"beam {row.beam_size}"
+            lines.append(
+                f"{name:<10}{row.cold_p50_s:>8.2f} s{row.cold_p99_s:>8.2f} s"
+                f"{row.warm_p50_ms:>9.1f} ms{row.warm_p99_ms:>9.1f} ms"
+                f"{row.photos_per_s:>7.1f} photos/s"
+            )
+        return "\n".join(lines)
+
+
+def bench_predict(
+    *,
+    backbone: str = "resnet152",
+    weights: str = RANDOM,
+    photos: int = 64,
+    cold_runs: int = 5,
+    device: str = "auto",
+) -> PredictBench:
+    """Make a model and photos in a temporary folder and caption them.
+
+    Cold starts with each beam size take turns, and so do the photos of the loaded model.
+    Raises EncoderError, DeviceError, or CapError where a fresh process fails.
+    """
+    chosen = resolve_device(device)
+    with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
+        names = _write_photos(Path(folder) / "photos", photos)
+        model, precision = _write_model(Path(folder), backbone, weights, names, chosen)
+        cold: dict[int, list[float]] = {beam_size: [] for beam_size in BEAM_SIZES}
+        for run in range(cold_runs):
+            for beam_size in BEAM_SIZES:
+                started = time.perf_counter()
+                _caption_afresh(model, names[run % len(names)], beam_size, device)
+                cold[beam_size].append(time.perf_counter() - started)
+        captioners = {
+            beam_size: Captioner.load(
+                model,
+                device=device,
+                search_config=SearchConfig(beam_size=beam_size, max_length=_CAPTION_WORDS),
+            )
+            for beam_size in BEAM_SIZES
+        }
+        warm = _time_singly(captioners, names)
+        rates = {b: _folder_rate(captioner, names) for b, captioner in captioners.items()}
+    return PredictBench(
+        backbone=backbone,
+        precision=precision,
+        photos=photos,
+        cold_runs=cold_runs,
+        latencies=tuple(
+            Latency(
+                beam_size=beam_size,
+                cold_p50_s=statistics.median(cold[beam_size]),
+                cold_p99_s=float(np.percentile(cold[beam_size], 99)),
+                warm_p50_ms=1000 * statistics.median(warm[beam_size]),
+                warm_p99_ms=1000 * float(np.percentile(warm[beam_size], 99)),
+                photos_per_s=rates[beam_size],
+            )
+            for beam_size in BEAM_SIZES
+        ),
+        machine=describe_machine(chosen),
+    )
+
+
+def _write_photos(folder: Path, count: int) -> list[str]:
+    """JPEGs of seeded noise with structure at photo-like scales; their paths."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    names = []
+    for i in range(count):
+        coarse = random.integers(0, 256, (48, 64, 3), np.uint8)
+        image = Image.fromarray(coarse).resize(_PHOTO_SIZE, Image.Resampling.BICUBIC)
+        image.save(folder / f"{i:04d}.jpg", quality=90)
+        names.append(str(folder / f"{i:04d}.jpg"))
+    return names
+
+
+def _write_model(
+    folder: Path, backbone: str, weights: str, photos: list[str], device: torch.device
+) -> tuple[Path, str]:
+    """(a model file with a fresh decoder, the precision that `extract-features` would choose)."""
+    network = load_backbone(backbone, weights)
+    if weights == RANDOM:
+        # As a file: what loads is then what loads for anyone, not the making of random weights.
+        torch.save(network.network.state_dict(), folder / "weights.pth")
+        network = load_backbone(backbone, str(folder / "weights.pth"))
+    precision = _precision(network, photos[:8], device)
+    encoder = Encoder(network, device=device, precision=precision)
+    torch.manual_seed(0)
+    decoder = CaptionDecoder(
+        DecoderConfig(feature_dim=network.feature_dim, vocab_size=_VOCAB_SIZE)
+    ).eval()
+    count = _VOCAB_SIZE - len(SPECIALS)
+    vocabulary = Vocabulary(tuple(f"word{i}" for i in range(count)), (4,) * count, min_count=4)
+    Bundle(decoder, vocabulary, encoder.record, {}).save(folder / "model.cap")
+    return folder / "model.cap", precision
+
+
+def _precision(backbone: Backbone, photos: list[str], device: torch.device) -> str:
+    pixels = [read_photo(Path(name), 224, ("full",)).pixels for name in photos]
+    found, _ = choose_precision(
+        backbone, torch.cat([p for p in pixels if p is not None]), device=device
+    )
+    return found
+
+
+def _caption_afresh(model: Path, photo: str, beam_size: int, device: str) -> None:
+    command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "predict", photo]
+    command += ["--model", str(model), "--beam-size", str(beam_size), "--device", device]
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if result.returncode or not result.stdout.startswith(photo):
+        reason = (result.stderr.strip().splitlines() or ["no caption came"])[-1]
+        raise CapError(f"a fresh `cap predict` failed ({reason})")
+
+
+def _time_singly(captioners: dict[int, Captioner], names: list[str]) -> dict[int, list[float]]:
+    """Seconds of every photo by itself, by beam size."""
+    for captioner in captioners.values():
+        for name in names[:_WARM_UP]:
+            captioner.caption([name])
+    taken: dict[int, list[float]] = {beam_size: [] for beam_size in captioners}
+    for name in names:
+        for beam_size, captioner in captioners.items():
+            started = time.perf_counter()
+            captioner.caption([name])
+            taken[beam_size].append(time.perf_counter() - started)
+    return taken
+
+
+def _folder_rate(captioner: Captioner, names: list[str]) -> float:
+    captioner.caption(names)
+    started = time.perf_counter()
+    captioner.caption(names)
+    return len(names) / (time.perf_counter() - started)

@@ -1,0 +1,36 @@
+"""The command line: the commands by name. They parse, call, print and translate errors.
+
+Heavy imports happen inside the commands, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from pipeline.cli.bench import bench
+from pipeline.cli.cache import extract_features, info, merge, verify
+from pipeline.cli.caption import demo, evaluate, predict
+from pipeline.cli.sweep import runs, sweep
+from pipeline.cli.train import build_vocab, train
+
+app = typer.Typer(
+    help="Turn photos and captions into a captioning model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("extract-features")(extract_features)
+app.command()(merge)
+app.command()(info)
+app.command()(verify)
+app.command("build-vocab")(build_vocab)
+app.command()(train)
+app.command()(sweep)
+app.command()(runs)
+app.command()(evaluate)
+app.command()(predict)
+app.command()(demo)
+app.add_typer(bench, name="bench")

@@ -1,0 +1,1 @@
+"""The frozen backbone: its weights, and how it runs fast and reproducibly."""

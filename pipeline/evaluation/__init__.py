@@ -1,0 +1,1 @@
+"""Captions of a model, a file or people, scored against references."""

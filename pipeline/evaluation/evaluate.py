@@ -1,0 +1,181 @@
+"""Scores of a model over a cache, of a file of predictions, and of people themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.atomic import write_text
+from cache.record import CacheError
+from cache.store import open_cache
+from pipeline.captioner import Prediction, caption_cache
+from pipeline.evaluation.references import (
+    cache_references,
+    coco_results,
+    match,
+    read_predictions,
+    references_of,
+)
+from train.captions.vocabulary import SPECIALS
+from train.config import SearchConfig, check_search
+from train.device import resolve_device
+from train.model.bundle import find_bundle, load_bundle
+from train.scores.diversity import Diversity, diversity
+from train.scores.human_agreement import Agreement, human_agreement
+from train.scores.intervals import LEVEL, RESAMPLINGS, intervals
+from train.scores.metrics import Scores, score
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of some captions, how sure they are, and how much the captions differ."""
+
+    scores: Scores
+    intervals: dict[str, tuple[float, float]]  # by score; 95%, of resampled photos
+    diversity: Diversity
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.scores.as_dict(),
+            "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
+            "diversity": self.diversity.as_dict(),
+        }
+
+    def summary(self) -> str:
+        """The scores, one a line, times 100 as papers print them."""
+        lines = []
+        for name, value in self.scores.as_dict().items():
+            if isinstance(value, float):
+                line = f"{name:<8} {100 * value:6.2f}"
+                if name in self.intervals:
+                    low, high = self.intervals[name]
+                    line += f"  {100 * low:6.2f} – {100 * high:.2f}"
+                lines.append(line)
+        lines.append(
+            f"{self.scores.count:,} photos, {self.scores.tokenizer} tokens, scores times 100; "
+            f"{LEVEL:.0%} intervals of {RESAMPLINGS:,} resamplings of the photos"
+        )
+        return "\n".join([*lines, self.diversity.summary()])
+
+
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """What `evaluate` found and where it wrote it."""
+
+    predictions: dict[str, Prediction]  # by image id
+    references: dict[str, list[str]]  # by image id
+    scores_file: Path
+    predictions_file: Path
+
+
+def evaluate(
+    model: Path,
+    cache_path: Path,
+    search_config: SearchConfig,
+    *,
+    device: str = "auto",
+    meteor: bool = True,
+    spice: bool = True,
+) -> Evaluation:
+    """Caption every photo of a cache and score the captions against the cache's own.
+
+    meteor, spice: False leaves these out; they take most of the time.
+    Writes `NAME.scores.json` and `NAME.predictions.json` beside the model, NAME being the cache's.
+    Raises BundleError, CacheError (no captions, or features of another encoder), SearchError,
+    ViewError, MetricsError or WriteError.
+    """
+    check_search(search_config)
+    bundle = load_bundle(model, resolve_device(device))
+    cache = open_cache(cache_path)
+    difference = cache.encoder.difference(bundle.encoder)
+    if difference is not None:
+        raise CacheError(f"{cache_path}: made with {difference} as the model was trained on")
+    references = {image: texts for image, texts in cache_references(cache).items() if texts}
+    predictions = caption_cache(bundle, cache, search_config)
+    captions = {image: prediction.caption for image, prediction in predictions.items()}
+    result = _score(
+        {image: captions[image] for image in references},
+        references,
+        vocabulary=len(bundle.vocabulary) - len(SPECIALS),
+        meteor=meteor,
+        spice=spice,
+    )
+    folder = find_bundle(model).parent
+    scores_file = folder / f"{cache_path.stem}.scores.json"
+    predictions_file = folder / f"{cache_path.stem}.predictions.json"
+    _write_json(
+        scores_file,
+        {
+            "model": find_bundle(model).name,
+            "cache": cache_path.name,
+            **asdict(search_config),
+            **result.as_dict(),
+        },
+    )
+    _write_json(predictions_file, coco_results(captions))
+    return Evaluation(
+        result.scores,
+        result.intervals,
+        result.diversity,
+        predictions,
+        references,
+        scores_file,
+        predictions_file,
+    )
+
+
+def evaluate_predictions(
+    predictions: Path,
+    *,
+    cache: Path | None = None,
+    captions: Path | None = None,
+    split: str | None = None,
+    only: Path | None = None,
+    meteor: bool = True,
+    spice: bool = True,
+) -> Result:
+    """Score a file in COCO's results format against a cache's captions or a captions file's.
+
+    Raises PredictionsError, CacheError, DatasetError or MetricsError.
+    """
+    found = read_predictions(predictions)
+    references = references_of(cache=cache, captions=captions, split=split, only=only)
+    source = captions or cache
+    assert source is not None
+    hypotheses, references = match(found, references, predictions, source)
+    return _score(hypotheses, references, meteor=meteor, spice=spice)
+
+
+def evaluate_people(
+    *,
+    cache: Path | None = None,
+    captions: Path | None = None,
+    split: str | None = None,
+    only: Path | None = None,
+    meteor: bool = True,
+    spice: bool = True,
+) -> Agreement:
+    """`human_agreement` of a cache's captions or a captions file's.
+
+    Raises CacheError, DatasetError or MetricsError.
+    """
+    references = references_of(cache=cache, captions=captions, split=split, only=only)
+    return human_agreement(references, meteor=meteor, spice=spice)
+
+
+def _score(
+    captions: dict[str, str],
+    references: dict[str, list[str]],
+    *,
+    vocabulary: int | None = None,
+    meteor: bool,
+    spice: bool,
+) -> Result:
+    scores = score(captions, references, meteor=meteor, spice=spice)
+    return Result(scores, intervals(scores.photos), diversity(list(captions.values()), vocabulary))
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,128 @@
+"""What captions are scored against, and captions in COCO's results format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CapError
+from cache.record import CacheError
+from cache.store import DONE, FeatureCache, open_cache
+from pipeline.photos.captions_files import DatasetError, keep_listed, read_captions
+
+
+class PredictionsError(CapError):
+    """A file of predictions cannot be used. One line, file first."""
+
+
+def cache_references(cache: FeatureCache) -> dict[str, list[str]]:
+    """The captions of a cache's extracted photos, by image id; a photo may have none.
+
+    Raises CacheError where no photo has any.
+    """
+    captions = cache.captions.by_row(len(cache))
+    if not any(captions):
+        raise CacheError(f"{cache.path}: holds no captions to score against")
+    references = {cache.image_ids[row]: captions[row] for row in cache.rows_with(DONE).tolist()}
+    if not any(references.values()):
+        raise CacheError(f"{cache.path}: no photo that was extracted has captions")
+    return references
+
+
+def read_references(
+    source: Path, *, split: str | None = None, only: Path | None = None
+) -> dict[str, list[str]]:
+    """The captions of a captions file in any known format, by image id; a photo may have none.
+
+    split, only: as for `read_photos`. Raises DatasetError.
+    """
+    photos = read_captions(source, split=split)
+    if only is not None:
+        photos = keep_listed(photos, only)
+    references = {photo.image_id: list(photo.captions) for photo in photos}
+    if not any(references.values()):
+        raise DatasetError(f"{source}: holds no captions to score against")
+    return references
+
+
+def references_of(
+    *,
+    cache: Path | None = None,
+    captions: Path | None = None,
+    split: str | None = None,
+    only: Path | None = None,
+) -> dict[str, list[str]]:
+    """`cache_references` of a cache, or `read_references` of a captions file."""
+    if captions is not None:
+        return read_references(captions, split=split, only=only)
+    assert cache is not None
+    return cache_references(open_cache(cache))
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """Captions by image id from a file in COCO's results format, of this program or another.
+
+    Raises PredictionsError.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PredictionsError(f"{path}: cannot read ({reason})") from None
+    except (ValueError, RecursionError) as error:
+        raise PredictionsError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(entries, list):
+        raise PredictionsError(f'{path}: not a list of {{"image_id": …, "caption": …}}')
+    found: dict[str, str] = {}
+    for number, entry in enumerate(entries, 1):
+        image_id, caption = _fields(entry)
+        if not isinstance(image_id, (int, str)) or not isinstance(caption, str):
+            raise PredictionsError(
+                f"{path}: entry {number} has no image_id and caption, as COCO's results have"
+            )
+        if str(image_id) in found:
+            raise PredictionsError(f"{path}: image {image_id} has two captions (entry {number})")
+        found[str(image_id)] = caption
+    if not found:
+        raise PredictionsError(f"{path}: holds no captions")
+    return found
+
+
+def _fields(entry: object) -> tuple[object, object]:
+    if not isinstance(entry, Mapping) or isinstance(entry.get("image_id"), bool):
+        return None, None
+    return entry.get("image_id"), entry.get("caption")
+
+
+def match(
+    predictions: Mapping[str, str], references: Mapping[str, list[str]], path: Path, source: Path
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """(captions, references) of the photos that have both, in the references' order.
+
+    Photos without references are left out. Raises PredictionsError where a photo is not among the
+    references at all, or one that has references has no prediction: half a set has other scores.
+    """
+    unknown = [image for image in predictions if image not in references]
+    if unknown:
+        raise PredictionsError(
+            f"{path}: {len(unknown):,} of {len(predictions):,} photos are not in {source} "
+            f"(first: {unknown[0]})"
+        )
+    wanted = {image: texts for image, texts in references.items() if texts}
+    missing = [image for image in wanted if image not in predictions]
+    if missing:
+        raise PredictionsError(
+            f"{path}: no caption for {len(missing):,} of the {len(wanted):,} photos in {source} "
+            f"(first: {missing[0]}); choose photos with --split or --only"
+        )
+    return {image: predictions[image] for image in wanted}, wanted
+
+
+def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`, ids as numbers."""
+    return [
+        {"image_id": int(image_id) if image_id.isdecimal() else image_id, "caption": caption}
+        for image_id, caption in captions.items()
+    ]

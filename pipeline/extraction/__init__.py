@@ -1,0 +1,1 @@
+"""Photos through the encoder into a feature cache, and the check of one."""

@@ -1,0 +1,289 @@
+"""Photos to a feature cache: known rows are copied, the rest encoded, all written as they come."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.errors import CapError
+from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
+from cache.store import DONE, UNREADABLE, FeatureCache
+from cache.writer import CacheWriter, check_place, open_writer
+from pipeline.config import ExtractConfig
+from pipeline.encoder.encoder import (
+    Backbone,
+    Encoder,
+    choose_precision,
+    encoder_record,
+    fast_precisions,
+    load_backbone,
+)
+from pipeline.extraction.devices import encode_on_devices
+from pipeline.extraction.encode_rows import EncodedRows, encode_batches, pending_batches
+from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
+from pipeline.extraction.shards import shard_of
+from pipeline.photos.captions_files import Photo, read_photos
+from pipeline.photos.read_ahead import PhotoLoader
+from train.captions.vocabulary import build_caption_table
+from train.device import resolve_devices
+
+# A CPU is at its best with a few megabytes of activations a layer, a GPU with many.
+_BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
+_FLUSH_INTERVAL_S = 2.0
+_PRECISION_CHECK_PHOTOS = 8
+
+
+class ExtractError(CapError):
+    """An extraction cannot go on. One line."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know; one line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an extraction is, over all runs of the command so far."""
+
+    done: int
+    unreadable: int
+    total: int
+    new: int  # photos handled by this run
+    elapsed_s: float  # of this run, from its first photo
+
+    @property
+    def photos_per_s(self) -> float:
+        return self.new / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+def library_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "torchvision", "pillow", "simplejpeg")}
+
+
+def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
+    """Make the cache, or finish one that was begun. Yields notices and progress; the last item is
+    the final progress. Closing the generator keeps what is done.
+
+    Raises DatasetError, DeviceError, EncoderError, CacheError or ExtractError.
+    """
+    check_place(config.out)
+    photos = read_photos(
+        config.images,
+        config.captions,
+        split=config.split,
+        only=config.only,
+        limit=config.limit,
+    )
+    devices = resolve_devices(config.device)
+    backbone = load_backbone(config.backbone, config.weights)
+    precision, notices = _precision(config, backbone, photos, devices[0])
+    yield from (Notice(text) for text in notices)
+    record = encoder_record(backbone, config.image_size, config.views, precision)
+    skeleton = _skeleton(config, photos, record, devices[0])
+    del photos  # the skeleton has it all, in a third of the memory
+    known = _known_photos(config, record)
+    with open_writer(
+        config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
+    ) as writer:
+        if writer.cache.batch_rows != skeleton.batch_rows:
+            yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
+        del skeleton  # the cache has it all, mapped
+        if config.retry_unreadable:
+            yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
+        yield from _Filling(writer, config).run(backbone, devices, known)
+
+
+def _skeleton(
+    config: ExtractConfig, photos: Sequence[Photo], record: EncoderRecord, device: torch.device
+) -> Skeleton:
+    batch_rows = min(config.batch_size or _BATCH_PHOTOS[device.type], len(photos))
+    shard = None
+    if config.shard is not None:
+        names = (photo.image_id for photo in photos), (photo.path for photo in photos)
+        counts = [len(photo.captions) for photo in photos]
+        shard, share = shard_of(
+            len(photos),
+            batch_rows,
+            *config.shard,
+            all_photos_sha256=photos_sha256(*map(Strings.pack, names)),
+            all_captions_sha256=texts_sha256(
+                Strings.pack(text for photo in photos for text in photo.captions),
+                np.repeat(np.arange(len(photos), dtype=np.int32), counts),
+            ),
+        )
+        photos = photos[share]
+    return Skeleton(
+        image_ids=Strings.pack(photo.image_id for photo in photos),
+        paths=Strings.pack(photo.path for photo in photos),
+        captions=build_caption_table([photo.captions for photo in photos]),
+        encoder=record,
+        batch_rows=batch_rows,
+        shard=shard,
+    )
+
+
+def _known_photos(config: ExtractConfig, record: EncoderRecord) -> KnownPhotos | None:
+    if config.reuse is None:
+        return None
+    known = open_known(config.reuse, record)
+    if config.out.exists() and config.out.samefile(config.reuse):
+        raise CacheError(f"{config.reuse}: cannot be reused for itself; name another --out")
+    return known
+
+
+def decoding_threads(workers: int | None) -> int:
+    """As many as the cores this process may use, unless told otherwise."""
+    return workers or len(os.sched_getaffinity(0))
+
+
+def _precision(
+    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
+) -> tuple[str, list[str]]:
+    """(precision, notices). Shards judge by the first photos of the whole set, so they agree."""
+    if config.precision != "auto":
+        return config.precision, []
+    if config.out.is_file() and not config.overwrite:  # as the rows that are there already
+        return FeatureCache(config.out).encoder.precision, []
+    if config.reuse is not None:
+        return FeatureCache(config.reuse).encoder.precision, []
+    if fast_precisions(device) == ("float32",):
+        return "float32", []
+    pixels: list[torch.Tensor] = []
+    first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
+    loader = PhotoLoader(
+        [
+            (row, first[row : row + _PRECISION_CHECK_PHOTOS])
+            for row in first[::_PRECISION_CHECK_PHOTOS]
+        ],
+        lambda row: config.images / photos[row].path,
+        batch_rows=_PRECISION_CHECK_PHOTOS,
+        image_size=config.image_size,
+        views=("full",),
+        threads=decoding_threads(config.workers),
+    )
+    with loader:
+        for batch in loader:
+            pixels.extend(batch.pixels[row - batch.first] for row in sorted(batch.decoded))
+            if len(pixels) >= _PRECISION_CHECK_PHOTOS:
+                break
+    if not pixels:
+        return "float32", ["none of the first photos can be decoded; computing in float32"]
+    checked = torch.cat(pixels[:_PRECISION_CHECK_PHOTOS])
+    return choose_precision(backbone, checked, device=device)
+
+
+class _Filling:
+    """One run over the pending rows of a cache."""
+
+    def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
+        self._writer, self._config = writer, config
+        self._threads = decoding_threads(config.workers)
+        self._done = int((writer.status == DONE).sum())
+        self._unreadable = int((writer.status == UNREADABLE).sum())
+        self._before = self._done + self._unreadable
+        self._start = self._last_flush = time.perf_counter()
+
+    def run(
+        self, backbone: Backbone, devices: Sequence[torch.device], known: KnownPhotos | None
+    ) -> Generator[Notice | Progress, None, None]:
+        writer = self._writer
+        yield self._progress()
+        order = np.arange(len(writer.cache))
+        if known is not None:
+            for count in copy_known(writer, known, self._config.images, self._threads):
+                self._done += count
+                self._flush_now_and_then()
+                yield self._progress()
+            order = new_rows(writer, known)
+            yield Notice(
+                f"{len(writer.cache) - len(order):,} photos are known; encoding the others"
+            )
+        writer.flush()
+        for item in self._encoded(backbone, devices, order):
+            if isinstance(item, str):
+                yield Notice(item)
+            else:
+                self._store(item)
+                yield self._progress()
+        writer.flush()
+        yield self._progress()
+
+    def _encoded(
+        self, backbone: Backbone, devices: Sequence[torch.device], order: NDArray[np.int64]
+    ) -> Iterator[EncodedRows | str]:
+        cache, config = self._writer.cache, self._config
+        batches = pending_batches(order, self._writer.status, cache.batch_rows)
+        if not batches:
+            return iter(())
+        if min(len(devices), len(batches)) > 1:
+            return encode_on_devices(
+                cache,
+                order,
+                batches,
+                devices,
+                images=config.images,
+                weights=config.weights,
+                threads=self._threads,
+            )
+        encoder = Encoder(
+            backbone,
+            device=devices[0],
+            precision=cache.encoder.precision,
+            image_size=cache.encoder.image_size,
+            views=cache.encoder.views,
+        )
+        return encode_batches(
+            encoder,
+            order,
+            batches,
+            images=config.images,
+            paths=cache.paths,
+            batch_rows=cache.batch_rows,
+            threads=self._threads,
+        )
+
+    def _store(self, encoded: EncodedRows) -> None:
+        writer, rows = self._writer, encoded.rows
+        # A folder that vanished, as a drive does, is not the fault of each of its photos.
+        if encoded.unreadable and not os.path.isdir(self._config.images):
+            raise ExtractError(
+                f"{self._config.images}: the folder is gone; what is done is kept, run the same "
+                "command again to go on"
+            )
+        for row, reason, digest in encoded.unreadable:
+            writer.set_unreadable(row, reason, digest)
+        if len(rows):
+            finite = np.isfinite(encoded.features).all(axis=(1, 2))
+            if not finite.all():
+                raise ExtractError(
+                    f"{writer.cache.paths[rows[~finite][0]]}: its features are not finite in "
+                    f"{writer.cache.encoder.precision}; use --precision float32 --overwrite"
+                )
+            writer.write(rows, encoded.features, encoded.digests)
+        self._done += len(rows)
+        self._unreadable += len(encoded.unreadable)
+        self._flush_now_and_then()
+
+    def _flush_now_and_then(self) -> None:
+        if time.perf_counter() - self._last_flush > _FLUSH_INTERVAL_S:
+            self._writer.flush()
+            self._last_flush = time.perf_counter()
+
+    def _progress(self) -> Progress:
+        return Progress(
+            done=self._done,
+            unreadable=self._unreadable,
+            total=len(self._writer.cache),
+            new=self._done + self._unreadable - self._before,
+            elapsed_s=time.perf_counter() - self._start,
+        )

@@ -1,0 +1,134 @@
+"""Rows of unchanged photos from an older cache, so that only new photos cost an encoding.
+
+A photo is unchanged if its bytes are: every file is read and digested, whatever its name, size or
+date say. That costs a read, a hundredth of an encoding.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.record import CacheError, EncoderRecord
+from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
+from cache.writer import CacheWriter
+from pipeline.photos.photo_file import file_digest, read_file
+from pipeline.photos.preprocessing import ImageError
+from pipeline.photos.read_ahead import STALL_S, StalledError
+
+_TASK_PHOTOS = 32
+_Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]
+
+
+class KnownPhotos:
+    """The extracted photos of an older cache, by digest."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+        rows = cache.rows_with(DONE)
+        keys = np.ascontiguousarray(cache.digests[rows]).view(np.uint64)[:, 0]
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._rows = keys[order], rows[order]  # by the first half of the digest
+
+    def row(self, digest: NDArray[np.uint8]) -> int | None:
+        """The row of the photo with this (16,) digest whose checksum is right; None without one."""
+        key = np.ascontiguousarray(digest).view(np.uint64)[0]
+        start, stop = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
+        for row in self._rows[start:stop].tolist():
+            if np.array_equal(self.cache.digests[row], digest) and self.cache.row_is_intact(row):
+                return int(row)
+        return None
+
+
+def open_known(path: Path, encoder: EncoderRecord) -> KnownPhotos:
+    """Raises CacheError where the cache's features are not this encoder's."""
+    cache = FeatureCache(path)
+    difference = cache.encoder.difference(encoder)
+    if difference is not None:
+        raise CacheError(f"{path}: made with {difference}; its rows cannot be reused")
+    return KnownPhotos(cache)
+
+
+def copy_known(
+    writer: CacheWriter, known: KnownPhotos, images: Path, threads: int
+) -> Iterator[int]:
+    """Write the pending rows that are known; yields how many, again and again.
+
+    Photos that cannot be read stay pending. Raises StalledError or CacheError.
+    """
+    rows = np.flatnonzero(writer.status == PENDING)
+    for part, digests in _digests(writer.cache, rows, images, threads):
+        found = [known.row(digest) for digest in digests]
+        old = np.array([row for row in found if row is not None], np.int64)
+        here = np.array([row is not None for row in found], bool)
+        if len(old):
+            writer.write(part[here], known.cache.features[old], digests[here])
+        yield len(old)
+
+
+def new_rows(writer: CacheWriter, known: KnownPhotos) -> NDArray[np.int64]:
+    """The rows that are not the older cache's, in order: they fill the batches one after the other.
+
+    It does not matter how many of them are done, so an interrupted run cuts the same batches.
+    """
+    status, digests = writer.status, writer.cache.digests
+    is_new = np.ones(len(status), bool)
+    for row in np.flatnonzero(status == DONE).tolist():
+        is_new[row] = known.row(digests[row]) is None
+    return np.flatnonzero(is_new)
+
+
+def _digests(
+    cache: FeatureCache, rows: NDArray[np.int64], images: Path, threads: int
+) -> Iterator[_Digested]:
+    """(rows, (B, 16) digests) of the photos that can be read, some at a time, in any order."""
+    parts = np.array_split(rows, -(-len(rows) // _TASK_PHOTOS)) if len(rows) else []
+    tasks: queue.SimpleQueue[NDArray[np.int64]] = queue.SimpleQueue()
+    for part in parts:
+        tasks.put(part)
+    finished: queue.SimpleQueue[_Digested | BaseException] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                part = tasks.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                digests = [_digest(images / cache.paths[row]) for row in part.tolist()]
+            except BaseException as error:  # ours, not the photo's: let the caller have it
+                finished.put(error)
+                return
+            readable = np.array([digest is not None for digest in digests], bool)
+            read = [digest for digest in digests if digest is not None]
+            finished.put((part[readable], np.array(read, np.uint8).reshape(-1, DIGEST_BYTES)))
+
+    # Daemons: a thread that hangs in a dead network drive must not keep the process alive.
+    for number in range(threads):
+        threading.Thread(target=work, name=f"digests-{number}", daemon=True).start()
+    try:
+        for _ in parts:
+            result = finished.get(timeout=STALL_S)
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    except queue.Empty:
+        raise StalledError(
+            f"{images}: the disk has given no photo for {STALL_S:.0f} s; what is done is kept, "
+            "run the same command again to go on"
+        ) from None
+    finally:
+        stopped.set()
+
+
+def _digest(path: Path) -> NDArray[np.uint8] | None:
+    try:
+        return file_digest(read_file(path))
+    except (OSError, ImageError, MemoryError):
+        return None

@@ -1,0 +1,120 @@
+"""`cap verify`: a cache against its own checksums, its photos, and the encoder's output today."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.store import FeatureCache, open_cache
+from cache.verify import VerifyReport, verify
+from pipeline.encoder.encoder import Encoder, EncoderError
+from pipeline.photos.photo_file import file_digest, read_file, read_photo
+from pipeline.photos.preprocessing import ImageError
+from train.device import resolve_device
+
+# The same pixels through the same network: anything below this is another photo or network.
+MIN_COSINE = 0.9999
+_BATCH_PHOTOS = 32
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`worst_cosine` compares stored features with features computed now; None: not computed."""
+
+    rows: int
+    pending: int
+    sampled: int
+    encoded: int
+    worst_cosine: float | None
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def summary(self) -> str:
+        lines = [
+            f"{self.rows:,} rows, {self.pending:,} pending; "
+            f"{self.sampled:,} photos compared, {self.encoded:,} encoded again"
+        ]
+        if self.worst_cosine is not None:
+            lines.append(f"worst cosine of stored to recomputed features: {self.worst_cosine:.6f}")
+        count = len(self.problems)
+        good = "all good" if self.sampled else "the cache is whole; no photo was looked at"
+        lines.append(good if self.ok else f"{count:,} problem{'s' if count > 1 else ''}")
+        return "\n".join(lines)
+
+
+def verify_cache(
+    cache_path: Path,
+    images: Path | None,
+    *,
+    sample: int = 64,
+    weights: str | None = None,
+    device: str = "auto",
+) -> Verification:
+    """Check a cache, and a seeded sample of its photos if their folder is given.
+
+    Raises CacheError if the cache cannot be opened at all (its seal covers all but the rows).
+    """
+    cache = open_cache(cache_path, allow_pending=True)
+    report, unchanged = verify(cache, _digest, images, sample=sample)
+    problems = [*report.damaged, *report.changed]
+    if report.pending:  # a status byte that was flipped to "pending" looks like this, too
+        problems.append(
+            f"{cache_path}: {report.pending:,} of {report.rows:,} photos are not extracted yet; "
+            "run the same `cap extract-features` again to finish it"
+        )
+    if images is None or not len(unchanged):
+        return _verification(report, problems)
+    try:
+        encoder = Encoder.load(cache.encoder, device=resolve_device(device), weights=weights)
+    except EncoderError as error:
+        return _verification(report, [*problems, f"features not compared: {error}"])
+    cosines = _cosines(cache, encoder, images, unchanged)
+    problems.extend(
+        f"{cache.paths[row]}: stored features have cosine {cosine:.5f} to those computed now"
+        for row, cosine in zip(unchanged.tolist(), cosines, strict=True)
+        if not cosine >= MIN_COSINE
+    )
+    return _verification(report, problems, cosines)
+
+
+def _verification(
+    report: VerifyReport, problems: list[str], cosines: list[float] | None = None
+) -> Verification:
+    return Verification(
+        rows=report.rows,
+        pending=report.pending,
+        sampled=report.sampled,
+        encoded=len(cosines) if cosines else 0,
+        worst_cosine=min(cosines) if cosines else None,
+        problems=problems,
+    )
+
+
+def _digest(path: Path) -> NDArray[np.uint8]:
+    try:
+        return file_digest(read_file(path))
+    except ImageError as error:
+        raise OSError(str(error)) from None
+
+
+def _cosines(
+    cache: FeatureCache, encoder: Encoder, images: Path, rows: NDArray[np.int64]
+) -> list[float]:
+    """Cosine of the stored to the recomputed features of each row, the worst of its views."""
+    size, views = encoder.record.image_size, encoder.record.views
+    cosines: list[float] = []
+    for chunk in np.array_split(rows, -(-len(rows) // _BATCH_PHOTOS)):
+        photos = [read_photo(images / cache.paths[row], size, views).pixels for row in chunk]
+        # Their digests are unchanged, so they decode as they did.
+        pixels = torch.cat([photo for photo in photos if photo is not None])
+        now = encoder.encode(pixels).float().cpu().unflatten(0, (len(chunk), len(views)))
+        stored = torch.from_numpy(cache.features[chunk]).float()
+        cosines.extend(torch.cosine_similarity(now, stored, dim=2).amin(1).tolist())
+    return cosines

@@ -1,0 +1,1 @@
+"""What people bring: captions files, and photo files from bytes to pixels."""

@@ -1,0 +1,75 @@
+"""What the words of a captions file or a cache look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.record import CaptionTable
+from cache.seal import is_cache
+from cache.store import open_cache
+from pipeline.photos.captions_files import DatasetError, read_captions
+from train.captions.vocabulary import Vocabulary, build_caption_table, build_vocabulary
+
+_SHOWN_WORDS = 12
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    vocabulary: Vocabulary
+    captions: int
+    tokens: int  # occurrences
+    distinct: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of all token occurrences that the vocabulary knows."""
+        return sum(self.vocabulary.counts) / self.tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        pairs = list(zip(self.vocabulary.words, self.vocabulary.counts, strict=True))
+        return {
+            "size": len(self.vocabulary),
+            "min_count": self.vocabulary.min_count,
+            "captions": self.captions,
+            "tokens": self.tokens,
+            "distinct_tokens": self.distinct,
+            "coverage": round(self.coverage, 6),
+            "most_frequent": dict(pairs[:_SHOWN_WORDS]),
+            "least_frequent": dict(pairs[-_SHOWN_WORDS:]),
+        }
+
+    def summary(self) -> str:
+        facts = self.as_dict()
+        most = ", ".join(f"{word} {count:,}" for word, count in facts["most_frequent"].items())
+        least = ", ".join(f"{word} {count:,}" for word, count in facts["least_frequent"].items())
+        return (
+            f"{facts['size']:,} words (four special ones included) occur at least "
+            f"{facts['min_count']} times\n"
+            f"{self.captions:,} captions, {self.tokens:,} tokens, {self.distinct:,} distinct; "
+            f"{self.coverage:.2%} of the tokens are covered\n"
+            f"most frequent: {most}\nleast frequent: {least}"
+        )
+
+
+def vocabulary_report(source: Path, min_count: int) -> VocabularyReport:
+    """Count the words of a cache or of a captions file.
+
+    Raises CacheError, DatasetError or VocabularyError.
+    """
+    table = _captions_of(source)
+    if not len(table):
+        raise DatasetError(f"{source}: holds no captions")
+    return VocabularyReport(
+        vocabulary=build_vocabulary(table, min_count),
+        captions=len(table),
+        tokens=len(table.tokens),
+        distinct=len(table.words),
+    )
+
+
+def _captions_of(source: Path) -> CaptionTable:
+    if is_cache(source):
+        return open_cache(source, allow_pending=True).captions
+    return build_caption_table([photo.captions for photo in read_captions(source)])

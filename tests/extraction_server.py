@@ -1,5 +1,0 @@
-"""Loaded by a fork server only: its children have everything imported, loaded and built."""
-
-from tests.extraction_process import prepare
-
-prepare()

@@ -1,0 +1,63 @@
+"""An extraction to be killed, for a fork server (`extraction_server`) to load once."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pipeline.config import ExtractConfig
+from pipeline.encoder.encoder import Encoder, encoder_record, load_backbone
+from pipeline.extraction import encode_rows
+from pipeline.extraction import extract as module
+from pipeline.photos.read_ahead import LoadedBatch
+
+
+@cache
+def prepare() -> None:
+    """Do what writes nothing (loading weights, building the network) before the fork, so that a
+    killed process lives for a fraction of a second and most kills come while it writes.
+    """
+    torch.set_num_threads(1)  # threads would not survive the fork
+    backbone = load_backbone("resnet18", "random")
+    record = encoder_record(backbone, 32, ("full",), "float32")
+    encoder = Encoder(
+        backbone,
+        device=torch.device("cpu"),
+        precision="float32",
+        image_size=32,
+        views=("full",),
+    )
+    encoder.encode(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))  # makes the kernels
+    encode = encode_rows._encode
+
+    def encode_slowly(encoder: Encoder, batch: LoadedBatch) -> object:
+        time.sleep(0.002)  # more moments to be killed in
+        return encode(encoder, batch)
+
+    module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once
+    vars(encode_rows).update(_encode=encode_slowly)
+    vars(module).update(
+        load_backbone=lambda *_: backbone,
+        encoder_record=lambda *_: record,
+        Encoder=lambda *_, **settings: encoder,
+    )
+
+
+def run_extraction(photos: Path, out: Path) -> None:
+    prepare()
+    config = ExtractConfig(
+        images=photos,
+        out=out,
+        backbone="resnet18",
+        weights="random",
+        image_size=32,
+        batch_size=4,
+        workers=2,
+        precision="float32",
+        device="cpu",
+    )
+    for _ in module.extract(config):
+        pass

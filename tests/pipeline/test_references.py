@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.references import (
+    PredictionsError,
+    coco_results,
+    match,
+    read_predictions,
+    read_references,
+)
+from pipeline.photos.captions_files import DatasetError
+
+COCO = {
+    "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (42, 7, 8)],
+    "annotations": [
+        {"id": 1, "image_id": 42, "caption": "a dog"},
+        {"id": 2, "image_id": 7, "caption": "a cat"},
+    ],
+}
+
+
+def written(path: Path, value: object) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    captions = {"42": "a dog", "b/c.jpg": "ein Hündchen"}
+    entries = coco_results(captions)
+    assert entries[0] == {"image_id": 42, "caption": "a dog"}
+    assert read_predictions(written(tmp_path / "p.json", entries)) == captions
+
+
+def test_only_photos_with_references_are_matched(tmp_path: Path) -> None:
+    references = read_references(written(tmp_path / "coco.json", COCO))
+    assert references == {"42": ["a dog"], "7": ["a cat"], "8": []}
+    found, truth = match({"7": "x", "8": "y", "42": "z"}, references, tmp_path, tmp_path)
+    assert found == {"42": "z", "7": "x"}
+    assert truth == {"42": ["a dog"], "7": ["a cat"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{", "not valid JSON"),
+        ({"annotations": []}, "not a list of"),
+        ([], "holds no captions"),
+        ([{"image_id": 1}], "entry 1 has no image_id and caption"),
+        ([{"image_id": 1, "caption": "a"}, {"image_id": None, "caption": "a"}], "entry 2 has no"),
+        ([{"image_id": True, "caption": "a"}], "entry 1 has no image_id"),
+        (["a dog"], "entry 1 has no image_id"),
+        (
+            [{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}],
+            r"image 1 has two captions \(entry 2\)",
+        ),
+    ],
+)
+def test_what_are_no_results_is_one_line(tmp_path: Path, value: object, message: str) -> None:
+    with pytest.raises(PredictionsError, match=rf"p\.json: .*{message}") as caught:
+        read_predictions(written(tmp_path / "p.json", value))
+    assert "\n" not in str(caught.value)
+
+
+def test_photos_that_do_not_match_are_named() -> None:
+    references = {"1": ["a"], "2": ["b"], "3": []}
+    results, captions = Path("p.json"), Path("c.json")
+    with pytest.raises(PredictionsError, match=r"1 of 2 photos are not in c\.json \(first: 9\)"):
+        match({"1": "a", "9": "b"}, references, results, captions)
+    with pytest.raises(PredictionsError, match=r"no caption for 1 of the 2 photos .*\(first: 2\)"):
+        match({"1": "a", "3": "b"}, references, results, captions)
+
+
+def test_references_without_captions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="holds no captions"):
+        read_references(written(tmp_path / "coco.json", {**COCO, "annotations": []}))

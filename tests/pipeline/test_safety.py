@@ -1,0 +1,278 @@
+"""What disks, drives and other processes do to an extraction: one clear line, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from cache.errors import CapError
+from cache.merge import merge
+from cache.record import CacheError
+from cache.store import open_cache
+from cache.verify import verify
+from cache.writer import open_writer
+from pipeline.extraction import encode_rows, reuse
+from pipeline.extraction import extract as extraction
+from pipeline.extraction.extract import ExtractError, Progress, extract
+from pipeline.photos import photo_file, read_ahead
+from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
+from pipeline.photos.preprocessing import MAX_PIXELS
+from pipeline.photos.read_ahead import PhotoLoader, StalledError
+from tests.conftest import ROOT, MakeCache, skeleton, write_photo
+from tests.pipeline.test_extract import config, run
+from train.config import Recipe, TrainConfig
+from train.fit.run import EpochLog, train
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_shows_before_the_first_photo(small_disk: Path, make_cache: MakeCache) -> None:
+    path = small_disk / "x.h5"
+    with pytest.raises(CacheError, match=r"x\.h5: needs 0\.00 GB of disk, 0\.00 GB are free"):
+        open_writer(path, skeleton([[]] * 40, feature_dim=20_000), library_versions={})
+    parts = [make_cache([["a"]] * 40, feature_dim=20_000, name="a.h5").path]
+    with pytest.raises(CacheError, match=r"x\.h5: needs .* are free"):
+        merge(parts, path)
+    assert not list(small_disk.iterdir())
+
+
+def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:
+    """Whatever others then put on the disk, the rows fit."""
+    made = skeleton([[]] * 40, feature_dim=8_000)
+    with open_writer(small_disk / "x.h5", made, library_versions={}) as writer:
+        with pytest.raises(OSError, match="No space left"), (small_disk / "big").open("wb") as big:
+            big.write(bytes(1 << 21))
+        rows = np.ones((40, 1, 8_000), np.float16)
+        writer.write(np.arange(40), rows, np.ones((40, 16), np.uint8))
+    assert verify(open_cache(small_disk / "x.h5"))[0].ok
+
+
+@pytest.mark.parametrize(
+    ("share", "of"), [(0.0, "last.cap"), (0.5, "last.cap"), (0.9, "checkpoint.pt")]
+)
+def test_a_disk_that_fills_up_during_training_is_one_line(
+    share: float, of: str, small_disk: Path, make_cache: MakeCache
+) -> None:
+    """Room is left for a share of a file; the run can be resumed from where it was saved."""
+    cache = make_cache([["a dog runs", "a cat"], ["the dog", "a bird"]] * 3, feature_dim=8)
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=2)
+    asked = TrainConfig(
+        from_cache=cache.path, out=small_disk / "run", recipe=recipe, min_count=1, device="cpu"
+    )
+    reports = train(asked)
+    for report in reports:
+        if isinstance(report, EpochLog):
+            break
+    run_folder = small_disk / "run"
+    before = (run_folder / "checkpoint.pt").read_bytes()
+    assert len(before) > 2 * (run_folder / "last.cap").stat().st_size
+    room = int(share * (run_folder / of).stat().st_size)
+    (small_disk / "big").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - room))
+    name = "checkpoint.pt" if of == "checkpoint.pt" else r"(best|last)\.cap"
+    with pytest.raises(CapError, match=rf"run/{name}: cannot write \(.*No space left on device"):
+        list(reports)
+    assert (run_folder / "checkpoint.pt").read_bytes() == before
+    assert not list(run_folder.glob(".*"))
+
+
+def test_a_read_only_folder_is_one_line(small_disk: Path, photos: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CacheError, match=r"x\.h5: cannot write \(the folder is read-only\)"):
+        run(photos, small_disk / "x.h5", weights="not even looked for")
+
+
+def test_a_write_that_fails_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    """The limit on file sizes stands for a quota: rows from some point on cannot be written."""
+    code = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from cache.record import CacheError
+from cache.writer import open_writer
+from tests.conftest import skeleton
+path = Path(sys.argv[1])
+made = skeleton([[]] * 8, feature_dim=4096)
+keys = np.ones((8, 16), np.uint8)
+writer = open_writer(path, made, library_versions={})
+writer.write(np.arange(4), np.ones((4, 1, 4096), np.float16), keys[:4])
+limit = writer.cache.region("features").offset + 5 * 8192
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    writer.write(np.arange(4, 8), np.ones((4, 1, 4096), np.float16), keys[4:])
+except CacheError as error:
+    print(error)
+writer.close()
+try:
+    open_writer(path.with_name("y.h5"), skeleton([[]] * 99, feature_dim=4096), library_versions={})
+except CacheError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "x.h5"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    write, create = result.stdout.splitlines()
+    assert write == (
+        f"{tmp_path}/x.h5: cannot write (File too large); what is done is kept, run the same "
+        "command again to go on"
+    )
+    assert create.startswith(f"{tmp_path}/y.h5: needs 0.00 GB of disk")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
+    cache = open_cache(tmp_path / "x.h5", allow_pending=True)
+    assert cache.status.tolist() == [1] * 4 + [0] * 4
+    assert verify(cache)[0].ok
+
+
+def test_a_second_process_is_refused_before_it_loads_anything(photos: Path, tmp_path: Path) -> None:
+    reports = extract(config(photos, tmp_path / "x.h5"))
+    next(reports)
+    with pytest.raises(CacheError, match=r"x\.h5: another process is writing it"):
+        run(photos, tmp_path / "x.h5", weights="not even looked for")
+    reports.close()
+
+
+def test_photos_removed_or_changed_meanwhile_are_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for seed in range(60):
+        write_photo(folder / f"{seed:02d}.jpg", seed)
+    for report in extract(config(folder, tmp_path / "x.h5", captions=None)):
+        if isinstance(report, Progress) and report.new == 4:
+            (folder / "58.jpg").unlink()
+            write_photo(folder / "59.jpg", 99)
+            write_photo(folder / "00.jpg", 98)  # after it was read
+    cache = open_cache(tmp_path / "x.h5")
+    assert cache.errors() == [("58.jpg", "file not found")]
+    result, _ = verify(cache, lambda path: file_digest(read_file(path)), folder, sample=100)
+    assert result.changed == ["00.jpg: the photo has changed since its features were extracted"]
+
+
+def test_a_folder_that_vanishes_is_not_the_fault_of_its_photos(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "photos", tmp_path / "elsewhere"
+    for seed in range(60):
+        write_photo(folder / f"{seed:02d}.jpg", seed)
+    run(folder, tmp_path / "whole.h5", captions=None)
+
+    def extract_and_move() -> None:
+        for report in extract(config(folder, tmp_path / "x.h5", captions=None)):
+            if isinstance(report, Progress) and report.new == 4:
+                folder.rename(moved)
+
+    with pytest.raises(ExtractError, match=r"photos: the folder is gone; what is done is kept"):
+        extract_and_move()
+    moved.rename(folder)
+    assert not open_cache(tmp_path / "x.h5", allow_pending=True).errors()
+    run(folder, tmp_path / "x.h5", captions=None)
+    assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    for seed in range(40):
+        write_photo(folder / f"{seed:02d}.jpg", seed)
+    run(folder, tmp_path / "whole.h5", captions=None)
+    back, real = threading.Event(), photo_file.read_photo
+
+    def read_photo(path: Path, size: int, views: tuple[str, ...], out: Tensor) -> ReadPhoto:
+        if path.name >= "20.jpg":
+            back.wait()
+        return real(path, size, views, out)
+
+    monkeypatch.setattr(read_ahead, "read_photo", read_photo)
+    monkeypatch.setattr(encode_rows, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
+    started = time.monotonic()
+    with pytest.raises(StalledError, match=r"2\d\.jpg: the disk has given no photo for 2 s; what"):
+        run(folder, tmp_path / "x.h5", captions=None)
+    assert time.monotonic() - started >= 2
+    back.set()
+    done = open_cache(tmp_path / "x.h5", allow_pending=True)
+    assert done.status[:16].all()
+    assert not done.errors()
+    run(folder, tmp_path / "x.h5", captions=None)
+    assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    # The same when an older cache's rows are looked for.
+    back.clear()
+    monkeypatch.setattr(reuse, "_digest", lambda path: [None, back.wait()][0])
+    monkeypatch.setattr(reuse, "STALL_S", 0.2)
+    with pytest.raises(StalledError, match=r"photos: the disk has given no photo for 0 s; what"):
+        run(folder, tmp_path / "y.h5", captions=None, reuse=tmp_path / "x.h5")
+    back.set()
+
+
+def test_a_drive_that_stalls_from_the_start_leaves_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+    monkeypatch.setattr(read_ahead, "read_photo", lambda *_, **__: [None, back.wait()][0])
+    monkeypatch.setattr(extraction, "PhotoLoader", partial(PhotoLoader, stall_s=0.2))
+    monkeypatch.setattr(extraction, "fast_precisions", lambda device: ("bfloat16", "float32"))
+    with pytest.raises(StalledError, match=r"a\.jpg: the disk has given no photo for"):
+        run(photos, tmp_path / "x.h5")
+    back.set()
+    assert not list(tmp_path.iterdir())
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The start of a PNG that declares this size: its header is all a bomb needs."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
+
+    rows = zlib.compress(bytes(1 << 24), 9)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+
+
+def test_decompression_bombs_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    """In a process that may take 100 MB more than it has; the pictures would take 537 MB and up."""
+    side = int(MAX_PIXELS**0.5) + 1
+    for name, size in (("a.png", (side, side)), ("b.png", (65_000, 65_000))):
+        (tmp_path / name).write_bytes(png_of(*size))
+    code = """
+import resource, sys
+from pathlib import Path
+from pipeline.photos import photo_file, read_ahead
+from pipeline.photos.photo_file import read_photo
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 100_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for path in sorted(Path(sys.argv[1]).glob("*.png")):
+    print(read_photo(path, 64, ("full",)).error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert result.stdout.splitlines() == ["too large (a decompression bomb)"] * 2

@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache.record import CacheError
+from cache.store import FeatureCache
+from tests.conftest import MakeCache
+from train.captions.caption_set import split_photos
+from train.captions.vocabulary import VocabularyError
+from train.config import BEST, Recipe, SearchConfig, TrainConfig
+from train.fit.best_epoch import Choice, Judged
+from train.fit.run import EpochLog, StepLog, TrainError, train
+from train.fit.validation import Validation
+from train.model.bundle import load_bundle
+from train.search.hypotheses import search
+
+SMALL: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "epochs": 3, "batch_size": 16}
+WORDS = ("a", "the", "dog", "cat", "bird", "runs", "sleeps", "sings", "on", "under", "hill")
+
+
+@pytest.fixture
+def cache(make_cache: MakeCache) -> FeatureCache:
+    random = np.random.default_rng(0)
+    captions = [
+        [" ".join(random.choice(WORDS, random.integers(2, 9))) for _ in range(3)] for _ in range(30)
+    ]
+    return make_cache(captions)
+
+
+def config(
+    cache: FeatureCache,
+    out: Path,
+    epochs: int = 3,
+    recipe: Recipe | None = None,
+    **changes: object,
+) -> TrainConfig:
+    """A small run; names of the recipe's fields change those."""
+    if recipe is None:
+        recipe = Recipe(
+            embedding_size=8, hidden_size=16, batch_size=16, learning_rate=0.01, epochs=epochs
+        )
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    of_recipe = {name: value for name, value in changes.items() if name in fields}
+    settings = {
+        "from_cache": cache.path,
+        "out": out,
+        "val_share": 0.2,
+        "recipe": dataclasses.replace(recipe, **of_recipe),  # type: ignore[arg-type]
+        "min_count": 1,
+        "save_every": 4,
+        "log_every": 2,
+        "device": "cpu",
+    }
+    rest = {name: value for name, value in changes.items() if name not in fields}
+    return TrainConfig(**(settings | rest))  # type: ignore[arg-type]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_bundle(path).decoder.state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path) -> None:
+    reports = [report for report in train(config(cache, tmp_path / "run")) if report]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "best.cap",
+        "last.cap",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        *(f"epoch-{epoch}-step-4.cap" for epoch in range(3)),
+    }
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines if "loss" in line] == [
+        (epoch, step) for epoch in range(3) for step in (2, 4, 5)
+    ]
+    logs = [report for report in reports if isinstance(report, StepLog)]
+    assert logs[0].line().startswith("Epoch [0/3], Step [2/5], Loss: ")
+    assert logs[0].perplexity == pytest.approx(math.exp(logs[0].loss))
+    assert logs[-1].loss < logs[0].loss
+
+
+@pytest.mark.parametrize(("pause_s", "saved"), [(1e9, 0), (0.0, 6)])
+def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
+    cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pause_s: float,
+    saved: int,
+) -> None:
+    monkeypatch.setattr("train.fit.run.SAVE_EVERY", 2)
+    monkeypatch.setattr("train.fit.run.SAVE_PAUSE_S", pause_s)
+    for _ in train(config(cache, tmp_path / "run", save_every=None)):
+        pass
+    assert len(list((tmp_path / "run").glob("epoch-*.cap"))) == saved
+
+
+def test_losses_that_are_read_late_make_the_same_log(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the line of a step comes after the next step. Interrupted before it, too."""
+    for _ in train(config(cache, tmp_path / "soon", log_every=1)):
+        pass
+    monkeypatch.setattr("train.fit.run._reads_losses_late", lambda device: True)
+    reports = train(config(cache, tmp_path / "late", log_every=1))
+    for _ in itertools.islice(reports, 8):
+        pass
+    reports.close()
+    for _ in train(config(cache, tmp_path / "late", log_every=1, resume=True)):
+        pass
+    soon, late = (
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("soon", "late")
+    )
+    assert late == soon
+    assert same(weights(tmp_path / "soon/last.cap"), weights(tmp_path / "late/last.cap"))
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "changes"),
+    [
+        (2, {"dropout": 0.3}),
+        (5, {"dropout": 0.3, "plain": True}),
+        (8, {"dropout": 0.3, "num_layers": 2, "precision": "float32"}),
+        (16, {"self_critical_epochs": 1, "self_critical_photos": 4, "average_decay": 0.9}),
+        (9, dataclasses.asdict(dataclasses.replace(BEST, **SMALL)) | {"scheduled_sampling": 0.2}),
+    ],
+)
+def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
+    cache: FeatureCache, tmp_path: Path, stop_after: int, changes: dict[str, Any]
+) -> None:
+    for _ in train(config(cache, tmp_path / "whole", **changes)):
+        pass
+    reports = train(config(cache, tmp_path / "run", **changes))
+    for count, _ in enumerate(reports):
+        if count == stop_after:
+            break
+    reports.close()
+    torch.manual_seed(99)  # whatever happened in between
+    for _ in train(config(cache, tmp_path / "run", resume=True, **changes)):
+        pass
+    for name in ("last.cap", "best.cap", "epoch-2-step-4.cap"):
+        assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "run" / name)), name
+    assert load_bundle(tmp_path / "whole").training == load_bundle(tmp_path / "run").training
+
+    def positions(run: str) -> list[object]:
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "loss"} for line in lines]
+
+    assert positions("whole") == positions("run")
+
+
+def test_a_run_interrupted_before_its_first_step_can_be_resumed(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    reports = train(config(cache, tmp_path / "run", epochs=1))
+    next(reports)  # what it is about to do
+    reports.close()
+    for resume, out in ((True, "run"), (False, "whole")):
+        for _ in train(config(cache, tmp_path / out, epochs=1, resume=resume)):
+            pass
+    assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: FeatureCache, tmp_path: Path) -> None:
+    """As after SIGKILL: nothing of the generator's clean-up happens, half a log line is there."""
+    for _ in train(config(cache, tmp_path / "whole")):
+        pass
+    reports = train(config(cache, tmp_path / "run"))
+    for count, _ in enumerate(reports):
+        if count == 7:  # past the checkpoint at the end of the first epoch
+            break
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    reports.close()
+    for path, data in kept.items():
+        path.write_bytes(data)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "st')
+    for _ in train(config(cache, tmp_path / "run", resume=True)):
+        pass
+    assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+    whole = (tmp_path / "whole/metrics.jsonl").read_text()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == whole
+
+
+def test_more_epochs_can_be_added(cache: FeatureCache, tmp_path: Path) -> None:
+    for _ in train(config(cache, tmp_path / "whole", epochs=4)):
+        pass
+    for _ in train(config(cache, tmp_path / "run", epochs=2)):
+        pass
+    for _ in train(config(cache, tmp_path / "run", epochs=4, resume=True)):
+        pass
+    assert same(weights(tmp_path / "whole/last.cap"), weights(tmp_path / "run/last.cap"))
+    for _ in train(config(cache, tmp_path / "falling", epochs=2, decay="cosine")):
+        pass
+    with pytest.raises(TrainError, match="was trained with epochs 2, asked for 4"):
+        next(train(config(cache, tmp_path / "falling", epochs=4, decay="cosine", resume=True)))
+
+
+def test_a_run_is_not_overwritten_nor_mixed_up(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(TrainError, match="nothing to resume"):
+        next(train(config(cache, run, resume=True)))
+    for _ in train(config(cache, run, epochs=1)):
+        pass
+    with pytest.raises(TrainError, match="holds a run already"):
+        next(train(config(cache, run)))
+    with pytest.raises(TrainError, match="was trained with hidden_size 16, asked for 32"):
+        next(train(config(cache, run, resume=True, hidden_size=32)))
+    other = make_cache([["a dog"]] * 30, name="other.h5")
+    with pytest.raises(TrainError, match="was trained on other captions"):
+        next(train(config(other, run, resume=True)))
+    (run / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(TrainError, match="cannot read"):
+        next(train(config(cache, run, resume=True)))
+    for _ in train(config(cache, run, epochs=1, overwrite=True)):
+        pass
+    assert not list(run.glob(".*"))
+
+
+def test_validation_may_come_from_its_own_cache(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    val = make_cache([["a dog runs"], ["zebra"]], name="val.h5")
+    logs = list(train(config(cache, tmp_path / "run", epochs=1, val_cache=val.path)))
+    assert isinstance(logs[-1], EpochLog)
+    foreign = make_cache([["a dog"]], name="foreign.h5", weights_sha256="cd" * 32)
+    with pytest.raises(CacheError, match=r"foreign\.h5: made with weights cdcdcdcdcdcd…"):
+        next(train(config(cache, tmp_path / "run2", val_cache=foreign.path)))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: MakeCache) -> None:
+    cache = make_cache([["a dog"]] * 9, np.full((9, 1, 8), np.nan))
+    with pytest.raises(TrainError, match=r"the loss is nan at epoch 0, step 1; .*learning-rate"):
+        for _ in train(config(cache, tmp_path / "run")):
+            pass
+
+
+def test_self_critical_epochs_can_be_added_to_a_finished_run(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "decay": "cosine", "average_decay": 0.9}
+    for _ in train(config(cache, tmp_path / "run", **settings)):
+        pass
+    more = settings | {"self_critical_epochs": 2, "self_critical_photos": 8, "resume": True}
+    logs = [report for report in train(config(cache, tmp_path / "run", **more)) if report]
+    steps = [report for report in logs if isinstance(report, StepLog)]
+    assert {step.epoch for step in steps} == {2, 3}
+    assert all("Reward: " in step.line() for step in steps)
+    with pytest.raises(TrainError, match="was trained with self_critical_epochs 2, asked for 3"):
+        next(train(config(cache, tmp_path / "run", **(more | {"self_critical_epochs": 3}))))
+
+
+@pytest.mark.parametrize("select_by", ["cider", "beam", "loss"])
+def test_the_best_model_is_the_one_selection_asks_for(
+    select_by: str, cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = Choice(by_loss=select_by == "loss")
+    expected: list[bool] = []
+
+    def takes(one: Choice, judged: Judged) -> bool:
+        expected.append(Choice.takes(choice, judged))
+        return expected[-1]
+
+    monkeypatch.setattr("train.fit.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    reports = train(config(cache, tmp_path / "run", epochs=6, select_by=select_by))
+    logs = [report for report in reports if isinstance(report, EpochLog)]
+    assert [log.best for log in logs] == expected
+    bundle = load_bundle(tmp_path / "run/best.cap")
+    best = max(n for n, log in enumerate(logs) if log.best)
+    assert bundle.training["epoch"] == best
+    _, held_out = split_photos(cache, held_out=0.2, seed=0)
+    search = SearchConfig(beam_size=3 if select_by == "beam" else 1)
+    scores = Validation(cache, rows=held_out).score(bundle.decoder, bundle.vocabulary, search)
+    assert scores.cider == pytest.approx(logs[best].cider)
+    if select_by == "loss":
+        assert logs[best].val_loss == min(log.val_loss for log in logs)
+
+
+def test_by_another_measure_the_model_so_far_is_judged_anew(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 2}
+    list(train(config(cache, run, **settings)))
+    seen: list[Judged] = []
+
+    def takes(choice: Choice, judged: Judged) -> bool:
+        seen.append(judged)
+        return Choice.takes(choice, judged)
+
+    monkeypatch.setattr("train.fit.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    # Without learning the next epoch is judged as the one that was there.
+    more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
+    list(train(config(cache, run, select_by="beam", **more)))
+    assert [judged.epoch for judged in seen] == [1, 2]
+    assert seen[0].ciders.tolist() == seen[1].ciders.tolist()
+    best = load_bundle(run / "best.cap").training
+    assert best["config"]["select_by"] == "beam"
+    assert best["scores"]["cider"] == pytest.approx(seen[0].ciders.mean())
+
+
+def test_more_epochs_may_follow_until_rewarded_ones_have(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"average_decay": 0.9, "self_critical_photos": 8}
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1, **settings)))
+    more = settings | {"resume": True}
+    list(train(config(cache, run, epochs=2, **more)))
+    more["self_critical_epochs"] = 1
+    list(train(config(cache, run, epochs=2, **more)))
+    with pytest.raises(TrainError, match="was trained with epochs 2, asked for 3"):
+        next(train(config(cache, run, epochs=3, **more)))
+
+
+def test_on_other_validation_photos_the_model_so_far_is_judged_anew(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    other = make_cache([["a cat sleeps on a hill"]] * 3, name="other.h5")
+    logs = list(train(config(cache, run, epochs=2, val_cache=other.path, resume=True)))
+    (log,) = (report for report in logs if isinstance(report, EpochLog))
+    best = load_bundle(run / "best.cap").training
+    assert best["scores"]["count"] == 3
+    assert best["epoch"] == (1 if log.best else 0)
+
+
+def test_patience_ends_a_run_that_gets_no_better(cache: FeatureCache, tmp_path: Path) -> None:
+    # Without learning no epoch is better than the first.
+    stuck = config(cache, tmp_path / "run", epochs=9, patience=2, learning_rate=0.0)
+    logs = [report for report in train(stuck) if isinstance(report, EpochLog)]
+    assert logs[0].best
+    assert len(logs) < 9
+    best = max(n for n, log in enumerate(logs) if log.best)
+    assert len(logs) == best + 3
+
+
+def test_out_of_memory_names_a_smaller_batch(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_small(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+    monkeypatch.setattr("train.step.cpu.objective.FastObjective.loss_and_gradients", too_small)
+    with pytest.raises(TrainError, match="batches of 16 captions; try --batch-size 8"):
+        for _ in train(config(cache, tmp_path / "run")):
+            pass
+
+
+def test_one_photo_is_too_few_and_a_last_batch_of_one_is_not(
+    tmp_path: Path, make_cache: MakeCache
+) -> None:
+    with pytest.raises(TrainError, match="too few to hold one out"):
+        next(train(config(make_cache([["a dog"]]), tmp_path / "a")))
+    cache = make_cache([["a dog"]] * 18, name="y.h5")
+    # One photo is held out: 17 captions make a batch of 16 and one of 1.
+    for _ in train(config(cache, tmp_path / "b", val_share=0.05)):
+        pass
+    assert all(w.isfinite().all() for w in weights(tmp_path / "b/last.cap").values())
+
+
+def test_a_cache_without_captions_says_so(tmp_path: Path, make_cache: MakeCache) -> None:
+    with pytest.raises(VocabularyError, match=r"holds no captions; extract .* with --captions"):
+        next(train(config(make_cache([[], []]), tmp_path / "run")))
+
+
+def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCache) -> None:
+    # Of one length: batches of length-sorted captions then mix the photos, as BatchNorm needs.
+    sentences = [
+        "a dog runs on the grass",
+        "two cats sleep under a tree",
+        "the bird sings near the hill",
+        "grass grass grass and more grass",
+    ]
+    cache = make_cache([[sentence] * 25 for sentence in sentences])
+    recipe = Recipe(embedding_size=8, hidden_size=32, epochs=20, batch_size=20, learning_rate=0.02)
+    for report in train(config(cache, tmp_path / "run", recipe=recipe, val_cache=cache.path)):
+        last = report
+    assert isinstance(last, EpochLog)
+    assert last.val_loss < 0.02
+    bundle = load_bundle(tmp_path / "run")
+    features = torch.from_numpy(np.array(cache.features[:, 0]))
+    for beam_size in (1, 3):
+        found = search(bundle.decoder, features, SearchConfig(beam_size=beam_size))
+        assert [bundle.vocabulary.decode(h.words) for h in found] == sentences

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import MakeCache, real_captions
+from train.captions.caption_set import TrainingSetError
+from train.captions.vocabulary import build_vocabulary
+from train.config import SearchConfig
+from train.fit.validation import Validation, ValidationScorer
+from train.model.decoder import CaptionDecoder, DecoderConfig
+from train.scores.metrics import score
+from train.search.hypotheses import search
+
+CAPTIONS = [
+    ["A dog runs .", "the dog (brown) is running"],
+    ["Two cats sleep .", "cats sleeping on a red bed", "two cats, on a bed!"],
+    [],
+    ["A man rides a horse .", "a horse and a man ."],
+]
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr8k"])
+def test_the_scores_are_those_of_the_evaluation_without_java(sample_data: Path, name: str) -> None:
+    captions = real_captions(sample_data, name)
+    references = {image: texts[1:] for image, texts in captions.items()}
+    scorer = ValidationScorer(list(references.values()))
+    for shift in (0, 1):  # the photo's own caption, and that of its neighbour
+        own = [texts[0] for texts in captions.values()]
+        hypotheses = own[shift:] + own[:shift]
+        official = score(dict(zip(captions, hypotheses, strict=True)), references, java=False)
+        found = scorer.score(hypotheses)
+        assert found.cider == pytest.approx(official.cider, rel=1e-12)
+        assert found.bleu_4 == pytest.approx(official.bleu_4, rel=1e-12)
+        assert found.count == 1000
+        assert found.distinct == len(set(hypotheses))
+
+
+def make_decoder(vocab_size: int) -> CaptionDecoder:
+    torch.manual_seed(0)
+    decoder = CaptionDecoder(DecoderConfig(8, vocab_size, embedding_size=6, hidden_size=7))
+    for parameter in decoder.parameters():
+        parameter.data.mul_(4)
+    return decoder
+
+
+def test_a_decoder_is_scored_on_the_photos_that_have_captions(make_cache: MakeCache) -> None:
+    cache = make_cache(CAPTIONS)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    decoder = make_decoder(len(vocabulary)).train()
+    validation = Validation(cache)
+    assert validation.rows.tolist() == [0, 1, 3]
+    found = validation.score(decoder, vocabulary)
+    assert decoder.training
+    hypotheses = search(
+        decoder.eval(),
+        torch.from_numpy(np.array(cache.features[[0, 1, 3], 0])),
+        SearchConfig(beam_size=1),
+    )
+    official = score(
+        {str(i): vocabulary.decode(h.words) for i, h in enumerate(hypotheses)},
+        {str(i): CAPTIONS[row] for i, row in enumerate((0, 1, 3))},
+        java=False,
+    )
+    assert found.cider == pytest.approx(official.cider, rel=1e-12)
+    assert found.bleu_4 == pytest.approx(official.bleu_4, rel=1e-12)
+    assert Validation(cache, rows=np.array([2, 3])).rows.tolist() == [3]
+
+
+def test_the_mean_of_the_views_can_be_validated(make_cache: MakeCache) -> None:
+    features = np.random.default_rng(1).standard_normal((4, 2, 8)).astype(np.float16)
+    mean = features.astype(np.float32).mean(1)
+    two = make_cache(CAPTIONS, features, "two.h5", views=("flip", "full"))
+    vocabulary = build_vocabulary(two.captions, 1)
+    decoder = make_decoder(len(vocabulary)).eval()
+    for view, expected in (("full", features[:, 1]), ("mean", mean)):
+        found = Validation(two, view=view).captions(decoder, vocabulary)
+        wanted = search(decoder, torch.from_numpy(expected[[0, 1, 3]]), SearchConfig(beam_size=1))
+        assert found == [vocabulary.decode(h.words) for h in wanted]
+
+
+def test_nothing_to_validate_on_is_said(make_cache: MakeCache) -> None:
+    with pytest.raises(TrainingSetError, match="no captions of extracted photos to validate on"):
+        Validation(make_cache(CAPTIONS), rows=np.array([2]))

@@ -1,0 +1,1 @@
+"""Many steps: the training loop, the run folder, validation, and sweeps over runs."""

@@ -1,0 +1,144 @@
+"""Run folders side by side: what each was trained with and how well it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CapError
+from train.model.bundle import BundleError, find_bundle, read_training
+
+
+class RunsError(CapError):
+    """A folder is missing or holds no runs. One line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Scores are those of its best model, None where it has not come that far."""
+
+    path: Path
+    epochs: int  # finished
+    best_epoch: int | None
+    cider: float | None  # on its validation photos, greedy, or by beam search if select_by is beam
+    bleu_4: float | None
+    val_loss: float | None
+    settings: dict[str, Any]  # what it was trained with
+    problem: str = ""  # why settings could not be read
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """All runs in or below a folder, best validation CIDEr first, runs without a score last.
+
+    Raises RunsError if there is none.
+    """
+    if not folder.is_dir():
+        raise RunsError(f"{folder}: no such folder")
+    files = [*folder.rglob("metrics.jsonl"), *folder.rglob("best.cap"), *folder.rglob("last.cap")]
+    runs = [_read(path) for path in sorted({file.parent for file in files})]
+    if not runs:
+        raise RunsError(f"{folder}: no runs below it; `cap train` makes one")
+    return sorted(runs, key=_merit, reverse=True)
+
+
+def _merit(run: Run) -> tuple[float, float]:
+    """Larger is better. A loss says less than a CIDEr: label smoothing and vocabulary move it."""
+    worst = float("-inf")
+    return (
+        worst if run.cider is None else run.cider,
+        worst if run.val_loss is None else -run.val_loss,
+    )
+
+
+def _read(path: Path) -> Run:
+    epochs = _epoch_records(path / "metrics.jsonl")
+    settings, scores, problem = _read_model(path)
+    # The best model is the one `select_by` chose. A folder without it still has its metrics.
+    best: dict[str, Any] = scores
+    if scores.get("cider") is None or not (path / "best.cap").exists():
+        best = max(
+            epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
+        )
+    return Run(
+        path=path,
+        epochs=len({record["epoch"] for record in epochs}),
+        best_epoch=best.get("epoch"),
+        cider=best.get("cider"),
+        bleu_4=best.get("bleu_4"),
+        val_loss=best.get("val_loss"),
+        settings=settings,
+        problem=problem,
+    )
+
+
+def _epoch_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of whole epochs; half a line, from a kill, is passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "val_loss" in record and "epoch" in record:
+            records.append(record)
+    return records
+
+
+def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(settings, scores, what is wrong) as the run's model has them."""
+    try:
+        training = read_training(find_bundle(path))
+    except BundleError as error:
+        return {}, {}, str(error)
+    scores = training.get("scores") or {}
+    facts = {"epoch": training.get("epoch"), "val_loss": training.get("val_loss"), **scores}
+    return dict(training.get("config", {})), facts, ""
+
+
+def runs_table(runs: Iterable[Run]) -> str:
+    """One line a run: scores, then the settings that differ between those that have any."""
+    runs = list(runs)
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    known = [run.settings for run in runs if run.settings]
+    differing = [name for name in names if len({str(one.get(name, "")) for one in known}) > 1]
+    by_beam = bool(known) and all(one.get("select_by") == "beam" for one in known)
+    scores = ["CIDEr, beam" if by_beam else "CIDEr", "BLEU-4", "val loss"]
+    header = ["run", *scores, "done", *differing]  # epochs done; differing may name those wanted
+    rows = [
+        [
+            str(run.path),
+            _number(run.cider, 100, ".2f"),
+            _number(run.bleu_4, 100, ".2f"),
+            _number(run.val_loss, 1, ".4f"),
+            str(run.epochs),
+            *(_setting(run.settings.get(name)) for name in differing),
+        ]
+        for run in runs
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: float | None, scale: float, form: str) -> str:
+    return "-" if value is None else format(scale * value, form)
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

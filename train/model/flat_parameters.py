@@ -1,0 +1,99 @@
+"""All parameters of a decoder in one buffer, all gradients in another.
+
+A step then updates, clips, averages or converts every weight in one pass over memory, whatever the
+number of layers. The module keeps its parameters: they become views of the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.model.decoder import CaptionDecoder
+
+# oneDNN's kernels are at their best with a number of words that fills their registers.
+_WORDS_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    size: int
+    shape: tuple[int, ...]  # of the memory: what the parameter is a part of, perhaps transposed
+    transposed: bool
+    words: int | None  # how many rows (or columns, if transposed) of the memory are words
+
+
+class FlatParameters:
+    """Moves a decoder's parameters into `values` and their `.grad` into `gradients`, in place.
+
+    Both are (P,) float32 on the decoder's device. Matrices come first, `values[:matrices]`, then
+    biases and BatchNorm. Word matrices are padded to a multiple of 16 words by zeros, the output
+    bias by −10,000: such words have no probability, so their gradients stay zero.
+
+    transposed: keep the matrices of products as (in, out) in memory, where a CPU's products and
+    weight gradients are faster; the parameters stay (out, in) to whoever reads them.
+    """
+
+    def __init__(self, decoder: CaptionDecoder, *, transposed: bool) -> None:
+        config = decoder.config
+        self.padded_words = -(-config.vocab_size // _WORDS_MULTIPLE) * _WORDS_MULTIPLE
+        named = dict(decoder.named_parameters())
+        names = sorted(named, key=lambda name: named[name].dim() < 2)  # stable: matrices first
+        self._places: dict[str, _Place] = {}
+        start = 0
+        for name in names:
+            shape = tuple(named[name].shape)
+            words = None
+            if name in ("embed.weight", "head.weight", "head.bias"):
+                words, shape = shape[0], (self.padded_words, *shape[1:])
+            turned = transposed and len(shape) == 2 and name != "embed.weight"
+            memory = shape[::-1] if turned else shape
+            size = torch.Size(memory).numel()
+            self._places[name] = _Place(start, size, memory, turned, words)
+            start += -(-size // _WORDS_MULTIPLE) * _WORDS_MULTIPLE
+            if len(shape) == 2:
+                self.matrices = start
+        device = next(iter(named.values())).device
+        self.values = torch.zeros(start, device=device)
+        self.gradients = torch.zeros(start, device=device)
+        if "head.bias" in named:
+            self.memory("head.bias", self.values).fill_(-1e4)
+        for name, parameter in named.items():
+            view = self.view(name, self.values)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = self.view(name, self.gradients)
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def memory(self, name: str, buffer: Tensor) -> Tensor:
+        """A parameter's whole memory in a buffer laid out as `values`: padded, maybe (in, out)."""
+        place = self._places[name]
+        return buffer[place.start : place.start + place.size].view(place.shape)
+
+    def view(self, name: str, buffer: Tensor) -> Tensor:
+        """A parameter's part of a buffer laid out as `values`, in the parameter's own shape."""
+        place = self._places[name]
+        memory = self.memory(name, buffer)
+        if place.transposed:
+            memory = memory.t()
+        return memory if place.words is None else memory[: place.words]
+
+    def matrix(self, name: str, buffer: Tensor) -> Tensor:
+        """A weight as products read it: (in, out), padded, of the buffer's dtype."""
+        memory = self.memory(name, buffer)
+        return memory if self._places[name].transposed else memory.t()
+
+    def named(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Copies of a buffer's parts by parameter name, as plain tensors to be saved."""
+        return {name: self.view(name, buffer).detach().cpu().contiguous() for name in self._places}
+
+    def load(self, tensors: Mapping[str, Tensor], buffer: Tensor) -> None:
+        """The reverse of `named`. Raises KeyError or RuntimeError if they do not fit."""
+        for name in self._places:
+            self.view(name, buffer).copy_(tensors[name])

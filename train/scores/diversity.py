@@ -1,0 +1,55 @@
+"""Whether captions say different things: a collapsed model is seen at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from train.captions.vocabulary import SPECIALS, UNK
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Facts about a set of captions; words are what stands between spaces."""
+
+    captions: int
+    distinct: int
+    words_used: int  # different ones, <unk> not among them
+    vocabulary: int | None  # words the model knows; None where no model is known
+    unk_share: float  # of all words
+    mean_length: float  # words
+    most_repeated: str
+    repeats: int  # of the most repeated caption
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        known = f" of {self.vocabulary:,} known" if self.vocabulary is not None else ""
+        return (
+            f"{self.distinct:,} distinct captions of {self.captions:,}; "
+            f"{self.words_used:,} words used{known}, {100 * self.unk_share:.2g}% of them <unk>; "
+            f"{self.mean_length:.1f} words a caption; "
+            f"most often ({self.repeats:,} times): {self.most_repeated}"
+        )
+
+
+def diversity(captions: Sequence[str], vocabulary: int | None = None) -> Diversity:
+    """captions: at least one. vocabulary: how many words the model knows, special ones apart."""
+    words = Counter(word for caption in captions for word in caption.split())
+    total = words.total()
+    unknown = words.pop(SPECIALS[UNK], 0)
+    # Of captions repeated as often, the first in the alphabet, whatever the order of photos.
+    most, repeats = min(Counter(captions).items(), key=lambda item: (-item[1], item[0]))
+    return Diversity(
+        captions=len(captions),
+        distinct=len(set(captions)),
+        words_used=len(words),
+        vocabulary=vocabulary,
+        unk_share=unknown / total if total else 0.0,
+        mean_length=total / len(captions),
+        most_repeated=most,
+        repeats=repeats,
+    )

@@ -1,0 +1,1 @@
+"""One optimizer step, made fast: loss, gradients, update. What spans steps is in `fit`."""

@@ -1,0 +1,1 @@
+"""Loss and gradients on a GPU: compiled kernels, their check, and CUDA graphs."""

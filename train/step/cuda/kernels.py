@@ -1,0 +1,278 @@
+"""What a training step on a GPU does between its matrix products, one kernel each.
+
+`CompiledKernels` are those of `kernels.cu`, compiled when training starts; `TorchKernels` do the
+same in PyTorch's operations. `train.step.cuda.kernel_check` chooses between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.captions.vocabulary import END, PAD
+from train.step.cuda.nvrtc import architecture, compile_source, load_functions
+
+_aten = torch.ops.aten
+SOURCE = Path(__file__).with_name("kernels.cu")
+NAMES = ("gather_words", "read_inputs", "cell_forward", "cell_backward", "cross_entropy", "adamw")
+
+
+class Kernels(Protocol):
+    """Shapes: B captions, R rows (T steps of B), sizes E of an input and H of the LSTM, W words.
+
+    «low» is the dtype of the products, float32 or bfloat16; what is not called so is float32, words
+    and targets are int64. All tensors are contiguous, but for the operands of `product`.
+    """
+
+    name: str
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """left @ right of low matrices, summed and written in float32."""
+
+    def gather_words(
+        self,
+        captions: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        words: Tensor,
+        targets: Tensor,
+    ) -> None:
+        """Write the word that each row reads and the one it should say: `words`, `targets` (R,).
+
+        captions: (B,); starts, lengths: (M,) int64, of every caption's tokens and of its targets,
+        one more; tokens: int32.
+        """
+
+    def read_inputs(
+        self,
+        words: Tensor,
+        embeddings: Tensor,
+        photos: Tensor,
+        mask: Tensor | None,
+        inputs: Tensor,
+        *,
+        photo_every_step: bool,
+    ) -> None:
+        """Write what the first layer reads: low `inputs` (R, E), photos in the first B rows.
+
+        words: (R,); embeddings: (W, E); photos: (B, E); mask: low, (R, E).
+        """
+
+    def cell_forward(
+        self,
+        gates: Tensor,
+        recurrent: Tensor | None,
+        biases: tuple[Tensor, Tensor],
+        before: Tensor | None,
+        mask: Tensor | None,
+        cells: Tensor,
+        hidden: Tensor,
+        dropped: Tensor,
+    ) -> None:
+        """One step of a layer: writes `cells` and low `hidden` and, with a mask, `dropped`, all
+        (B, H). `gates` (B, 4H) come in as the inputs' part and go out as i, f, g, o.
+
+        recurrent: (B, 4H), the hidden state's part; None at the first step, as is `before`: the
+        cells (B, H) of the step before.
+        """
+
+    def cell_backward(
+        self,
+        d_outputs: Tensor,
+        mask: Tensor | None,
+        d_recurrent: Tensor | None,
+        d_cells: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        before: Tensor | None,
+        d_gates: Tensor,
+    ) -> None:
+        """The gradients of that step: writes low `d_gates` (B, 4H).
+
+        d_outputs: low, (B, H), of the outputs after the mask; d_recurrent: (B, H), of the hidden
+        state, from the step after, None at the last one; d_cells: (B, H), from there likewise, not
+        read at the last one; becomes that of the step before.
+        """
+
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        losses: Tensor,
+        *,
+        words: int,
+        smoothing: float,
+    ) -> None:
+        """Write each row's `losses` (R,), times its weight; low `logits` (R, padded W) become their
+        gradient. Rows whose target is <pad> have none. The first `words` columns are words.
+        """
+
+    def adamw(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        rate: Tensor,
+        tokens: Tensor,
+        norm: Tensor,
+        average: Tensor | None,
+        weight: Tensor | None,
+        low: Tensor | None,
+        *,
+        matrices: int,
+        decay: float,
+        clip_norm: float,
+    ) -> None:
+        """AdamW, β 0.9 and 0.999, on all parameters (P,); the first `matrices` of them decay.
+
+        gradients: sums over `tokens`, of this `norm`; divided by the tokens they are clipped to
+        `clip_norm`. moments: of the gradient and its square. steps: how many, with this one.
+        average: a moving average that then takes in the parameters with this `weight`. low: gets
+        them in the products' dtype. All but P are scalars; the gradients may be changed.
+        """
+
+
+class Launched(Protocol):
+    """A kernel that can be started: `train.step.cuda.nvrtc.Function`."""
+
+    def for_each(self, count: int, *arguments: Tensor | int | float) -> None: ...
+
+    def for_each_row(self, rows: int, *arguments: Tensor | int | float) -> None: ...
+
+
+class CompiledKernels:
+    """The functions of `kernels.cu`."""
+
+    name = "compiled"
+
+    def __init__(self, functions: Mapping[str, Launched]) -> None:
+        self._gather_words, self._read_inputs = functions["gather_words"], functions["read_inputs"]
+        self._cell_forward = functions["cell_forward"]
+        self._cell_backward = functions["cell_backward"]
+        self._cross_entropy = functions["cross_entropy"]
+        self._adamw = functions["adamw"]
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if left.dtype is torch.float32:
+            torch.mm(left, right, out=out)
+        else:
+            _aten.mm.dtype_out(left, right, torch.float32, out=out)
+
+    def gather_words(
+        self,
+        captions: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        words: Tensor,
+        targets: Tensor,
+    ) -> None:
+        self._gather_words.for_each(
+            len(words), captions, starts, lengths, tokens, words, targets,
+            len(captions), len(words), PAD, END,
+        )  # fmt: skip
+
+    def read_inputs(
+        self,
+        words: Tensor,
+        embeddings: Tensor,
+        photos: Tensor,
+        mask: Tensor | None,
+        inputs: Tensor,
+        *,
+        photo_every_step: bool,
+    ) -> None:
+        self._read_inputs.for_each(
+            inputs.numel(), words, embeddings, photos, inputs if mask is None else mask, inputs,
+            len(photos), inputs.shape[1], inputs.numel(), photo_every_step, mask is not None,
+        )  # fmt: skip
+
+    def cell_forward(
+        self,
+        gates: Tensor,
+        recurrent: Tensor | None,
+        biases: tuple[Tensor, Tensor],
+        before: Tensor | None,
+        mask: Tensor | None,
+        cells: Tensor,
+        hidden: Tensor,
+        dropped: Tensor,
+    ) -> None:
+        self._cell_forward.for_each(
+            cells.numel(), gates, gates if recurrent is None else recurrent, *biases,
+            cells if before is None else before, hidden if mask is None else mask,
+            cells, hidden, dropped,
+            cells.numel(), cells.shape[1], before is None, mask is not None,
+        )  # fmt: skip
+
+    def cell_backward(
+        self,
+        d_outputs: Tensor,
+        mask: Tensor | None,
+        d_recurrent: Tensor | None,
+        d_cells: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        before: Tensor | None,
+        d_gates: Tensor,
+    ) -> None:
+        self._cell_backward.for_each(
+            cells.numel(), d_outputs, d_outputs if mask is None else mask,
+            d_cells if d_recurrent is None else d_recurrent, d_cells, gates, cells,
+            cells if before is None else before, d_gates,
+            cells.numel(), cells.shape[1], before is None, d_recurrent is None, mask is not None,
+        )  # fmt: skip
+
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        losses: Tensor,
+        *,
+        words: int,
+        smoothing: float,
+    ) -> None:
+        self._cross_entropy.for_each_row(
+            len(logits), logits, targets, losses if weights is None else weights, losses,
+            logits.shape[1], words, PAD, weights is not None, float(smoothing),
+        )  # fmt: skip
+
+    def adamw(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        rate: Tensor,
+        tokens: Tensor,
+        norm: Tensor,
+        average: Tensor | None,
+        weight: Tensor | None,
+        low: Tensor | None,
+        *,
+        matrices: int,
+        decay: float,
+        clip_norm: float,
+    ) -> None:
+        scalars = (norm, tokens, rate, norm if weight is None else weight, steps)
+        self._adamw.for_each(
+            values.numel() // 4, values, gradients, *moments,
+            values if average is None else average, values if low is None else low, *scalars,
+            values.numel(), matrices, float(decay), float(clip_norm), average is not None,
+            low is not None,
+        )  # fmt: skip
+
+
+def compile_kernels(device: torch.device, dtype: torch.dtype) -> CompiledKernels:
+    """For one GPU; a tenth of a second. Raises KernelError where they cannot be had."""
+    options = ("-DBFLOAT16",) if dtype is torch.bfloat16 else ()
+    code = compile_source(SOURCE.read_text(encoding="utf-8"), architecture(device), options)
+    return CompiledKernels(load_functions(code, NAMES, device))

@@ -1,0 +1,232 @@
+"""A training step's work between its matrix products in PyTorch's operations, on any device.
+
+What `kernels.cu` must agree with, and what stands in for it where it cannot be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from train.captions.vocabulary import END, PAD
+
+_aten = torch.ops.aten
+
+
+class TorchKernels:
+    """As `kernels.Kernels` says. The LSTM's cell is PyTorch's own fused one on a GPU.
+
+    fused: False: plain operations in float32 for that cell and for the products.
+    """
+
+    name = "torch"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, fused: bool = True) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._fused = fused
+        # Decided by trying: not every device has these operations.
+        self._float_products = (
+            fused and dtype is not torch.float32 and self._works(self._float_product)
+        )
+        self._fused_cells = fused and device.type == "cuda" and self._works(self._fused_cell)
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if self._float_products:
+            _aten.mm.dtype_out(left, right, torch.float32, out=out)
+        elif self._dtype is torch.float32:
+            torch.mm(left, right, out=out)
+        elif self._device.type == "cpu" or not self._fused:
+            torch.mm(left.float(), right.float(), out=out)
+        else:
+            out.copy_(left @ right)
+
+    def gather_words(
+        self,
+        captions: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        words: Tensor,
+        targets: Tensor,
+    ) -> None:
+        count = len(captions)
+        steps = torch.arange(len(words) // count, device=words.device).unsqueeze(1)  # (T, 1)
+        last = lengths[captions] - 1  # (B,)
+        places = (starts[captions] + steps).clamp_max(len(tokens) - 1)  # (T, B)
+        said = torch.where(steps < last, tokens[places].long(), PAD)
+        shaped = (len(steps), count)
+        targets.view(shaped).copy_(torch.where(steps == last, END, said))
+        words.view(shaped)[0] = PAD
+        words.view(shaped)[1:] = said[:-1]
+
+    def read_inputs(
+        self,
+        words: Tensor,
+        embeddings: Tensor,
+        photos: Tensor,
+        mask: Tensor | None,
+        inputs: Tensor,
+        *,
+        photo_every_step: bool,
+    ) -> None:
+        count = len(photos)
+        values = embeddings[words].view(-1, count, photos.shape[1])
+        if photo_every_step:
+            values += photos
+        values[0] = photos
+        values = values.view_as(inputs)
+        inputs.copy_(values if mask is None else values * mask)
+
+    def cell_forward(
+        self,
+        gates: Tensor,
+        recurrent: Tensor | None,
+        biases: tuple[Tensor, Tensor],
+        before: Tensor | None,
+        mask: Tensor | None,
+        cells: Tensor,
+        hidden: Tensor,
+        dropped: Tensor,
+    ) -> None:
+        if recurrent is None or before is None:
+            recurrent, before = torch.zeros_like(gates), torch.zeros_like(cells)
+        if self._fused_cells:
+            output, cell, activated = _aten._thnn_fused_lstm_cell(gates, recurrent, before, *biases)
+        else:
+            i, f, g, o = (gates + recurrent + (biases[0] + biases[1])).chunk(4, 1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            cell = i * g + f * before
+            output = o * cell.tanh()
+            activated = torch.cat([i, f, g, o], 1)
+        gates.copy_(activated)
+        cells.copy_(cell)
+        hidden.copy_(output)
+        if mask is not None:
+            dropped.copy_(output * mask)
+
+    def cell_backward(
+        self,
+        d_outputs: Tensor,
+        mask: Tensor | None,
+        d_recurrent: Tensor | None,
+        d_cells: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        before: Tensor | None,
+        d_gates: Tensor,
+    ) -> None:
+        d_hidden = d_outputs.float() if mask is None else d_outputs.float() * mask
+        from_after = None
+        if d_recurrent is not None:
+            d_hidden, from_after = d_hidden + d_recurrent, d_cells
+        if before is None:
+            before = torch.zeros_like(cells)
+        if self._fused_cells:
+            gradients, d_before, _ = _aten._thnn_fused_lstm_cell_backward_impl(
+                d_hidden, from_after, before, cells, gates, False
+            )
+        else:
+            i, f, g, o = gates.chunk(4, 1)
+            squashed = cells.tanh()
+            d_cell = d_hidden * o * (1 - squashed * squashed)
+            if from_after is not None:
+                d_cell = d_cell + from_after
+            gradients = torch.cat(
+                [
+                    d_cell * g * i * (1 - i),
+                    d_cell * before * f * (1 - f),
+                    d_cell * i * (1 - g * g),
+                    d_hidden * squashed * o * (1 - o),
+                ],
+                1,
+            )
+            d_before = d_cell * f
+        d_gates.copy_(gradients)
+        d_cells.copy_(d_before)
+
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        losses: Tensor,
+        *,
+        words: int,
+        smoothing: float,
+    ) -> None:
+        ignored = targets == PAD
+        factors = (~ignored).float() if weights is None else weights.masked_fill(ignored, 0.0)
+        values, index = logits.float(), targets.unsqueeze(1)
+        log_sum = values.logsumexp(1)
+        hit = values.gather(1, index).squeeze(1)
+        mean = values[:, :words].mean(1)
+        losses.copy_((log_sum - (1 - smoothing) * hit - smoothing * mean) * factors)
+        gradients = values.sub_(log_sum.unsqueeze(1)).exp_()
+        gradients[:, :words] -= smoothing / words
+        gradients.scatter_add_(1, index, torch.full_like(hit, smoothing - 1).unsqueeze(1))
+        logits.copy_(gradients.mul_(factors.unsqueeze(1)))
+
+    def adamw(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        rate: Tensor,
+        tokens: Tensor,
+        norm: Tensor,
+        average: Tensor | None,
+        weight: Tensor | None,
+        low: Tensor | None,
+        *,
+        matrices: int,
+        decay: float,
+        clip_norm: float,
+    ) -> None:
+        divisor = torch.maximum(tokens, norm / clip_norm)
+        parts = [(slice(0, matrices), decay), (slice(matrices, None), 0.0)] if decay else []
+        for part, decay_of_part in parts or [(slice(None), 0.0)]:
+            # torch's fused kernel itself: `torch.optim` brings its compiler along, a second and a
+            # half of imports.
+            torch._fused_adamw_(
+                [values[part]],
+                [gradients[part]],
+                [moments[0][part]],
+                [moments[1][part]],
+                [],
+                [steps],
+                lr=rate,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=decay_of_part,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+            )
+        if average is not None and weight is not None:
+            average.lerp_(values, weight)
+        if low is not None:
+            low.copy_(values)
+
+    def _float_product(self) -> None:
+        left = torch.ones(16, 16, dtype=self._dtype, device=self._device)
+        out = torch.empty(16, 16, device=self._device)
+        _aten.mm.dtype_out(left.t(), left, torch.float32, out=out)
+
+    def _fused_cell(self) -> None:
+        gates = torch.zeros(2, 16, device=self._device)
+        cells, bias = torch.zeros(2, 4, device=self._device), torch.zeros(16, device=self._device)
+        _, cell, activated = _aten._thnn_fused_lstm_cell(gates, gates, cells, bias, bias)
+        _aten._thnn_fused_lstm_cell_backward_impl(cells, None, cells, cell, activated, False)
+
+    @staticmethod
+    def _works(operation: Callable[[], None]) -> bool:
+        try:
+            operation()
+        except (RuntimeError, AttributeError):  # of another dtype or device, or of another version
+            return False
+        return True

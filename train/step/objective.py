@@ -1,0 +1,30 @@
+"""The written-out objective that suits a device."""
+
+from __future__ import annotations
+
+import torch
+
+from train.model.decoder import CaptionDecoder
+from train.model.flat_parameters import FlatParameters
+from train.step.cpu.objective import FastObjective
+from train.step.cuda.objective import CudaObjective
+
+Objective = FastObjective | CudaObjective
+
+
+def flat_parameters(decoder: CaptionDecoder) -> FlatParameters:
+    """A decoder's parameters, laid out as the objective of its device needs them."""
+    device = next(decoder.parameters()).device
+    return FlatParameters(decoder, transposed=device.type == "cpu")
+
+
+def objective_for(
+    decoder: CaptionDecoder,
+    parameters: FlatParameters,
+    *,
+    dtype: torch.dtype,
+    label_smoothing: float,
+) -> Objective:
+    """parameters: from `flat_parameters`."""
+    kind = CudaObjective if parameters.values.device.type == "cuda" else FastObjective
+    return kind(decoder, parameters, dtype=dtype, label_smoothing=label_smoothing)

@@ -1,0 +1,123 @@
+"""A batch of captions as one list of rows, step after step: what the fast objective works on.
+
+Captions come longest first, so at every step the running ones are the first rows. Row after row,
+step after step, they make matrices without padding between captions of unlike length:
+
+    step 0: photo of caption 0, 1, 2, 3      (4 rows)
+    step 1: word 0 of caption 0, 1, 2        (3 rows)
+    step 2: word 1 of caption 0              (1 row)
+
+On a CPU the rows of a step are rounded up to a multiple of 16 and all of them to a multiple of 64:
+oneDNN makes new kernels for every new size it meets. Rows beyond a caption's end are computed and
+count for nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.captions.caption_set import Batch, CaptionSet
+from train.captions.vocabulary import PAD
+from train.step.cuda.kernels import Kernels
+
+_STEP_MULTIPLE = 16
+_TOTAL_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B captions of N target tokens in R ≥ N rows; `steps[t]` rows belong to step t.
+
+    Rows of step t go on with the first rows of step t - 1, in order. Rows past the last step are
+    filling.
+    """
+
+    features: Tensor  # (B, D) float16
+    steps: tuple[int, ...]
+    words: Tensor  # (R,) int64: the word each row reads; of no meaning in the rows of step 0
+    targets: Tensor  # (R,) int64; <pad> where a row counts for nothing
+    captions: Tensor  # (R,) int64: the caption of each row (B or more: filling)
+    previous: Tensor  # (R,) int64: the row of the same caption a step earlier; 0 at step 0
+
+    def count(self) -> Tensor:
+        """N, a scalar on the batch's device."""
+        return (self.targets != PAD).sum()
+
+
+def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
+    """The rows of a batch. Without `round_up` every step has B rows: sizes then depend on (B, T)
+    alone, and nothing waits for the device.
+    """
+    count, length = batch.targets.shape
+    device = batch.targets.device
+    if not round_up:
+        captions, previous = _even_rows(count, length, device)
+        targets = batch.targets.t().reshape(-1)
+        photo = targets.new_full((count,), PAD)
+        return PackedBatch(
+            features=batch.features,
+            steps=(count,) * length,
+            words=torch.cat([photo, batch.inputs.t().reshape(-1)]),
+            targets=targets,
+            captions=captions,
+            previous=previous,
+        )
+    running = (batch.targets != PAD).sum(0).tolist()  # a caption's targets have no gaps
+    steps = [-(-rows // _STEP_MULTIPLE) * _STEP_MULTIPLE for rows in running]
+    total = -(-sum(steps) // _TOTAL_MULTIPLE) * _TOTAL_MULTIPLE
+    captions = torch.cat([torch.arange(rows) for rows in steps])
+    time = torch.repeat_interleave(torch.arange(length), torch.tensor(steps))
+    starts = torch.tensor([0, *steps]).cumsum(0)
+    before = (time - 1).clamp_min(0)
+
+    def padded(values: Tensor) -> Tensor:
+        missing = (0, length - values.shape[1], 0, steps[0] - count)
+        return torch.nn.functional.pad(values, missing, value=PAD)
+
+    def filled(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, total - len(values)))
+
+    return PackedBatch(
+        features=batch.features,
+        steps=tuple(steps),
+        words=filled(padded(batch.inputs)[captions, before]),
+        targets=filled(padded(batch.targets)[captions, time]),
+        captions=filled(captions),
+        previous=filled(torch.where(time > 0, starts[before] + captions, 0)),
+    )
+
+
+def gather_packed(
+    captions: CaptionSet, kernels: Kernels, chosen: Tensor, views: Tensor, length: int
+) -> PackedBatch:
+    """The packed batch of these captions (B,) int64 in their order, `length` steps of B rows, each
+    photo by its view (B,). Works on the device alone, so it can be part of a captured graph.
+    """
+    rows = length * len(chosen)
+    words, targets = (
+        torch.empty(rows, dtype=torch.int64, device=captions.device) for _ in range(2)
+    )
+    kernels.gather_words(chosen, captions.starts, captions.targets, captions.tokens, words, targets)
+    caption_of, previous = _kept_even_rows(len(chosen), length, captions.device)
+    return PackedBatch(
+        features=captions.features_of(chosen, views),
+        steps=(len(chosen),) * length,
+        words=words,
+        targets=targets,
+        captions=caption_of,
+        previous=previous,
+    )
+
+
+def _even_rows(count: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each row's caption and previous row where every step has `count` rows."""
+    rows = torch.arange(count * length, device=device)
+    return rows % count, (rows - count).clamp_min(0)
+
+
+# Never forgotten: made anew within a capture they would be the graph's, and empty outside of it.
+_kept_even_rows = functools.cache(_even_rows)
