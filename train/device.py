@@ -26,6 +26,23 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def cpu_features() -> tuple[str, ...]:
+    """The instruction sets of this CPU that PyTorch's kernels look for, as in avx2, amx_bf16."""
+    has = torch.cpu.get_capabilities().get
+    features = {
+        "avx2": has("avx2"),
+        "avx512": all(has(f"avx512_{part}") for part in ("f", "vl", "bw", "dq")),
+        "avx512_bf16": has("avx512_bf16"),
+        "amx_bf16": has("amx_bf16"),
+    }
+    return tuple(name for name, present in features.items() if present)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_features())
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch, on any device, found no memory for a tensor."""
     signs = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")

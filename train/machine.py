@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from train.device import cpu_features
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -40,7 +42,7 @@ def describe_machine(device: torch.device) -> Machine:
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
-        cpu_features=_cpu_features(),
+        cpu_features=cpu_features(),
         gpu=gpu,
         torch=torch.__version__,
         python=platform.python_version(),
@@ -61,13 +63,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _cpu_features() -> tuple[str, ...]:
-    names = {
-        "avx2": torch.cpu._is_avx2_supported(),
-        "avx512": torch.cpu._is_avx512_supported(),
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "amx_bf16": torch.cpu._is_amx_tile_supported(),
-    }
-    return tuple(name for name, present in names.items() if present)

@@ -28,6 +28,7 @@ from cache.errors import CapError
 from cache.record import EncoderRecord
 from pipeline.encoder.cuda_graph import CapturedGraphs
 from pipeline.encoder.fused_convolutions import (
+    BATCHNORMS,
     fold_batchnorm,
     fuse_convolutions,
     has_batchnorm,
@@ -36,7 +37,7 @@ from pipeline.encoder.fused_convolutions import (
 from pipeline.encoder.torchvision_models import classifiers
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
 from train.allocator import keep_freed_memory
-from train.device import is_out_of_memory
+from train.device import has_fast_bfloat16, is_out_of_memory
 
 RANDOM = "random"
 DTYPES = {
@@ -262,7 +263,7 @@ def _random_network(name: str) -> tuple[nn.Module, int, str]:
         coarse = torch.randn(_CALIBRATION_IMAGES, 3, 14, 14)
         images = nn.functional.interpolate(coarse, (224, 224), mode="bicubic")
         for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCHNORMS):
                 module.momentum = None  # the plain average over passes: here, of one
         if has_batchnorm(network):
             with torch.no_grad():
@@ -465,8 +466,7 @@ def fast_precisions(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         # float16 runs at bfloat16's speed and keeps three more bits of each number.
         return ("float16", "bfloat16", "float32")
-    capable = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return ("bfloat16", "float32") if capable else ("float32",)
+    return ("bfloat16", "float32") if has_fast_bfloat16() else ("float32",)
 
 
 def choose_precision(

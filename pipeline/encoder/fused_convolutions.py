@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from train import private_torch
+
 # What oneDNN can apply to a convolution's result: its name for it, and its parameters.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
@@ -30,6 +32,7 @@ _ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     torch.relu: nn.ReLU,
     functional.relu6: nn.ReLU6,
 }
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -37,7 +40,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def has_batchnorm(network: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+    return any(isinstance(m, BATCHNORMS) for m in network.modules())
 
 
 def meta_twin(network: Network) -> Network:
@@ -160,7 +163,7 @@ def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
         return dtype is not torch.float32
     if dtype is torch.float32:
         return True
-    return dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.bfloat16 and private_torch.has_bfloat16_convolutions()
 
 
 def _is_plain(convolution: nn.Conv2d) -> bool:
@@ -192,25 +195,22 @@ class _OneDnnConvolution(nn.Module):
         return activation in _ACTIVATIONS and not (with_sum and activation is not nn.ReLU)
 
     def _lay_out(self, x: Tensor) -> None:
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight, *self.geometry, [self.typical_batch, *x.shape[1:]]
-        )
+        sizes = [self.typical_batch, *x.shape[1:]]
+        self.weight = private_torch.lay_out_convolution_weight(self.weight, self.geometry, sizes)
         self.laid_out = True
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if not self.laid_out:
             self._lay_out(x)
-        if other is None:
-            return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
-                x, self.weight, self.bias, *self.geometry, self.name, self.parameters_, ""
-            )
-        unary = self.name if self.name != "none" else None
-        if self.in_place:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
-                other, x, self.weight, self.bias, *self.geometry, "add", 1.0, unary, [], ""
-            )
-        return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
-            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, unary, [], ""
+        return private_torch.convolution(
+            x,
+            self.weight,
+            self.bias,
+            self.geometry,
+            self.name,
+            self.parameters_,
+            other,
+            in_place=self.in_place,
         )
 
 
@@ -225,8 +225,7 @@ class _CudnnConvolution(nn.Module):
         in_place: bool,
     ) -> None:
         super().__init__()
-        padding, stride, dilation, groups = _geometry(convolution)
-        self.geometry = stride, padding, dilation, groups
+        self.geometry = _geometry(convolution)
         self.weight = convolution.weight.detach()
         self.bias = None if convolution.bias is None else convolution.bias.detach()
 
@@ -235,17 +234,13 @@ class _CudnnConvolution(nn.Module):
         return activation is nn.ReLU
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        if other is None:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
-        return torch.cudnn_convolution_add_relu(
-            x, self.weight, other, 1.0, self.bias, *self.geometry
-        )
+        return private_torch.cudnn_convolution(x, self.weight, self.bias, self.geometry, other)
 
 
 _Fused = type[_OneDnnConvolution] | type[_CudnnConvolution]
 
 
-def _geometry(convolution: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+def _geometry(convolution: nn.Conv2d) -> private_torch.Geometry:
     """(padding, stride, dilation, groups)."""
     return (
         [int(p) for p in convolution.padding],

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from train import private_torch
 
 # Names the code below in a cache's record; change it whenever the pixels change.
 PREPROCESSING = "rgb, bilinear antialiased, imagenet mean and std"
@@ -200,6 +201,5 @@ def _resize(photo: Tensor, height: int, width: int, out: Tensor | None = None) -
     if photo.shape[2:] == (height, width):
         out.numpy()[...] = photo.numpy()
         return out
-    # What `interpolate` calls; that has no `out`.
-    resize: Callable[..., Tensor] = torch._C._nn._upsample_bilinear2d_aa
-    return resize(photo, [height, width], False, None, None, out=out)
+    private_torch.resize_into(photo, out)
+    return out

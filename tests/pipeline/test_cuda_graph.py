@@ -9,10 +9,7 @@ from pipeline.encoder.cuda_graph import CapturedGraphs
 from pipeline.encoder.encoder import Encoder, QueuedFeatures, load_backbone
 from tests.pipeline.test_encoder import random_pixels
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_a_graph_computes_what_the_function_does_from_pinned_and_other_memory() -> None:

@@ -180,7 +180,6 @@ def test_a_twin_has_shapes_and_no_numbers() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fused_networks_agree_on_a_gpu(dtype: torch.dtype) -> None:
     device = torch.device("cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,13 +26,15 @@ FOREIGN = {  # packages that a floor does without
 TRAIN = {
     "config": set[str](),
     "device": set[str](),
-    "machine": set[str](),
+    "private_torch": set[str](),
+    "machine": {"device"},
+    "openmp": set[str](),
     "allocator": set[str](),
     "captions": {"config"},
     "model": {"captions"},
     "search": {"config", "captions", "model"},
     "scores": {"captions"},
-    "step": {"config", "captions", "model", "search"},
+    "step": {"private_torch", "device", "config", "captions", "model", "search"},
     "fit": {"config", "device", "captions", "model", "search", "scores", "step", "allocator"},
 }
 PIPELINE = {
@@ -97,6 +100,13 @@ def test_rooms_import_what_they_may(floor: str) -> None:
             parts = target.split(".")
             if parts[0] == floor and parts[1] != room:
                 assert parts[1] in allowed[room], f"{name} imports {target}"
+
+
+def test_private_operations_of_torch_are_in_one_module() -> None:
+    private = re.compile(r"torch\.(_[a-z]|ops\.|cpu\._|backends\.\w+\._)|nn\.modules\.|torch\._C")
+    for name, path in MODULES.items():
+        if name != "train.private_torch":
+            assert not private.search(path.read_text(encoding="utf-8")), name
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

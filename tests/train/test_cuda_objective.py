@@ -503,7 +503,6 @@ def test_operations_take_the_shapes_dtypes_and_devices_of_a_step_on_a_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_a_gpu_trains_with_the_compiled_kernels(dtype: torch.dtype) -> None:
     device = torch.device("cuda", torch.cuda.current_device())

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train import private_torch
+
 _CHUNK_BYTES = 8 << 20
 _ROWS_MULTIPLE = 64  # of a chunk: oneDNN makes a kernel for every size
 
@@ -19,7 +21,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = Non
     """left (M, K) @ right (K, N), plus bias (N,), into out (M, N), which is returned."""
     if _by_onednn(left):
         for rows in _chunks(out):
-            out[rows].copy_(_linear(left[rows], right, bias))
+            out[rows].copy_(private_torch.linear(left[rows], right, bias))
     elif bias is None:
         torch.mm(left, right, out=out)
     else:
@@ -31,7 +33,7 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add left (M, K) @ right (K, N) to out (M, N), which is returned."""
     if _by_onednn(left):
         for rows in _chunks(out):
-            out[rows].add_(_linear(left[rows], right, None))
+            out[rows].add_(private_torch.linear(left[rows], right, None))
         return out
     return out.addmm_(left, right)
 
@@ -49,9 +51,3 @@ def _chunks(out: Tensor) -> list[slice]:
     count = _CHUNK_BYTES // (4 * max(1, columns)) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
     count = max(_ROWS_MULTIPLE, count)
     return [slice(start, start + count) for start in range(0, rows, count)]
-
-
-def _linear(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
-        left, right.t(), bias, "none", [], ""
-    )

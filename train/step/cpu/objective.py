@@ -23,14 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train import private_torch
 from train.captions.vocabulary import END, PAD
+from train.device import has_fast_bfloat16
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
 from train.search.word_choice import NEVER
 from train.step.cpu.matmul import add_product_, multiply
 from train.step.packed_batch import PackedBatch
 
-_aten = torch.ops.aten
 # Rows of logits in float32 at a time: some megabytes, so that they stay in a CPU's cache.
 _SOFTMAX_ROWS = 128
 _SAMPLED_ROWS_MULTIPLE = 64
@@ -42,8 +43,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    capable = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if capable else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 @dataclass(frozen=True)
@@ -205,16 +205,7 @@ class FastObjective:
         projected = torch.addmm(
             self._bias("project.bias"), features, self._weight("project.weight")
         ).float()
-        normalized, mean, inverse = torch.native_batch_norm(
-            projected,
-            normalize.weight,
-            normalize.bias,
-            normalize.running_mean,
-            normalize.running_var,
-            measure,
-            normalize.momentum or 0.0,
-            normalize.eps,
-        )
+        normalized, mean, inverse = private_torch.batch_norm(projected, normalize, measure)
         if measure and normalize.num_batches_tracked is not None:
             normalize.num_batches_tracked.add_(1)
         return _Photo(features, projected, normalized, mean, inverse, measure)
@@ -277,7 +268,7 @@ class FastObjective:
             part.copy_(logits[now])
             if smoothing:
                 torch.gather(part, 1, index[now], out=target_logits[now])
-            torch._softmax(part, 1, False, out=part)
+            torch.softmax(part, 1, out=part)
             torch.gather(part, 1, index[now], out=target_probs[now])
             part.scatter_add_(1, index[now], hit[now])
             part.mul_(factors[now].unsqueeze(1))
@@ -399,7 +390,7 @@ class FastObjective:
             d_acts = d_acts_all[:count]
             d_i, d_f, d_g, d_o = d_acts.split(size, 1)
             torch.mul(d_now, o, out=scratch)
-            d_cell.add_(_aten.tanh_backward.grad_input(scratch, squashed, grad_input=scratch))
+            d_cell.add_(private_torch.tanh_backward_(scratch, squashed))
             torch.mul(d_now, squashed, out=d_o)
             torch.mul(d_cell, g, out=d_i)
             torch.mul(d_cell, i, out=d_g)
@@ -407,13 +398,11 @@ class FastObjective:
                 d_f.zero_()
             else:
                 torch.mul(d_cell, layer.cells[past], out=d_f)
-            _aten.sigmoid_backward.grad_input(d_o, o, grad_input=d_o)
-            _aten.sigmoid_backward.grad_input(
-                d_acts[:, : 2 * size],
-                layer.activated[now][:, : 2 * size],
-                grad_input=d_acts[:, : 2 * size],
+            private_torch.sigmoid_backward_(d_o, o)
+            private_torch.sigmoid_backward_(
+                d_acts[:, : 2 * size], layer.activated[now][:, : 2 * size]
             )
-            _aten.tanh_backward.grad_input(d_g, g, grad_input=d_g)
+            private_torch.tanh_backward_(d_g, g)
             d_gates[now].copy_(d_acts)
             if past is not None:
                 d_cell.mul_(f)
@@ -432,17 +421,8 @@ class FastObjective:
 
     def _photo_backward(self, batch: PackedBatch, photo: _Photo, d_photo: Tensor) -> None:
         normalize, gradients = self.decoder.normalize, self.parameters.gradients
-        d_projected, d_scale, d_shift = _aten.native_batch_norm_backward(
-            d_photo,
-            photo.projected,
-            normalize.weight,
-            normalize.running_mean,
-            normalize.running_var,
-            photo.mean,
-            photo.inverse,
-            photo.measured,
-            normalize.eps,
-            [True, True, True],
+        d_projected, d_scale, d_shift = private_torch.batch_norm_backward(
+            d_photo, photo.projected, normalize, photo.mean, photo.inverse, photo.measured
         )
         self.parameters.memory("normalize.weight", gradients).copy_(d_scale)
         self.parameters.memory("normalize.bias", gradients).copy_(d_shift)

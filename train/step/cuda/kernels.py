@@ -16,7 +16,6 @@ from torch import Tensor
 from train.captions.vocabulary import END, PAD
 from train.step.cuda.nvrtc import architecture, compile_source, load_functions
 
-_aten = torch.ops.aten
 SOURCE = Path(__file__).with_name("kernels.cu")
 NAMES = ("gather_words", "read_inputs", "cell_forward", "cell_backward", "cross_entropy", "adamw")
 
@@ -163,7 +162,7 @@ class CompiledKernels:
         if left.dtype is torch.float32:
             torch.mm(left, right, out=out)
         else:
-            _aten.mm.dtype_out(left, right, torch.float32, out=out)
+            torch.mm(left, right, out_dtype=torch.float32, out=out)
 
     def gather_words(
         self,

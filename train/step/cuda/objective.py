@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train import private_torch
 from train.captions.vocabulary import END
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
@@ -28,8 +29,6 @@ from train.step.cpu.objective import IMPOSSIBLE_LOGIT, NO_MASKS, Masks
 from train.step.cuda.kernel_check import kernels_for
 from train.step.cuda.kernels import Kernels
 from train.step.packed_batch import PackedBatch
-
-_aten = torch.ops.aten
 
 
 class CudaObjective:
@@ -187,16 +186,7 @@ class CudaObjective:
         projected = torch.empty(len(features), len(weight), device=features.device)
         self.kernels.product(features, weight.t(), projected)
         projected.add_(self._value("project.bias"))
-        normalized, mean, inverse = torch.native_batch_norm(
-            projected,
-            normalize.weight,
-            normalize.bias,
-            normalize.running_mean,
-            normalize.running_var,
-            measure,
-            normalize.momentum or 0.0,
-            normalize.eps,
-        )
+        normalized, mean, inverse = private_torch.batch_norm(projected, normalize, measure)
         if measure and normalize.num_batches_tracked is not None:
             normalize.num_batches_tracked.add_(1)
         return _Photo(features, projected, normalized.contiguous(), mean, inverse, measure)
@@ -351,19 +341,10 @@ class CudaObjective:
 
     def _photo_backward(self, photo: _Photo, d_photo: Tensor) -> None:
         normalize = self.decoder.normalize
-        d_projected, d_scale, d_shift = _aten.native_batch_norm_backward(
-            d_photo,
-            photo.projected,
-            normalize.weight,
-            normalize.running_mean,
-            normalize.running_var,
-            photo.mean,
-            photo.inverse,
-            photo.measured,
-            normalize.eps,
-            [True, True, True],
+        d_projected, d_scale, d_shift = private_torch.batch_norm_backward(
+            d_photo, photo.projected, normalize, photo.mean, photo.inverse, photo.measured
         )
-        torch._foreach_copy_(
+        private_torch.copy_all_(
             [self._gradient("normalize.weight"), self._gradient("normalize.bias")],
             [d_scale, d_shift],
         )

@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from train import private_torch
 from train.captions.vocabulary import END, PAD
-
-_aten = torch.ops.aten
 
 
 class TorchKernels:
@@ -35,7 +34,7 @@ class TorchKernels:
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         if self._float_products:
-            _aten.mm.dtype_out(left, right, torch.float32, out=out)
+            torch.mm(left, right, out_dtype=torch.float32, out=out)
         elif self._dtype is torch.float32:
             torch.mm(left, right, out=out)
         elif self._device.type == "cpu" or not self._fused:
@@ -93,14 +92,9 @@ class TorchKernels:
     ) -> None:
         if recurrent is None or before is None:
             recurrent, before = torch.zeros_like(gates), torch.zeros_like(cells)
-        if self._fused_cells:
-            output, cell, activated = _aten._thnn_fused_lstm_cell(gates, recurrent, before, *biases)
-        else:
-            i, f, g, o = (gates + recurrent + (biases[0] + biases[1])).chunk(4, 1)
-            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-            cell = i * g + f * before
-            output = o * cell.tanh()
-            activated = torch.cat([i, f, g, o], 1)
+        output, cell, activated = private_torch.lstm_cell(
+            gates, recurrent, before, biases, fused=self._fused_cells
+        )
         gates.copy_(activated)
         cells.copy_(cell)
         hidden.copy_(output)
@@ -124,26 +118,9 @@ class TorchKernels:
             d_hidden, from_after = d_hidden + d_recurrent, d_cells
         if before is None:
             before = torch.zeros_like(cells)
-        if self._fused_cells:
-            gradients, d_before, _ = _aten._thnn_fused_lstm_cell_backward_impl(
-                d_hidden, from_after, before, cells, gates, False
-            )
-        else:
-            i, f, g, o = gates.chunk(4, 1)
-            squashed = cells.tanh()
-            d_cell = d_hidden * o * (1 - squashed * squashed)
-            if from_after is not None:
-                d_cell = d_cell + from_after
-            gradients = torch.cat(
-                [
-                    d_cell * g * i * (1 - i),
-                    d_cell * before * f * (1 - f),
-                    d_cell * i * (1 - g * g),
-                    d_hidden * squashed * o * (1 - o),
-                ],
-                1,
-            )
-            d_before = d_cell * f
+        gradients, d_before = private_torch.lstm_cell_backward(
+            d_hidden, from_after, before, cells, gates, fused=self._fused_cells
+        )
         d_gates.copy_(gradients)
         d_cells.copy_(d_before)
 
@@ -189,23 +166,16 @@ class TorchKernels:
         divisor = torch.maximum(tokens, norm / clip_norm)
         parts = [(slice(0, matrices), decay), (slice(matrices, None), 0.0)] if decay else []
         for part, decay_of_part in parts or [(slice(None), 0.0)]:
-            # torch's fused kernel itself: `torch.optim` brings its compiler along, a second and a
-            # half of imports.
-            torch._fused_adamw_(
-                [values[part]],
-                [gradients[part]],
-                [moments[0][part]],
-                [moments[1][part]],
-                [],
-                [steps],
-                lr=rate,
-                beta1=0.9,
-                beta2=0.999,
-                weight_decay=decay_of_part,
+            private_torch.adamw_(
+                values[part],
+                gradients[part],
+                (moments[0][part], moments[1][part]),
+                steps,
+                rate,
+                divisor,
+                betas=(0.9, 0.999),
+                decay=decay_of_part,
                 eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=divisor,
             )
         if average is not None and weight is not None:
             average.lerp_(values, weight)
@@ -215,13 +185,13 @@ class TorchKernels:
     def _float_product(self) -> None:
         left = torch.ones(16, 16, dtype=self._dtype, device=self._device)
         out = torch.empty(16, 16, device=self._device)
-        _aten.mm.dtype_out(left.t(), left, torch.float32, out=out)
+        torch.mm(left.t(), left, out_dtype=torch.float32, out=out)
 
     def _fused_cell(self) -> None:
         gates = torch.zeros(2, 16, device=self._device)
         cells, bias = torch.zeros(2, 4, device=self._device), torch.zeros(16, device=self._device)
-        _, cell, activated = _aten._thnn_fused_lstm_cell(gates, gates, cells, bias, bias)
-        _aten._thnn_fused_lstm_cell_backward_impl(cells, None, cells, cell, activated, False)
+        _, cell, activated = private_torch.lstm_cell(gates, gates, cells, (bias, bias), fused=True)
+        private_torch.lstm_cell_backward(cells, None, cells, cell, activated, fused=True)
 
     @staticmethod
     def _works(operation: Callable[[], None]) -> bool:

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from train.openmp import spin_briefly
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("unset")
+def test_threads_spin_briefly() -> None:
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+
+@pytest.mark.usefixtures("unset")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "0")],
+)
+def test_what_the_user_has_set_stays(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    spin_briefly()
+    assert os.environ[name] == value
+    assert (os.environ.get("GOMP_SPINCOUNT") == value) == (name == "GOMP_SPINCOUNT")
+
+
+@pytest.mark.usefixtures("unset")
+def test_the_command_line_sets_it_before_torch_is_imported() -> None:
+    code = (
+        "import os, sys\n"
+        "from pipeline.cli.main import main\n"
+        "sys.argv = ['cap', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "1000 False"

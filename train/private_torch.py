@@ -1,0 +1,393 @@
+"""Every operation of PyTorch that the project uses and PyTorch does not document, in one place.
+
+Each function says what the private operation brings, since which PyTorch it exists, and which
+public way is taken where it is missing (`_private` returns None there). The tests run both ways and
+compare them. The oldest PyTorch supported is 2.11; a newer one may rename or remove any of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Operation = Callable[..., Any]
+# (padding, stride, dilation, groups) of a convolution.
+Geometry = tuple[list[int], list[int], list[int], int]
+
+# What oneDNN can apply to the result of a convolution, by its own names.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "hardtanh": functional.relu6,  # only ever used from 0 to 6
+    "hardswish": functional.hardswish,
+    "swish": functional.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@functools.cache
+def _private(name: str) -> Operation | None:
+    """The operation of this dotted name below `torch`, or None where this PyTorch lacks it."""
+    found: Any = torch
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except (AttributeError, RuntimeError):  # torch.ops raises either
+            return None
+    return found  # type: ignore[no-any-return]
+
+
+# Matrix products and convolutions of oneDNN, on a CPU.
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """inputs (R, K) @ weight (K, N) + bias (N,), float32 on a CPU, by oneDNN.
+
+    `mkldnn._linear_pointwise`, since 2.0: PyTorch gives float32 products to MKL, which runs at half
+    the rate of oneDNN on AMD processors. Else: PyTorch's own product.
+    """
+    operation = _private("ops.mkldnn._linear_pointwise")
+    if operation is None:
+        return inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
+    return operation(inputs, weight.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def has_bfloat16_convolutions() -> bool:
+    """Whether oneDNN has bfloat16 convolutions for this CPU.
+
+    `mkldnn._is_mkldnn_bf16_supported`, since 2.1. Else: no, and float32 is used.
+    """
+    operation = _private("ops.mkldnn._is_mkldnn_bf16_supported")
+    return operation is not None and bool(operation())
+
+
+def lay_out_convolution_weight(
+    weight: Tensor, geometry: Geometry, input_sizes: Sequence[int]
+) -> Tensor:
+    """The weight in the memory layout that oneDNN wants for inputs of these sizes (B, C, H, W).
+
+    `mkldnn._reorder_convolution_weight`, since 2.1: saves the same conversion at every call. The
+    result can only be used by `convolution`. Else: the weight as it is.
+    """
+    operation = _private("ops.mkldnn._reorder_convolution_weight")
+    if operation is None or _private("ops.mkldnn._convolution_pointwise") is None:
+        return weight
+    return operation(weight, *geometry, list(input_sizes))  # type: ignore[no-any-return]
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    parameters: Sequence[float],
+    other: Tensor | None = None,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """activation(conv(x) + other) in one kernel of oneDNN, on a CPU.
+
+    weight: from `lay_out_convolution_weight`. activation, parameters: "none", "relu", "hardtanh"
+    with [0.0, 6.0], "hardswish", "swish" or "sigmoid". in_place: the result may take the memory of
+    `other`.
+
+    `mkldnn._convolution_pointwise`, since 2.0. Else: one operation after the other.
+    """
+    operation: Any = _private("ops.mkldnn._convolution_pointwise")
+    if operation is None:
+        padding, stride, dilation, groups = geometry
+        result = functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return _ACTIVATIONS[activation](result if other is None else result + other)
+    if other is None:
+        return operation(x, weight, bias, *geometry, activation, list(parameters), "")  # type: ignore[no-any-return]
+    unary = activation if activation != "none" else None
+    tail: tuple[Any, ...] = (*geometry, "add", 1.0, unary, [], "")
+    if in_place:
+        operation = _private("ops.mkldnn._convolution_pointwise_")
+        return operation.binary(other, x, weight, bias, *tail)  # type: ignore[no-any-return]
+    return operation.binary(x, other, weight, bias, *tail)  # type: ignore[no-any-return]
+
+
+# Convolutions of cuDNN, on a GPU.
+
+
+def cudnn_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, other: Tensor | None = None
+) -> Tensor:
+    """relu(conv(x) + other) in one kernel of cuDNN, in half precision, channels last.
+
+    `cudnn_convolution_relu` and `cudnn_convolution_add_relu`, since 1.13 or earlier. Else: one
+    operation after the other.
+    """
+    padding, stride, dilation, groups = geometry
+    alone, adding = _private("cudnn_convolution_relu"), _private("cudnn_convolution_add_relu")
+    if alone is None or adding is None:
+        result = functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return torch.relu(result if other is None else result + other)
+    if other is None:
+        return alone(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    return adding(x, weight, other, 1.0, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+
+
+# Photos.
+
+
+def resize_into(photos: Tensor, out: Tensor) -> None:
+    """Write antialiased bilinear `photos` (B, C, H, W) uint8 into `out` (B, C, h, w) uint8.
+
+    `torch._C._nn._upsample_bilinear2d_aa`, since 1.13 or earlier, for uint8 since 2.1: what
+    `interpolate` calls, which has no `out`. Else: `interpolate` and a copy.
+    """
+    size = list(out.shape[2:])
+    operation = _private("_C._nn._upsample_bilinear2d_aa")
+    if operation is None:
+        out.copy_(functional.interpolate(photos, size, mode="bilinear", antialias=True))
+    else:
+        operation(photos, size, False, None, None, out=out)
+
+
+# A training step.
+
+
+def tanh_backward_(gradient: Tensor, tanh: Tensor) -> Tensor:
+    """Multiply `gradient` by 1 - tanh², in place, and return it.
+
+    `aten.tanh_backward.grad_input`, since 1.13 or earlier: what autograd calls, without a
+    temporary. Else: the formula.
+    """
+    operation: Any = _private("ops.aten.tanh_backward")
+    if operation is None:
+        return gradient.mul_(1 - tanh * tanh)
+    return operation.grad_input(gradient, tanh, grad_input=gradient)  # type: ignore[no-any-return]
+
+
+def sigmoid_backward_(gradient: Tensor, sigmoid: Tensor) -> Tensor:
+    """Multiply `gradient` by sigmoid × (1 - sigmoid), in place, and return it.
+
+    `aten.sigmoid_backward.grad_input`, since 1.13 or earlier: what autograd calls, without a
+    temporary. Else: the formula.
+    """
+    operation: Any = _private("ops.aten.sigmoid_backward")
+    if operation is None:
+        return gradient.mul_(sigmoid * (1 - sigmoid))
+    return operation.grad_input(gradient, sigmoid, grad_input=gradient)  # type: ignore[no-any-return]
+
+
+def batch_norm(
+    x: Tensor,
+    normalize: torch.nn.BatchNorm1d,
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalized x, mean, 1 / standard deviation) of x (B, E) float32 by the module's parameters.
+
+    measure: by the mean and variance of this batch, which also go into the running statistics; else
+    by the running statistics, and the other two results mean nothing. `batch_norm_backward` takes
+    them.
+
+    `torch.native_batch_norm`, since 1.13 or earlier: what the module calls, whose public form does
+    not return the statistics. Else: the formula.
+    """
+    running = normalize.running_mean, normalize.running_var
+    momentum = normalize.momentum or 0.0
+    operation = _private("native_batch_norm")
+    if operation is not None:
+        arguments = (x, normalize.weight, normalize.bias, *running, measure, momentum)
+        return operation(*arguments, normalize.eps)  # type: ignore[no-any-return]
+    normalized = functional.batch_norm(
+        x, *running, normalize.weight, normalize.bias, measure, momentum, normalize.eps
+    )
+    variance, mean = torch.var_mean(x, 0, correction=0)
+    return normalized, mean, (variance + normalize.eps).rsqrt()
+
+
+def batch_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    normalize: torch.nn.BatchNorm1d,
+    mean: Tensor,
+    inverse: Tensor,
+    measured: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `batch_norm`'s result with respect to (x, weight, bias).
+
+    `aten.native_batch_norm_backward`, since 1.13 or earlier: what autograd calls. Else: the formula
+    of Ioffe and Szegedy (2015), section 3.
+    """
+    assert normalize.running_mean is not None
+    assert normalize.running_var is not None
+    operation = _private("ops.aten.native_batch_norm_backward")
+    if operation is not None:
+        running = normalize.running_mean, normalize.running_var
+        arguments = (gradient, x, normalize.weight, *running, mean, inverse, measured)
+        return operation(*arguments, normalize.eps, [True, True, True])  # type: ignore[no-any-return]
+    if not measured:
+        mean, inverse = normalize.running_mean, (normalize.running_var + normalize.eps).rsqrt()
+    centred = (x - mean) * inverse
+    d_weight, d_bias = (gradient * centred).sum(0), gradient.sum(0)
+    scaled = gradient * (normalize.weight.detach() * inverse)
+    if measured:
+        scaled = scaled - scaled.mean(0) - centred * (scaled * centred).mean(0)
+    return scaled, d_weight, d_bias
+
+
+def lstm_cell(
+    gates: Tensor,
+    recurrent: Tensor,
+    cells: Tensor,
+    biases: tuple[Tensor, Tensor],
+    *,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of an LSTM: (outputs (B, H), cells (B, H), activated gates (B, 4H): i, f, g, o).
+
+    gates, recurrent: (B, 4H), what the inputs and the hidden state add to the gates; cells: (B, H)
+    of the step before. All float32.
+
+    fused: by one kernel, which exists for GPUs alone: `aten._thnn_fused_lstm_cell`, since 1.13 or
+    earlier. Else, or where it is missing: by the equations.
+    """
+    operation = _private("ops.aten._thnn_fused_lstm_cell") if fused else None
+    if operation is not None:
+        return operation(gates, recurrent, cells, *biases)  # type: ignore[no-any-return]
+    i, f, g, o = (gates + recurrent + (biases[0] + biases[1])).chunk(4, 1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cell = i * g + f * cells
+    return o * cell.tanh(), cell, torch.cat([i, f, g, o], 1)
+
+
+def lstm_cell_backward(
+    d_outputs: Tensor,
+    d_cells: Tensor | None,
+    before: Tensor,
+    cells: Tensor,
+    activated: Tensor,
+    *,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `lstm_cell`'s results with respect to (the sum of the gates, `before`).
+
+    d_outputs, d_cells: (B, H), of its first two results, None: zero; before, cells: (B, H), the
+    cells before and after the step; activated: (B, 4H), its third result.
+
+    fused: by one kernel, which exists for GPUs alone: `aten._thnn_fused_lstm_cell_backward_impl`,
+    since 1.13 or earlier. Else, or where it is missing: by the equations.
+    """
+    operation = _private("ops.aten._thnn_fused_lstm_cell_backward_impl") if fused else None
+    if operation is not None:
+        gradients, d_before, _ = operation(d_outputs, d_cells, before, cells, activated, False)
+        return gradients, d_before
+    i, f, g, o = activated.chunk(4, 1)
+    squashed = cells.tanh()
+    d_cell = d_outputs * o * (1 - squashed * squashed)
+    if d_cells is not None:
+        d_cell = d_cell + d_cells
+    gates = [
+        d_cell * g * i * (1 - i),
+        d_cell * before * f * (1 - f),
+        d_cell * i * (1 - g * g),
+        d_outputs * squashed * o * (1 - o),
+    ]
+    return torch.cat(gates, 1), d_cell * f
+
+
+def adamw_(
+    values: Tensor,
+    gradients: Tensor,
+    moments: tuple[Tensor, Tensor],
+    steps: Tensor,
+    rate: Tensor,
+    divisor: Tensor,
+    *,
+    betas: tuple[float, float],
+    decay: float,
+    eps: float,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, 2019) on (P,) float32 values and moments, in place.
+
+    steps: how many, with this one; rate: the learning rate; divisor: of the gradients, which may be
+    changed. All three are scalars on the device of the values.
+
+    `torch._fused_adamw_`, since 2.0: the kernel behind `torch.optim.AdamW(fused=True)`, which would
+    bring PyTorch's compiler along: a second and a half of imports. Else: the formula.
+    """
+    operation = _private("_fused_adamw_")
+    if operation is not None:
+        first, second = moments
+        operation(
+            *([values], [gradients], [first], [second], [], [steps]),
+            lr=rate,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+        )
+        return
+    gradients.div_(divisor)
+    values.mul_(1 - rate * decay)
+    moments[0].lerp_(gradients, 1 - betas[0])
+    moments[1].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
+    root = (moments[1] / (1 - betas[1] ** steps)).sqrt_().add_(eps)
+    values.sub_(moments[0] / root * (rate / (1 - betas[0] ** steps)))
+
+
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, in one kernel.
+
+    `torch._foreach_copy_`, since 2.1. Else: one copy after the other.
+    """
+    operation = _private("_foreach_copy_")
+    if operation is not None:
+        operation(list(targets), list(sources))
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+# The import of torchvision.
+
+_COMPILER, _COMPILER_UTILS = "torch._dynamo", "torch._dynamo.utils"
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """While it lasts, importing `torch._dynamo.utils` is free: its functions load when called.
+
+    `torchvision.ops.roi_align` takes one function from there that it calls much later. Importing
+    PyTorch's compiler for it takes longer than torchvision and everything else together: 0.7 of the
+    3 s in which `cap predict` captions a photo. Where the compiler is loaded already, or cannot be
+    left out, nothing happens.
+    """
+    if _COMPILER in sys.modules:
+        yield
+        return
+    package, utils = ModuleType(_COMPILER), ModuleType(_COMPILER_UTILS)
+    package.__path__ = []  # a package with nothing else in it
+    utils.__getattr__ = _called_later  # type: ignore[method-assign]
+    sys.modules |= {_COMPILER: package, _COMPILER_UTILS: utils}
+    try:
+        yield
+    finally:
+        del sys.modules[_COMPILER], sys.modules[_COMPILER_UTILS]
+
+
+def _called_later(name: str) -> Operation:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(_COMPILER_UTILS), name)(*arguments, **options)
+
+    return call
