@@ -42,7 +42,7 @@ from train.step.cpu.objective import FastObjective, Masks
 from train.step.cuda.graphs import GraphedSteps
 from train.step.cuda.kernel_check import check_kernels, kernels_for
 from train.step.cuda.kernels import NAMES, SOURCE, CompiledKernels, Kernels
-from train.step.cuda.nvrtc import Function, KernelError, compile_source
+from train.step.cuda.launch import Function, KernelError, compile_source
 from train.step.cuda.objective import CudaObjective
 from train.step.cuda.torch_kernels import TorchKernels
 from train.step.dropout import draw_masks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from train.captions.vocabulary import END, PAD
-from train.step.cuda.nvrtc import architecture, compile_source, load_functions
+from train.step.cuda.launch import architecture, compile_source, load_functions
 
 _aten = torch.ops.aten
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -140,7 +140,7 @@ class Kernels(Protocol):
 
 
 class Launched(Protocol):
-    """A kernel that can be started: `train.step.cuda.nvrtc.Function`."""
+    """A kernel that can be started: `train.step.cuda.launch.Function`."""
 
     def for_each(self, count: int, *arguments: Tensor | int | float) -> None: ...
 
