@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Device, Json, errors, one_of, print_json
+from pipeline.cli.errors import Device, Json, errors, one_of, print_json
 from pipeline.cli.terminal import say
 from train.config import RECIPES
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import Device, Json, defaults, errors, print_json
+from pipeline.cli.errors import Device, Json, defaults, errors, print_json
 from pipeline.cli.terminal import ProgressLine, duration, say
-from pipeline.config import ExtractConfig
+from pipeline.extraction.config import ExtractConfig
 
 if TYPE_CHECKING:
     from cache.store import FeatureCache

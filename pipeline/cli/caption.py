@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from cache.errors import CapError
-from pipeline.cli.options import (
+from pipeline.cli.errors import (
     BeamSize,
     Device,
     Diversity,
@@ -30,7 +30,7 @@ from pipeline.cli.options import (
     search_config,
 )
 from pipeline.cli.terminal import say
-from pipeline.config import DemoConfig
+from pipeline.extraction.config import DemoConfig
 from train.config import AUTO, FULL, MEAN, SearchConfig
 
 _SEARCH, _DEMO = SearchConfig(), DemoConfig()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Device, Json, defaults, errors, print_json
+from pipeline.cli.errors import Device, Json, defaults, errors, print_json
 from pipeline.cli.terminal import say
 from train.config import SweepConfig
 

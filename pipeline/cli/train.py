@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import Device, Json, defaults, errors, one_of, print_json
+from pipeline.cli.errors import Device, Json, defaults, errors, one_of, print_json
 from pipeline.cli.terminal import say
 from train.config import (
     DECAYS,

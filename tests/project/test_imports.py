@@ -35,18 +35,17 @@ TRAIN = {
     "fit": {"config", "device", "captions", "model", "search", "scores", "step", "allocator"},
 }
 PIPELINE = {
-    "config": set[str](),
     "photos": set[str](),
     "encoder": {"photos"},
     "vocabulary_report": {"photos"},
     "gallery": {"photos"},
-    "extraction": {"config", "photos", "encoder"},
+    "extraction": {"photos", "encoder"},
     "captioner": {"photos", "encoder"},
     "evaluation": {"photos", "captioner"},
-    "demo": {"config", "extraction", "captioner", "evaluation", "gallery"},
-    "bench": {"config", "photos", "encoder", "extraction", "captioner"},
+    "demo": {"extraction", "captioner", "evaluation", "gallery"},
+    "bench": {"photos", "encoder", "extraction", "captioner"},
     "cli": {
-        *("config", "photos", "encoder", "extraction", "captioner", "evaluation"),
+        *("photos", "encoder", "extraction", "captioner", "evaluation"),
         *("vocabulary_report", "gallery", "demo", "bench"),
     },
     "__main__": {"cli"},
