@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from cache.errors import CapError
+from pipeline.demo.config import DemoConfig
 from pipeline.demo.run import DemoResult, run_demo
-from pipeline.extraction.config import DemoConfig
 from pipeline.photos.preprocessing import decode
 
 

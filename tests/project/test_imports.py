@@ -23,7 +23,8 @@ FOREIGN = {  # packages that a floor does without
 # What each room, or module beside the rooms, may import of its own floor. The floors below are
 # open to all: `cache` to `train`, both to `pipeline`. `docs/architecture.md` draws this.
 TRAIN = {
-    "config": set[str](),
+    "option": set[str](),
+    "config": {"option"},
     "device": set[str](),
     "machine": set[str](),
     "allocator": set[str](),
