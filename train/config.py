@@ -38,12 +38,10 @@ class Recipe:
         "Learning rate after the warm-up: constant, or cosine, which falls to 0.",
         choices=DECAYS,
     )
-    weight_decay: float = option(  # biases and BatchNorm have none
-        0.0, "AdamW's weight decay, of matrices only.", min=0.0
-    )
-    clip_norm: float = option(  # healthy training stays below
-        5.0, "Clip the norm of all gradients together to this.", min=1e-6
-    )
+    # Biases and BatchNorm have no weight decay.
+    weight_decay: float = option(0.0, "AdamW's weight decay, of matrices only.", min=0.0)
+    # Healthy training stays below this.
+    clip_norm: float = option(5.0, "Clip the norm of all gradients together to this.", min=1e-6)
     average_decay: float = option(
         0.0,
         "Decay per step of the moving average of the weights; 0 takes the last weights instead.",
@@ -74,7 +72,7 @@ class Recipe:
         0, "Self-critical epochs after the others; they reward drawn captions by CIDEr-D.", min=0
     )
     self_critical_rate: float = option(
-        5e-5, "Learning rate of self-critical epochs, constant.", min=0.0
+        5e-5, "Constant learning rate of self-critical epochs.", min=0.0
     )
     self_critical_anchor: float = option(
         0.1, "Weight of the true captions' cross-entropy beside that reward.", min=0.0

@@ -30,7 +30,7 @@ class Option:
     # Turns the user's text into the value; raises ValueError.
     parse: Callable[[str], Any] | None = None
     # For a field that is a dataclass itself: the values the user can name. The fields of that
-    # dataclass become options too, each of which changes one number of the named value.
+    # dataclass become options too, each of which overrides one field of the named value.
     presets: Mapping[str, Any] | None = None
 
 
@@ -50,8 +50,8 @@ def option(
     presets: Mapping[str, Any] | None = None,
 ) -> T:
     """A field with a default that is an option."""
-    described = Option(help, min, max, choices, parse, presets)
-    return field(default=default, metadata={_KEY: described})
+    metadata = {_KEY: Option(help, min, max, choices, parse, presets)}
+    return field(default=default, metadata=metadata)
 
 
 def described(config: type) -> list[tuple[Field[Any], Option]]:
