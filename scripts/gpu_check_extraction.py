@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from pipeline.bench.jpegs import write_bench_photos
-from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import (
     MEAN_COSINE,
     MIN_COSINE,
@@ -23,6 +22,7 @@ from pipeline.encoder.encoder import (
     fast_precisions,
     load_backbone,
 )
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Progress, extract
 from pipeline.photos.preprocessing import preprocess
 

@@ -16,8 +16,8 @@ from PIL import Image
 from cache.record import EncoderRecord
 from cache.store import open_cache
 from pipeline.bench.jpegs import write_bench_photos
-from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, load_backbone, normalizer
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Notice, decoding_threads, extract
 from pipeline.photos.preprocessing import preprocess
 from pipeline.photos.read_ahead import PhotoLoader

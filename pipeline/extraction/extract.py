@@ -16,7 +16,6 @@ from cache.errors import CapError
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
-from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import (
     Backbone,
     Encoder,
@@ -25,6 +24,7 @@ from pipeline.encoder.encoder import (
     fast_precisions,
     load_backbone,
 )
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.devices import encode_on_devices
 from pipeline.extraction.encode_rows import EncodedRows, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known

@@ -32,27 +32,10 @@ MAX_PIXELS = 178_956_970
 _ORIENTATION_TAG = 0x0112
 # The classic evaluation crop: the short side at 256 for a 224 crop.
 _CROP_MARGIN = 256 / 224
-_CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
-VIEWS = ("full", "flip", "center", "center-flip", *_CORNERS)
 
 
 class ImageError(Exception):
     """A file is not an image that can be decoded. The message is the reason alone."""
-
-
-def parse_views(names: str) -> tuple[str, ...]:
-    """`full,flip,corners` → the views' names; `corners` stands for its four.
-
-    Raises ValueError naming an unknown or repeated view.
-    """
-    views: list[str] = []
-    for name in (part.strip() for part in names.split(",")):
-        if name != "corners" and name not in VIEWS:
-            raise ValueError(f"unknown view {name!r}; there are {', '.join(VIEWS)} and corners")
-        views.extend(_CORNERS if name == "corners" else (name,))
-    if len(set(views)) != len(views):
-        raise ValueError(f"a view is named twice in {names!r}")
-    return tuple(views)
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:

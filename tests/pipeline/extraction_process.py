@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, encoder_record, load_backbone
 from pipeline.extraction import encode_rows
 from pipeline.extraction import extract as module
+from pipeline.extraction.config import ExtractConfig
 from pipeline.photos.read_ahead import LoadedBatch
 
 

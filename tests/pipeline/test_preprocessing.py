@@ -14,9 +14,9 @@ from pipeline.photos.preprocessing import (
     _needs_pillow,
     decode,
     empty_pixels,
-    parse_views,
     preprocess,
 )
+from pipeline.photos.views import parse_views
 
 QUADRANTS = np.zeros((40, 60, 3), np.uint8)  # red | green over blue | white
 QUADRANTS[:20, :30] = (255, 0, 0)
