@@ -23,7 +23,7 @@ from train.captions.caption_set import Batch, CaptionSet
 from train.captions.vocabulary import END, PAD, SPECIALS, Vocabulary
 from train.model.decoder import CaptionDecoder
 from train.scores.cider_reward import CiderReward
-from train.scores.tokens import PUNCTUATION
+from train.scores.scoring_tokens import PUNCTUATION
 from train.search.rollout import sample
 from train.step.dropout import draw_masks
 from train.step.objective import Objective

@@ -19,7 +19,7 @@ from train.captions.vocabulary import Vocabulary
 from train.config import FULL, SearchConfig
 from train.model.decoder import CaptionDecoder
 from train.scores.ngrams import ReferenceNgrams, number_words
-from train.scores.tokens import treebank_line
+from train.scores.scoring_tokens import treebank_line
 from train.search.hypotheses import search
 
 _ROWS = 4096  # photos whose features are in memory at once

@@ -21,9 +21,9 @@ from cache.errors import CapError
 from train.scores.bleu import BleuStatistics
 from train.scores.java import reason
 from train.scores.meteor import meteor as meteor_score
+from train.scores.scoring_tokens import scoring_tokens
 from train.scores.spice import obstacle as spice_obstacle
 from train.scores.spice import spice as spice_score
-from train.scores.tokens import scoring_tokens
 
 
 class MetricsError(CapError):
