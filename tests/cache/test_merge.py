@@ -19,7 +19,7 @@ from cache.verify import verify
 from cache.writer import open_writer
 from tests.conftest import ROOT, record
 from tests.pipeline.test_cli import cap
-from train.captions.vocabulary import build_caption_table
+from train.captions.tokenizer import build_caption_table
 
 PHOTOS = [f"{letter}.jpg" for letter in "abcdefghij"]
 CAPTIONS = {

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from train.captions.vocabulary import END, PAD, UNK, build_caption_table, build_vocabulary
+from train.captions.tokenizer import build_caption_table
+from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 from train.scores.cider_reward import CiderReward
 
 References = dict[int, list[list[int]]]  # by photo, word numbers without <end>

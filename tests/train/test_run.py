@@ -14,7 +14,7 @@ import torch
 from cache.record import CacheError
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
-from train.captions.caption_set import split_photos
+from train.captions.photo_split import split_photos
 from train.captions.vocabulary import VocabularyError
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.fit.best_epoch import Choice, Judged

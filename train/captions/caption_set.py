@@ -6,7 +6,6 @@ arrays with one indexing operation each; there are no workers and no files in th
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.errors import CapError
-from cache.record import Strings
 from cache.store import DONE, FeatureCache
+from train.captions.views import full_view_index
 from train.captions.vocabulary import END, PAD, Vocabulary
 
-# Batches whose captions are sorted by length together: more of them save more padding, fewer keep
-# a batch closer to a random sample.
-_POOL_BATCHES = 32
 _UPLOADED_ROWS = 8192
 
 
@@ -166,7 +162,7 @@ def caption_set(
         caption_rows=table.rows[kept].astype(np.int64),
         words=words,
         offsets=offsets,
-        full_view=full_view(cache),
+        full_view=full_view_index(cache.encoder.views),
         device=device,
         shared=shared,
     )
@@ -179,56 +175,3 @@ def _uploaded(features: NDArray[np.float16], device: torch.device) -> Tensor:
         part = slice(start, start + _UPLOADED_ROWS)
         uploaded[part].copy_(torch.from_numpy(np.array(features[part])))
     return uploaded
-
-
-def full_view(cache: FeatureCache) -> int:
-    """The view that validation and prediction use: the whole photo, or the first one stored."""
-    views = cache.encoder.views
-    return views.index("full") if "full" in views else 0
-
-
-def split_photos(
-    cache: FeatureCache, *, held_out: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(training rows, validation rows): a seeded share of the photos that have captions.
-
-    A photo is on one side with all its captions. The choice depends on the seed and each photo's
-    image id alone, so it survives a change of order, and identical ids stay together.
-    """
-    rows = np.unique(cache.captions.rows[cache.status[cache.captions.rows] == DONE])
-    ranked = np.array([_rank(cache.image_ids, int(row), seed) for row in rows])
-    count = min(max(1, round(held_out * len(rows))), max(len(rows) - 1, 0))
-    chosen = np.zeros(len(rows), bool)
-    chosen[np.argsort(ranked, kind="stable")[:count]] = True
-    return rows[~chosen].astype(np.int64), rows[chosen].astype(np.int64)
-
-
-def _rank(image_ids: Strings, row: int, seed: int) -> int:
-    text = f"{seed} {image_ids[row]}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-
-def epoch_batches(
-    lengths: NDArray[np.int64], batch_size: int, *, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """An epoch's batches, as caption numbers: every caption once, the last batch may be short.
-
-    Shuffled captions are sorted by length within pools of some batches, cut, and the batches
-    shuffled: neighbours in length share a batch, so little of it is padding. All of it comes from
-    seed and epoch alone: there is nothing to save for a resume.
-    """
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths))
-    pool = _POOL_BATCHES * batch_size
-    for start in range(0, len(order), pool):
-        part = order[start : start + pool]
-        order[start : start + pool] = part[np.argsort(lengths[part], kind="stable")]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
-def epoch_views(count: int, views: int, *, seed: int, epoch: int) -> NDArray[np.int64] | None:
-    """A view for each caption of an epoch; None where there is only one."""
-    if views == 1:
-        return None
-    return np.random.default_rng((seed, epoch, 1)).integers(views, size=count)

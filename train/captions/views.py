@@ -40,9 +40,12 @@ def views_to_read(views: Sequence[str], view: str) -> tuple[str, ...]:
 
     Where there is no full view, the first one stands in for it.
     """
-    if view == MEAN:
-        return tuple(views)
-    return (FULL if FULL in views else views[0],)
+    return tuple(views) if view == MEAN else (views[full_view_index(views)],)
+
+
+def full_view_index(views: Sequence[str]) -> int:
+    """The place of the full view among an encoder's views, or that of the first one without it."""
+    return views.index(FULL) if FULL in views else 0
 
 
 def view_features(cache: FeatureCache, rows: NDArray[np.int64], view: str) -> Tensor:

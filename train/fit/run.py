@@ -27,7 +27,8 @@ from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
-from train.captions.caption_set import CaptionSet, caption_set, split_photos
+from train.captions.caption_set import CaptionSet, caption_set
+from train.captions.photo_split import split_photos
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, Recipe, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.captions.caption_set import Batch, CaptionSet, epoch_batches, epoch_views
+from train.captions.caption_set import Batch, CaptionSet
+from train.captions.epoch_order import epoch_batches, epoch_views
 from train.captions.vocabulary import Vocabulary
 from train.config import Recipe
 from train.fit.self_critical import SelfCritical

@@ -45,7 +45,7 @@ class Bundle:
         record = {
             "version": VERSION,
             "decoder": asdict(self.decoder.config),
-            "vocabulary": json.loads(self.vocabulary.to_json()),
+            "vocabulary": self.vocabulary.as_dict(),
             "encoder": asdict(self.encoder),
             "training": dict(self.training),
         }
@@ -88,7 +88,7 @@ def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
         decoder.load_state_dict(tensors)
         views = tuple(record["encoder"].pop("views"))
         encoder = EncoderRecord(**record["encoder"], views=views)
-        vocabulary = Vocabulary.from_json(json.dumps(record["vocabulary"]))
+        vocabulary = Vocabulary.from_dict(record["vocabulary"])
         if len(vocabulary) != decoder.config.vocab_size:
             raise ValueError(
                 f"{len(vocabulary)} words, the decoder has {decoder.config.vocab_size}"

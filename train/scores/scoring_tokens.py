@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from train.captions.vocabulary import tokenize
+from train.captions.tokenizer import tokenize
 from train.scores.java import has_java, package_folder, reason, run_java
 
 # What pycocoevalcap drops after tokenizing. Everything is lower case by then, so its upper-case
