@@ -44,7 +44,7 @@ def sweep(
     Example: cap sweep --from-cache train.h5 --out runs/sweep --trials 16
     """
     with errors(f"what is done is in {out}; the same command goes on"):
-        from train.fit.sweep import SweepResult
+        from train.fit.reports import SweepResult
         from train.fit.sweep import sweep as run_sweep
 
         config = SweepConfig(

@@ -19,7 +19,8 @@ from cache.writer import open_writer
 from pipeline.captioner import caption_cache
 from train.captions.tokenizer import build_caption_table
 from train.config import Recipe, SearchConfig, TrainConfig
-from train.fit.run import EpochLog, train
+from train.fit.reports import EpochLog
+from train.fit.run import train
 from train.model.bundle import load_bundle
 
 SCENES = ("a dog runs on the beach", "the cat sleeps", "two birds sing", "a man rides a bike")

@@ -6,25 +6,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from train.fit.best_epoch import Choice, Judged
+from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 
 _NOISE = np.random.default_rng(0).normal(0, 1, 100)  # standard error of a mean: a tenth
 
 
-def judged(epoch: int, loss: float, mean: float, *, rewarded: bool = False) -> Judged:
+def judged(epoch: int, loss: float, mean: float, *, rewarded: bool = False) -> ValidatedEpoch:
     """An epoch whose photos differ from the last one's by twice the noise."""
     ciders = mean + (_NOISE - _NOISE.mean()) * (-1) ** epoch
-    return Judged(epoch, loss, ciders, rewarded)
+    return ValidatedEpoch(epoch, loss, ciders, rewarded)
 
 
-def chosen(*epochs: Judged, by_loss: bool = False) -> list[int]:
+def chosen(*epochs: ValidatedEpoch, by_loss: bool = False) -> list[int]:
     """The best epoch so far after each of them."""
-    choice, best = Choice(by_loss=by_loss), []
+    tracker, best = BestEpochTracker(by_loss=by_loss), []
     for one in epochs:
-        took = choice.takes(one)
-        assert choice.best is not None
-        assert took == (choice.best is one)
-        best.append(choice.best.epoch)
+        is_best = tracker.update(one)
+        assert tracker.best is not None
+        assert is_best == (tracker.best is one)
+        best.append(tracker.best.epoch)
     return best
 
 
@@ -64,9 +64,9 @@ def test_rewarded_epochs_do_not_mind_the_loss() -> None:
 
 
 def test_one_photo_tells_what_it_can() -> None:
-    def one(epoch: int, loss: float, cider: float) -> Judged:
+    def one(epoch: int, loss: float, cider: float) -> ValidatedEpoch:
         ciders: NDArray[np.float64] = np.array([cider])
-        return Judged(epoch, loss, ciders)
+        return ValidatedEpoch(epoch, loss, ciders)
 
     assert chosen(one(0, 3.0, 1.0), one(1, 2.0, 0.9), one(2, 2.0, 1.0), one(3, 9.0, 1.1)) == [
         0,
@@ -81,11 +81,11 @@ def test_by_the_loss_alone_and_after_a_pause(by_loss: bool) -> None:
     epochs = [judged(0, 3.0, 1.0), judged(1, 2.0, 0.1), judged(2, 2.5, 1.1), judged(3, 2.4, 3.0)]
     expected = [0, 1, 1, 1] if by_loss else [0, 0, 2, 3]
     assert chosen(*epochs, by_loss=by_loss) == expected
-    choice = Choice(by_loss=by_loss)
+    tracker = BestEpochTracker(by_loss=by_loss)
     for one, best in zip(epochs, expected, strict=True):
-        resumed = Choice(by_loss=by_loss)
-        resumed.load(choice.state())
-        choice = resumed
-        choice.takes(one)
-        assert choice.best is not None
-        assert choice.best.epoch == best
+        resumed = BestEpochTracker(by_loss=by_loss)
+        resumed.load(tracker.state())
+        tracker = resumed
+        tracker.update(one)
+        assert tracker.best is not None
+        assert tracker.best.epoch == best

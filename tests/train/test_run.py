@@ -17,9 +17,11 @@ from tests.conftest import MakeCache
 from train.captions.photo_split import split_photos
 from train.captions.vocabulary import VocabularyError
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
-from train.fit.best_epoch import Choice, Judged
-from train.fit.run import EpochLog, StepLog, TrainError, train
-from train.fit.validation import Validation
+from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
+from train.fit.reports import EpochLog, StepLog
+from train.fit.run import train
+from train.fit.run_folder import TrainError
+from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle
 from train.search.hypotheses import search
 
@@ -216,7 +218,7 @@ def test_a_run_is_not_overwritten_nor_mixed_up(
         next(train(config(cache, run, resume=True)))
     for _ in train(config(cache, run, epochs=1)):
         pass
-    with pytest.raises(TrainError, match="holds a run already"):
+    with pytest.raises(TrainError, match="already holds a run"):
         next(train(config(cache, run)))
     with pytest.raises(TrainError, match="was trained with hidden_size 16, asked for 32"):
         next(train(config(cache, run, resume=True, hidden_size=32)))
@@ -268,14 +270,15 @@ def test_self_critical_epochs_can_be_added_to_a_finished_run(
 def test_the_best_model_is_the_one_selection_asks_for(
     select_by: str, cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = Choice(by_loss=select_by == "loss")
+    tracker = BestEpochTracker(by_loss=select_by == "loss")
     expected: list[bool] = []
 
-    def takes(one: Choice, judged: Judged) -> bool:
-        expected.append(Choice.takes(choice, judged))
+    def update(_: BestEpochTracker, newest: ValidatedEpoch) -> bool:
+        expected.append(BestEpochTracker.update(tracker, newest))
         return expected[-1]
 
-    monkeypatch.setattr("train.fit.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    watched = type("Watched", (BestEpochTracker,), {"update": update})
+    monkeypatch.setattr("train.fit.run.BestEpochTracker", watched)
     reports = train(config(cache, tmp_path / "run", epochs=6, select_by=select_by))
     logs = [report for report in reports if isinstance(report, EpochLog)]
     assert [log.best for log in logs] == expected
@@ -284,7 +287,7 @@ def test_the_best_model_is_the_one_selection_asks_for(
     assert bundle.training["epoch"] == best
     _, held_out = split_photos(cache, held_out=0.2, seed=0)
     search = SearchConfig(beam_size=3 if select_by == "beam" else 1)
-    scores = Validation(cache, rows=held_out).score(bundle.decoder, bundle.vocabulary, search)
+    scores = ValidationPhotos(cache, rows=held_out).score(bundle.decoder, bundle.vocabulary, search)
     assert scores.cider == pytest.approx(logs[best].cider)
     if select_by == "loss":
         assert logs[best].val_loss == min(log.val_loss for log in logs)
@@ -296,17 +299,18 @@ def test_by_another_measure_the_model_so_far_is_judged_anew(
     run = tmp_path / "run"
     settings: dict[str, Any] = {"epochs": 2}
     list(train(config(cache, run, **settings)))
-    seen: list[Judged] = []
+    seen: list[ValidatedEpoch] = []
 
-    def takes(choice: Choice, judged: Judged) -> bool:
-        seen.append(judged)
-        return Choice.takes(choice, judged)
+    def update(tracker: BestEpochTracker, newest: ValidatedEpoch) -> bool:
+        seen.append(newest)
+        return BestEpochTracker.update(tracker, newest)
 
-    monkeypatch.setattr("train.fit.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    watched = type("Watched", (BestEpochTracker,), {"update": update})
+    monkeypatch.setattr("train.fit.run.BestEpochTracker", watched)
     # Without learning the next epoch is judged as the one that was there.
     more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
     list(train(config(cache, run, select_by="beam", **more)))
-    assert [judged.epoch for judged in seen] == [1, 2]
+    assert [epoch.epoch for epoch in seen] == [1, 2]
     assert seen[0].ciders.tolist() == seen[1].ciders.tolist()
     best = load_bundle(run / "best.cap").training
     assert best["config"]["select_by"] == "beam"
@@ -365,7 +369,7 @@ def test_out_of_memory_names_a_smaller_batch(
 def test_one_photo_is_too_few_and_a_last_batch_of_one_is_not(
     tmp_path: Path, make_cache: MakeCache
 ) -> None:
-    with pytest.raises(TrainError, match="too few to hold one out"):
+    with pytest.raises(TrainError, match="only one photo has captions"):
         next(train(config(make_cache([["a dog"]]), tmp_path / "a")))
     cache = make_cache([["a dog"]] * 18, name="y.h5")
     # One photo is held out: 17 captions make a batch of 16 and one of 1.

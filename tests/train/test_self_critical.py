@@ -12,7 +12,7 @@ from train.captions.caption_set import caption_set
 from train.captions.vocabulary import END, PAD, START, UNK, build_vocabulary
 from train.config import Recipe
 from train.fit import self_critical
-from train.fit.self_critical import SelfCritical, _above_the_others, _as_batch
+from train.fit.self_critical import SelfCritical, _advantages, _as_batch
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.search.rollout import sample
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_sample_is_compared_with_the_others_of_its_photo() -> None:
-    advantages = _above_the_others(np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
+    advantages = _advantages(np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
     assert advantages.tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
 
 
@@ -121,7 +121,7 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(
     logits[:, 0, END] = -1e4
     log_probs = logits.log_softmax(-1)
     picked = log_probs.gather(2, words.unsqueeze(-1)).squeeze(-1) * (words != PAD)
-    advantages = torch.from_numpy(_above_the_others(rewards.reshape(3, 4)).reshape(-1)).float()
+    advantages = torch.from_numpy(_advantages(rewards.reshape(3, 4)).reshape(-1)).float()
     loss = -(picked.sum(1) * advantages).sum()
     # Of photo row r the captions are 4r … 4r + 3; their mean loss counts 0.3 for each drawn token.
     true = captions.batch(np.concatenate([np.arange(4 * row, 4 * row + 4) for row in photos]))

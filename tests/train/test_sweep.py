@@ -15,9 +15,11 @@ from cache.errors import CapError
 from tests.conftest import MakeCache
 from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
+from train.fit.reports import SweepResult, TrialLog
 from train.fit.run import train
 from train.fit.run_table import RunsError, find_runs, runs_table
-from train.fit.sweep import SweepError, SweepResult, TrialLog, _hear, _Running, sweep
+from train.fit.sweep import _receive, _RunningTrial, sweep
+from train.fit.sweep_study import SweepError
 from train.fit.sweep_worker import EpochScore, Failed, Finished
 from train.model.bundle import load_bundle
 
@@ -60,7 +62,7 @@ def test_a_sweep_leaves_its_trials_as_runs_and_names_the_best(
     assert [log.number for log in more] == [3]
     assert after.cider >= result.cider
     assert after.trials == 4
-    with pytest.raises(SweepError, match="begun with other epochs; name another --out"):
+    with pytest.raises(SweepError, match="began with other epochs; name another --out"):
         run(small(out, cache, epochs=3))
 
 
@@ -98,11 +100,11 @@ class Pipe:
 
 
 def heard(study: optuna.Study, *messages: object) -> tuple[TrialLog | None, list[object]]:
-    running, pipe = _Running(study.ask(), BEST), Pipe(*messages)
+    running, pipe = _RunningTrial(study.ask()), Pipe(*messages)
     log = None
     config = SweepConfig(Path("x.h5"), Path("out"))
     while log is None and pipe.messages:
-        log = _hear(config, study, pipe, running)  # type: ignore[arg-type]
+        log = _receive(config, study, pipe, running)  # type: ignore[arg-type]
     return log, pipe.answers
 
 
@@ -120,19 +122,19 @@ def test_a_hopeless_trial_is_stopped_and_a_failed_one_is_told() -> None:
     assert log is not None
     assert (log.state, log.cider, log.best) == ("stopped", 0.2, False)
     assert answers == [True, False]
-    log, _ = heard(study, Failed("the loss is nan", every=False))
+    log, _ = heard(study, Failed("the loss is nan", in_every_trial=False))
     assert log is not None
     assert log.state == "failed"
     assert "no score, the loss is nan, 0 epochs" in log.line()
     with pytest.raises(SweepError, match="no captions"):
-        heard(study, Failed("no captions", every=True))
+        heard(study, Failed("no captions", in_every_trial=True))
 
 
 def test_a_worker_that_dies_is_one_line() -> None:
     study = optuna.create_study(direction="maximize")
     config = SweepConfig(Path("x.h5"), Path("out"))
     with pytest.raises(SweepError, match="out/trial-000: its process died"):
-        _hear(config, study, Pipe(), _Running(study.ask(), BEST))  # type: ignore[arg-type]
+        _receive(config, study, Pipe(), _RunningTrial(study.ask()))  # type: ignore[arg-type]
 
 
 def test_without_captions_or_optuna_a_sweep_says_so(
