@@ -7,7 +7,7 @@ import torch
 from cache.store import open_cache
 from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
-from train.captions.caption_set import TrainingSetError, _uploaded, caption_set
+from train.captions.caption_set import TrainingSetError, _upload, caption_set
 from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 
 CPU = torch.device("cpu")
@@ -38,12 +38,12 @@ def test_a_batch_pairs_every_caption_with_its_own_photo(make_cache: MakeCache) -
 def test_two_sets_of_one_cache_can_share_its_features_on_the_device(
     make_cache: MakeCache,
 ) -> None:
-    """Told of another device than the CPU, where the file itself is shared."""
+    """On another device than the CPU, where both sets map the file itself."""
     cache, device = make_cache(CAPTIONS), torch.device("meta")
     vocabulary = build_vocabulary(cache.captions, min_count=1)
     first = caption_set(cache, vocabulary, rows=np.array([0]), device=device, max_length=50)
     second = caption_set(
-        cache, vocabulary, rows=np.array([2]), device=device, max_length=50, shared=first
+        cache, vocabulary, rows=np.array([2]), device=device, max_length=50, features_from=first
     )
     assert second._device_features is first._device_features
     assert first._device_features is not None
@@ -53,9 +53,9 @@ def test_two_sets_of_one_cache_can_share_its_features_on_the_device(
 def test_features_are_uploaded_in_parts_without_loss(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.captions.caption_set._UPLOADED_ROWS", 2)
+    monkeypatch.setattr("train.captions.caption_set._UPLOAD_ROWS", 2)
     cache = make_cache(CAPTIONS, views=("flip", "full"))
-    uploaded = _uploaded(cache.features, CPU)
+    uploaded = _upload(cache.features, CPU)
     assert torch.equal(uploaded, torch.from_numpy(np.array(cache.features)))
 
 

@@ -16,11 +16,10 @@ _POOL_BATCHES = 32
 def epoch_batches(
     lengths: NDArray[np.int64], batch_size: int, *, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
-    """An epoch's batches, as caption numbers: every caption once, the last batch may be short.
+    """The batches of an epoch, as caption numbers: each caption once; one batch may be smaller.
 
-    The captions are shuffled, then sorted by length within pools of some batches, and cut into
-    batches, which are shuffled in turn. Captions of similar length share a batch, so little of it
-    is padding.
+    The captions are shuffled, sorted by length within pools of some batches, and cut into batches,
+    which are then shuffled. Captions of similar length share a batch, so little of it is padding.
     """
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
@@ -33,7 +32,7 @@ def epoch_batches(
 
 
 def epoch_views(count: int, views: int, *, seed: int, epoch: int) -> NDArray[np.int64] | None:
-    """A view for each caption of an epoch; None where there is only one."""
+    """(count,) a random view of the photo for each caption; None if there is only one view."""
     if views == 1:
         return None
     return np.random.default_rng((seed, epoch, 1)).integers(views, size=count)

@@ -352,7 +352,7 @@ def _load_data(
             rows=validation_rows,
             device=device,
             max_length=length,
-            shared=training if val_cache is cache else None,
+            features_from=training if val_cache is cache else None,
         )
     except torch.OutOfMemoryError:
         size = cache.features.nbytes + (0 if val_cache is cache else val_cache.features.nbytes)
