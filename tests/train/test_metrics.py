@@ -160,21 +160,22 @@ def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spice/lib").mkdir(parents=True)
     (tmp_path / "spice/lib/stanford-corenlp-3.6.0.jar").touch()
     monkeypatch.setattr(spice, "package_folder", lambda: tmp_path)
-    said = spice.obstacle()
+    said = spice.missing_requirement()
     assert said is not None
-    assert said.startswith("Stanford CoreNLP 3.6.0 is not whole in ")
+    assert said.startswith("Stanford CoreNLP 3.6.0 is missing or incomplete in ")
     (tmp_path / "spice/lib/stanford-corenlp-3.6.0-models.jar").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
+    too_new = "its program needs Java 8 to 14, `java` is version"
     for printed, expected in (
-        ('openjdk version "17.0.15" 2025-04-15', "its program needs Java 8 to 14, `java` is 17"),
-        ('java version "25" 2025-09-16', "its program needs Java 8 to 14, `java` is 25"),
+        ('openjdk version "17.0.15" 2025-04-15', f"{too_new} 17"),
+        ('java version "25" 2025-09-16', f"{too_new} 25"),
         ('openjdk version "1.8.0_412"', None),
         ('openjdk version "11.0.2" 2019-01-15', None),
         ("nonsense", None),
     ):
         (tmp_path / "java").write_text(f"#!/bin/sh\necho '{printed}' >&2\n")
         (tmp_path / "java").chmod(0o755)
-        assert spice.obstacle() == expected
+        assert spice.missing_requirement() == expected
 
 
 # As spice-1.0.jar's own classes write it, of three images.
@@ -222,7 +223,7 @@ def test_spice_is_asked_where_its_models_are(
     )
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(metrics, "spice_obstacle", lambda: None)
+    monkeypatch.setattr(metrics, "missing_spice_requirement", lambda: None)
     scores = score(HYPOTHESES, REFERENCES, meteor=False)
     assert scores.spice == (None if expected is None else pytest.approx(expected))
     assert scores.tokenizer == "ptb"

@@ -94,10 +94,10 @@ def beam_search(
         if length == config.max_length:
             break
 
-        # Continue with the K best that have not ended. Log-probabilities are at most 0, so a caption
-        # scores at most its sum so far, divided by the longest possible length. Once K captions are
-        # finished, an unfinished one is worth more steps only if it scores higher as it stands. The
-        # search does not simply stop then, because three poor captions may end before a good one.
+        # Continue with the K best that have not ended. Log-probabilities are at most 0, so a score
+        # is at most the sum so far, divided by the longest possible length. Once K captions are
+        # finished, others are worth more steps only if they score higher as they stand. Stopping at
+        # K would be too early: three poor captions may end before a good one.
         keep = (word == END).byte().argsort(dim=2, stable=True)[:, :, :beams]
         sums = top.masked_fill(word == END, IMPOSSIBLE).gather(2, keep)
         divisor = torch.where(finished[photos] < beams, steps, length + 2)
