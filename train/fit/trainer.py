@@ -111,13 +111,9 @@ class Trainer:
         views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
         steps = len(batches)
         for step, chosen in enumerate(batches[first_step:], first_step):
-            loss = self._step(
-                chosen,
-                None if views is None else views[chosen],
-                epoch,
-                epoch * steps + step,
-                recipe.epochs * steps,
-            )
+            chosen_views = None if views is None else views[chosen]
+            position = epoch * steps + step
+            loss = self._step(chosen, chosen_views, epoch, position, recipe.epochs * steps)
             yield StepResult(epoch, step, steps, len(chosen), loss)
 
     def _self_critical_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:

@@ -100,7 +100,7 @@ class _ReferenceTable:
         """
         if not len(keys) or not len(self.keys):
             return np.zeros(count), np.zeros(len(pairs.captions))
-        # The captions' distinct n-grams: C pairs of caption and n-gram, and the count of each (tf).
+        # The distinct n-grams of each caption, and how often it has them (tf).
         distinct, grams = np.unique(keys, return_inverse=True)
         places, known = find_sorted(self.keys, distinct)
         idf = np.where(known, self.idf[places], self.unseen_idf)
@@ -109,13 +109,10 @@ class _ReferenceTable:
         norms = np.sqrt(np.bincount(caption_of, (tf * idf[grams]) ** 2, count))
 
         # Look up each known n-gram of a caption in each reference of its photo. `pair` and `gram`
-        # are the pair and the n-gram of each lookup, first of all, then of those that succeed.
-        known_grams = known[grams]
-        caption_of, tf, places = (
-            caption_of[known_grams],
-            tf[known_grams],
-            places[grams[known_grams]],
-        )
+        # are the pair and the n-gram of each lookup, at first of all, then of those that succeed.
+        known_only = known[grams]
+        caption_of, tf = caption_of[known_only], tf[known_only]
+        places = places[grams[known_only]]
         offsets = np.searchsorted(caption_of, np.arange(count + 1))
         pair, gram = expand_ranges(offsets, pairs.captions)
         wanted = pairs.references[pair] * len(self.keys) + places[gram]
