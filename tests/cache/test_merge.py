@@ -213,7 +213,7 @@ def test_the_command_prints_what_it_made(tmp_path: Path) -> None:
     assert (result["photos"], result["unreadable"], result["duplicates"]) == (10, 2, 0)
     out, err = cap("merge", one, one, "--out", tmp_path / "z.h5", code=1)
     assert (out, len(err.splitlines())) == ("", 1)
-    assert err.startswith(f"error: {one}: shard 1/2, as ")
+    assert err.startswith(f"error: {one}: shard 1/2, and so is ")
 
 
 def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
