@@ -1,4 +1,4 @@
-"""Joining caches: the same photos, words counted anew, and nothing silently twice or missing."""
+"""Joining caches keeps the photos, counts words again, and does not silently drop or repeat any."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(
     content: dict[str, str] | None = None,
     **changes: object,
 ) -> FeatureCache:
-    """A cache of these photos as an extraction would write it; features follow from the content."""
+    """Write a cache of these photos as an extraction would. Features follow from the content."""
     content = content or {}
     skeleton = Skeleton(
         image_ids=Strings.pack(photos),

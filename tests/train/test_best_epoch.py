@@ -1,4 +1,4 @@
-"""The best epoch: by CIDEr where the validation photos can tell, else by the loss."""
+"""The best epoch: CIDEr decides if the difference is significant, otherwise the loss does."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 
-_NOISE = np.random.default_rng(0).normal(0, 1, 100)  # standard error of a mean: a tenth
+_NOISE = np.random.default_rng(0).normal(0, 1, 100)  # the standard error of its mean is 0.1
 
 
 def judged(epoch: int, loss: float, mean: float, *, rewarded: bool = False) -> ValidatedEpoch:
-    """An epoch whose photos differ from the last one's by twice the noise."""
+    """A validated epoch. Its photos' scores differ from the previous epoch's by twice the noise."""
     ciders = mean + (_NOISE - _NOISE.mean()) * (-1) ** epoch
     return ValidatedEpoch(epoch, loss, ciders, rewarded)
 
 
 def chosen(*epochs: ValidatedEpoch, by_loss: bool = False) -> list[int]:
-    """The best epoch so far after each of them."""
+    """The best epoch so far, after each of these epochs."""
     tracker, best = BestEpochTracker(by_loss=by_loss), []
     for one in epochs:
         is_best = tracker.update(one)
@@ -33,7 +33,7 @@ def test_a_clearly_higher_cider_wins_whatever_the_loss() -> None:
 
 
 def test_where_the_photos_cannot_tell_the_loss_decides() -> None:
-    # Photo by photo the two differ by ±2, their mean by its standard error of 0.2 and less.
+    # The photos' scores differ by ±2, the means by 0.1: less than the standard error of 0.2.
     lucky, later = judged(0, 3.0, 1.1), judged(1, 2.9, 1.0)
     assert chosen(lucky, later) == [0, 1]
     assert chosen(lucky, judged(1, 3.1, 1.0)) == [0, 0]
@@ -41,13 +41,13 @@ def test_where_the_photos_cannot_tell_the_loss_decides() -> None:
 
 
 def test_what_is_compared_are_the_photos_not_the_means() -> None:
-    # The same difference of the means, and every photo agrees on it.
+    # The means differ as before, but now every photo's scores differ by just as much.
     assert chosen(judged(0, 3.0, 1.1), judged(2, 2.9, 1.0)) == [0, 0]
 
 
 def test_small_steps_down_do_not_add_up() -> None:
     falling = [judged(n, 3.0 - n / 10, 2.0 - 0.15 * n) for n in range(6)]
-    # Each is within its error of the one before; only the first are within it of the highest.
+    # Each is within the error of its predecessor, but only the first two within that of the best.
     assert chosen(*falling)[-1] == 1
 
 

@@ -27,7 +27,7 @@ def batch() -> Batch:
 def textbook_loss(
     weights: dict[str, Tensor], batch: Batch, layers: int, training: bool, photo_every_step: bool
 ) -> Tensor:
-    """The loss from the equations, one caption, one step and one gate at a time.
+    """The loss computed from the equations, one caption, one step and one gate at a time.
 
     LSTM as in Hochreiter & Schmidhuber (1997) with forget gates; gate order i, f, g, o.
     """

@@ -105,7 +105,7 @@ def test_scores_are_the_textbooks() -> None:
     assert scores.bleu_1 == pytest.approx(textbook_bleu(1), rel=1e-6)
     assert scores.bleu_2 == pytest.approx(textbook_bleu(2), rel=1e-6)
     assert scores.rouge_l == pytest.approx(textbook_rouge_l(), rel=1e-9)
-    # pycocoevalcap measures the length gap in 2-grams; with these references it is the same gap.
+    # pycocoevalcap measures the difference in length in 2-grams. Here that is the same number.
     assert scores.cider == pytest.approx(textbook_cider(), rel=1e-6)
     assert scores.meteor is None
     assert (scores.count, scores.tokenizer) == (3, "treebank")
@@ -178,12 +178,12 @@ def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
         assert spice.missing_requirement() == expected
 
 
-# As spice-1.0.jar's own classes write it, of three images.
+# As spice-1.0.jar writes it, for three images.
 SPICE_ANSWER = """[{"scores":{"All":{"pr":0.6666666666666666,"re":0.25,"f":0.36363636363636365,
 "fn":6,"numImages":1,"fp":1,"tp":2}},"image_id":"0"},{"scores":{"All":{"pr":0.0,"re":0.0,"f":0.0,"fn":4,
 "numImages":1,"fp":0,"tp":0}},"image_id":"1"},{"scores":{"All":{"pr":1.0,"re":1.0,"f":1.0,"fn":0,
 "numImages":1,"fp":0,"tp":3}},"image_id":"2"}]"""
-# What it says on stderr where it fails, Java 17 here.
+# What it prints on stderr when it fails, here under Java 17.
 SPICE_FAILURE = """Parsing reference captions
 Initiating Stanford parsing pipeline
 Error: Could not score batched file input:
@@ -253,7 +253,7 @@ def test_official_tokens_and_meteor_with_java() -> None:
 
 @needs_java
 def test_meteor_of_any_photos_is_computed_as_its_program_computes_it() -> None:
-    # The first is its reference, in one piece, which the program counts apart.
+    # The first equals its reference, a case that the program treats differently.
     texts = ["a dog runs on the grass", "two kittens on a bed", "a man on the beach", ""]
     truth = [*REFERENCES.values(), ["a bus"]]
 

@@ -45,7 +45,7 @@ def config(
     recipe: Recipe | None = None,
     **changes: object,
 ) -> TrainConfig:
-    """A small run; names of the recipe's fields change those."""
+    """A small run. changes: fields of the recipe or of the run."""
     if recipe is None:
         recipe = Recipe(
             embedding_size=8, hidden_size=16, batch_size=16, learning_rate=0.01, epochs=epochs
@@ -95,7 +95,7 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
 
 
 @pytest.mark.parametrize(("pause_s", "saved"), [(1e9, 0), (0.0, 6)])
-def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
+def test_by_default_a_run_saves_at_intervals_and_not_too_often(
     cache: FeatureCache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,7 +112,7 @@ def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
 def test_losses_that_are_read_late_make_the_same_log(
     cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the line of a step comes after the next step. Interrupted before it, too."""
+    """As on a GPU, a step is logged after the next one; here also when the run is interrupted."""
     for _ in train(config(cache, tmp_path / "soon", log_every=1)):
         pass
     monkeypatch.setattr("train.fit.run._reads_losses_late", lambda device: True)
@@ -149,7 +149,7 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
         if count == stop_after:
             break
     reports.close()
-    torch.manual_seed(99)  # whatever happened in between
+    torch.manual_seed(99)  # the state of torch's generator must not matter
     for _ in train(config(cache, tmp_path / "run", resume=True, **changes)):
         pass
     for name in ("last.cap", "best.cap", "epoch-2-step-4.cap"):
@@ -167,7 +167,7 @@ def test_a_run_interrupted_before_its_first_step_can_be_resumed(
     cache: FeatureCache, tmp_path: Path
 ) -> None:
     reports = train(config(cache, tmp_path / "run", epochs=1))
-    next(reports)  # what it is about to do
+    next(reports)  # the report before the first step
     reports.close()
     for resume, out in ((True, "run"), (False, "whole")):
         for _ in train(config(cache, tmp_path / out, epochs=1, resume=resume)):
@@ -176,7 +176,7 @@ def test_a_run_interrupted_before_its_first_step_can_be_resumed(
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: FeatureCache, tmp_path: Path) -> None:
-    """As after SIGKILL: nothing of the generator's clean-up happens, half a log line is there."""
+    """As after SIGKILL: the generator does not clean up, and the last log line is incomplete."""
     for _ in train(config(cache, tmp_path / "whole")):
         pass
     reports = train(config(cache, tmp_path / "run"))
@@ -293,7 +293,7 @@ def test_the_best_model_is_the_one_selection_asks_for(
         assert logs[best].val_loss == min(log.val_loss for log in logs)
 
 
-def test_by_another_measure_the_model_so_far_is_judged_anew(
+def test_with_another_select_by_the_model_so_far_is_validated_again(
     cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -307,7 +307,7 @@ def test_by_another_measure_the_model_so_far_is_judged_anew(
 
     watched = type("Watched", (BestEpochTracker,), {"update": update})
     monkeypatch.setattr("train.fit.run.BestEpochTracker", watched)
-    # Without learning the next epoch is judged as the one that was there.
+    # Without learning, the next epoch gets the same scores as the model so far.
     more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
     list(train(config(cache, run, select_by="beam", **more)))
     assert [epoch.epoch for epoch in seen] == [1, 2]
@@ -317,7 +317,7 @@ def test_by_another_measure_the_model_so_far_is_judged_anew(
     assert best["scores"]["cider"] == pytest.approx(seen[0].ciders.mean())
 
 
-def test_more_epochs_may_follow_until_rewarded_ones_have(
+def test_epochs_can_be_added_until_self_critical_ones_have_begun(
     cache: FeatureCache, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"average_decay": 0.9, "self_critical_photos": 8}
@@ -331,7 +331,7 @@ def test_more_epochs_may_follow_until_rewarded_ones_have(
         next(train(config(cache, run, epochs=3, **more)))
 
 
-def test_on_other_validation_photos_the_model_so_far_is_judged_anew(
+def test_with_other_validation_photos_the_model_so_far_is_validated_again(
     cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
 ) -> None:
     run = tmp_path / "run"
@@ -384,7 +384,7 @@ def test_a_cache_without_captions_says_so(tmp_path: Path, make_cache: MakeCache)
 
 
 def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCache) -> None:
-    # Of one length: batches of length-sorted captions then mix the photos, as BatchNorm needs.
+    # Captions of equal length, so that batches mix the photos, as BatchNorm needs.
     sentences = [
         "a dog runs on the grass",
         "two cats sleep under a tree",
