@@ -18,7 +18,7 @@ from cache.record import CacheError, Skeleton
 from cache.seal import FORMAT_VERSION, SEAL_BYTES, Region, write_seal
 from cache.store import DIGEST_BYTES, ERROR_BYTES
 
-# Large arrays start at a page boundary, so that mapping them needs no copy.
+# Large arrays start at a page boundary, so that mapping them has no extra cost.
 _ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
 _OVERHEAD_BYTES = 1 << 17  # more than the seal, HDF5's structures and padding take
 

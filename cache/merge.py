@@ -35,10 +35,10 @@ def merge(
     """Join finished caches of one encoder into the cache `out`, which appears only when complete.
 
     Photos keep the order of the caches and of the rows in them. Shards are sorted by number. All of
-    them must be there, and of the same photos and captions. The result is then byte for byte the
-    cache of an extraction without shards. In caches that are not shards, a photo that an earlier
-    cache has, by its digest, is an error, or is left out with `deduplicate`. Unreadable photos are
-    kept with their reasons, and words are counted again.
+    them must be there and belong to the same photos and captions. The result is then byte for byte
+    the cache of an extraction without shards. In caches that are not shards, a photo that an
+    earlier cache has, by its digest, is an error, or is left out with `deduplicate`. Unreadable
+    photos are kept with their reasons, and words are counted again.
 
     Memory holds names and captions; features pass through it in blocks of 16 MB.
     Raises CacheError for another encoder (naming the field), pending or damaged rows, missing
@@ -223,7 +223,7 @@ def _without_duplicates(
         row = int(clashes[0])
         raise CacheError(
             f"{named(row)} has the same id as another photo, {named(int(same_id[row]))} "
-            f"(such pairs: {len(clashes):,})"
+            f"(ids that clash: {len(clashes):,})"
         )
     return [keep[start:stop] for start, stop in pairwise(first_rows)]
 

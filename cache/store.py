@@ -1,4 +1,4 @@
-"""The feature cache: one HDF5 file per split, safe if its writer is killed, as fast as memory.
+"""The feature cache: one HDF5 file per split. It survives a kill and is read at memory speed.
 
 Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
 

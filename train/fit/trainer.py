@@ -234,7 +234,7 @@ class Trainer:
         with _without_tf32(), warnings.catch_warnings():
             # Autograd warns that transposed gradients may be slow. Here they are intended.
             warnings.filterwarnings("ignore", message="grad and param do not obey")
-            # cuDNN warns that the LSTM's weights are not in a buffer of its own.
+            # cuDNN warns that the LSTM's weights would be faster in a buffer of its own.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
             loss = self.decoder.loss(batch, self.recipe.label_smoothing)
             loss.backward()
