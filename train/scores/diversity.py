@@ -30,9 +30,10 @@ class Diversity:
         known = f" of {self.vocabulary:,} known" if self.vocabulary is not None else ""
         return (
             f"{self.distinct:,} distinct captions of {self.captions:,}; "
-            f"{self.words_used:,} words used{known}, {100 * self.unk_share:.2g}% of them <unk>; "
-            f"{self.mean_length:.1f} words a caption; "
-            f"most often ({self.repeats:,} times): {self.most_repeated}"
+            f"{self.words_used:,} words used{known}, "
+            f"{100 * self.unk_share:.2g}% of all words <unk>; "
+            f"{self.mean_length:.1f} words per caption; "
+            f"most frequent ({self.repeats:,} times): {self.most_repeated}"
         )
 
 

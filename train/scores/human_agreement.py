@@ -35,7 +35,7 @@ class Agreement:
         }
 
     def summary(self) -> str:
-        """The scores, one a line, times 100."""
+        """The scores times 100, one per line."""
         lines = [f"{name:<8} {100 * value:6.2f}" for name, value in self.scores.items()]
         lines.append(
             f"people, {self.photos:,} photos, mean of {self.rounds} rounds, each caption against "
