@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from cache.record import CaptionTable, EncoderRecord, Skeleton, Strings
 from cache.store import DIGEST_BYTES, open_cache
 from cache.writer import open_writer
-from train.captions.caption_set import Batch, CaptionSet, caption_set, epoch_batches
+from train.captions.caption_set import Batch, CaptionSet, caption_set
+from train.captions.epoch_order import epoch_batches
 from train.captions.vocabulary import PAD, Vocabulary, build_vocabulary
 from train.config import CLASSIC, Recipe
 from train.device import resolve_device
