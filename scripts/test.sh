@@ -1,8 +1,27 @@
 #!/usr/bin/env bash
-# Lint, type-check and test. Makes .venv on the first run. Arguments go to pytest.
+# Lint, type-check and test.
+#
+#   scripts/test.sh [PYTEST ARGUMENTS]            with the versions in constraints.txt, in .venv
+#   scripts/test.sh --lowest [PYTEST ARGUMENTS]   with the lowest versions that pyproject.toml
+#                                                 allows, in .venv-lowest
+#
+# The first run makes the environment: some GB with torch, again as many for --lowest.
+# --lowest runs the tests alone. Old versions of ruff and mypy judge the same code by other rules,
+# and what they find says nothing about the versions that the code runs with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in
+-h | --help)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' scripts/test.sh
+    exit
+    ;;
+esac
 . scripts/install.sh
+if [ "${1:-}" = --lowest ]; then
+    shift
+    install_lowest
+    exec .venv-lowest/bin/python -m pytest "$@"
+fi
 install "[dev]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
