@@ -113,7 +113,7 @@ def _bindings() -> tuple[Any, Any]:
     if torch.version.cuda is None:
         raise KernelError("this PyTorch is built without CUDA")
     try:
-        from cuda.bindings import driver, nvrtc  # type: ignore[import-untyped, unused-ignore]
+        from cuda.bindings import driver, nvrtc
     except ImportError as error:
         raise KernelError(f"cannot import cuda-bindings: {_first_line(error)}") from error
     return driver, nvrtc
