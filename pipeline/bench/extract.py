@@ -19,8 +19,8 @@ from pipeline.bench.jpegs import write_bench_photos
 from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, load_backbone, normalizer
 from pipeline.extraction.extract import Notice, decoding_threads, extract
+from pipeline.photos.photo_loader import PhotoLoader
 from pipeline.photos.preprocessing import preprocess
-from pipeline.photos.read_ahead import PhotoLoader
 from train.allocator import keep_freed_memory
 from train.device import resolve_device
 from train.machine import peak_rss_mb

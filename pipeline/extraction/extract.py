@@ -25,12 +25,12 @@ from pipeline.encoder.encoder import (
     fast_precisions,
     load_backbone,
 )
-from pipeline.extraction.devices import encode_on_devices
-from pipeline.extraction.encode_rows import EncodedRows, encode_batches, pending_batches
+from pipeline.extraction.device_workers import encode_on_devices
+from pipeline.extraction.encode_batches import EncodedRows, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
 from pipeline.extraction.shards import shard_of
 from pipeline.photos.captions_files import Photo, read_photos
-from pipeline.photos.read_ahead import PhotoLoader
+from pipeline.photos.photo_loader import PhotoLoader
 from train.captions.vocabulary import build_caption_table
 from train.device import resolve_devices
 

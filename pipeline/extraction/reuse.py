@@ -18,8 +18,8 @@ from cache.record import CacheError, EncoderRecord
 from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter
 from pipeline.photos.photo_file import file_digest, read_file
+from pipeline.photos.photo_loader import STALL_S, StalledError
 from pipeline.photos.preprocessing import ImageError
-from pipeline.photos.read_ahead import STALL_S, StalledError
 
 _TASK_PHOTOS = 32
 _Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]

@@ -10,9 +10,9 @@ import torch
 
 from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, encoder_record, load_backbone
-from pipeline.extraction import encode_rows
+from pipeline.extraction import encode_batches
 from pipeline.extraction import extract as module
-from pipeline.photos.read_ahead import LoadedBatch
+from pipeline.photos.photo_loader import LoadedBatch
 
 
 @cache
@@ -31,14 +31,14 @@ def prepare() -> None:
         views=("full",),
     )
     encoder.encode(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))  # makes the kernels
-    encode = encode_rows._encode
+    encode = encode_batches._encode
 
     def encode_slowly(encoder: Encoder, batch: LoadedBatch) -> object:
         time.sleep(0.002)  # more moments to be killed in
         return encode(encoder, batch)
 
     module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once
-    vars(encode_rows).update(_encode=encode_slowly)
+    vars(encode_batches).update(_encode=encode_slowly)
     vars(module).update(
         load_backbone=lambda *_: backbone,
         encoder_record=lambda *_: record,

@@ -10,9 +10,9 @@ import pytest
 from cache.record import CacheError
 from cache.store import DONE, open_cache
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
-from pipeline.extraction import encode_rows
+from pipeline.extraction import encode_batches
 from pipeline.extraction.extract import Progress, extract
-from pipeline.photos.read_ahead import LoadedBatch
+from pipeline.photos.photo_loader import LoadedBatch
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
 
@@ -20,13 +20,13 @@ from tests.pipeline.test_extract import config, run
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of photos in each batch that is really encoded."""
-    real, counts = encode_rows._encode, []
+    real, counts = encode_batches._encode, []
 
     def count(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
         counts.append(len(batch.decoded))
         return real(encoder, batch)
 
-    monkeypatch.setattr(encode_rows, "_encode", count)
+    monkeypatch.setattr(encode_batches, "_encode", count)
     return counts
 
 

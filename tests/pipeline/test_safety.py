@@ -21,13 +21,13 @@ from cache.record import CacheError
 from cache.store import open_cache
 from cache.verify import verify
 from cache.writer import open_writer
-from pipeline.extraction import encode_rows, reuse
+from pipeline.extraction import encode_batches, reuse
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import ExtractError, Progress, extract
-from pipeline.photos import photo_file, read_ahead
+from pipeline.photos import photo_file, photo_loader
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
+from pipeline.photos.photo_loader import PhotoLoader, StalledError
 from pipeline.photos.preprocessing import MAX_PIXELS
-from pipeline.photos.read_ahead import PhotoLoader, StalledError
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
 from train.config import Recipe, TrainConfig
@@ -204,8 +204,8 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
             back.wait()
         return real(path, size, views, out)
 
-    monkeypatch.setattr(read_ahead, "read_photo", read_photo)
-    monkeypatch.setattr(encode_rows, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
+    monkeypatch.setattr(photo_loader, "read_photo", read_photo)
+    monkeypatch.setattr(encode_batches, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
     started = time.monotonic()
     with pytest.raises(StalledError, match=r"2\d\.jpg: the disk has given no photo for 2 s; what"):
         run(folder, tmp_path / "x.h5", captions=None)
@@ -229,7 +229,7 @@ def test_a_drive_that_stalls_from_the_start_leaves_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
-    monkeypatch.setattr(read_ahead, "read_photo", lambda *_, **__: [None, back.wait()][0])
+    monkeypatch.setattr(photo_loader, "read_photo", lambda *_, **__: [None, back.wait()][0])
     monkeypatch.setattr(extraction, "PhotoLoader", partial(PhotoLoader, stall_s=0.2))
     monkeypatch.setattr(extraction, "fast_precisions", lambda device: ("bfloat16", "float32"))
     with pytest.raises(StalledError, match=r"a\.jpg: the disk has given no photo for"):
@@ -260,7 +260,7 @@ def test_decompression_bombs_are_refused_before_they_take_memory(tmp_path: Path)
     code = """
 import resource, sys
 from pathlib import Path
-from pipeline.photos import photo_file, read_ahead
+from pipeline.photos import photo_file, photo_loader
 from pipeline.photos.photo_file import read_photo
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 100_000_000

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from cache.errors import CapError
 from cache.store import FeatureCache
 from pipeline.encoder.encoder import Encoder
-from pipeline.extraction.encode_rows import Batches, EncodedRows, encode_batches
+from pipeline.extraction.encode_batches import Batches, EncodedRows, encode_batches
 
 _EXIT_S = 0.3  # for a worker that was asked to end
 
@@ -123,7 +123,7 @@ def _start(pipe: Connection) -> subprocess.Popen[bytes]:
     multiprocessing's, which would run the caller's main module again. In a session of its own,
     since a terminal sends Ctrl-C to every process of one.
     """
-    code = "from pipeline.extraction.devices import main; main()"
+    code = "from pipeline.extraction.device_workers import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(pipe.fileno())],
         pass_fds=[pipe.fileno()],

@@ -14,7 +14,7 @@ import torch
 
 from cache.store import open_cache
 from pipeline.encoder.encoder import load_backbone
-from pipeline.extraction.devices import WorkerError
+from pipeline.extraction.device_workers import WorkerError
 from pipeline.extraction.extract import Progress, extract
 from tests.conftest import ROOT, write_photo
 from tests.pipeline.test_extract import config, run
@@ -25,7 +25,7 @@ def workers_of(pid: int) -> list[int]:
     """The worker processes that this process started and that are alive."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return [int(child) for child, line in lines.items() if b"pipeline.extraction.devices" in line]
+    return [int(child) for child, line in lines.items() if b"device_workers" in line]
 
 
 def test_two_processes_make_the_bytes_of_one(photos: Path, tmp_path: Path) -> None:

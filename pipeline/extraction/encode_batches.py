@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cache.record import Strings
 from cache.store import DIGEST_BYTES, PENDING
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
-from pipeline.photos.read_ahead import LoadedBatch, PhotoLoader
+from pipeline.photos.photo_loader import LoadedBatch, PhotoLoader
 
 
 @dataclass(frozen=True)
