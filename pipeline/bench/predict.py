@@ -22,7 +22,10 @@ from PIL import Image
 
 from cache.errors import CapError
 from pipeline.captioner import Captioner
-from pipeline.encoder.encoder import RANDOM, Backbone, Encoder, choose_precision, load_backbone
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.precision import choose_precision
+from pipeline.encoder.weights import RANDOM, load_backbone
 from pipeline.photos.photo_file import read_photo
 from train.captions.vocabulary import SPECIALS, Vocabulary
 from train.config import SearchConfig

@@ -17,14 +17,10 @@ from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sh
 from cache.store import DONE, UNREADABLE, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.config import ExtractConfig
-from pipeline.encoder.encoder import (
-    Backbone,
-    Encoder,
-    choose_precision,
-    encoder_record,
-    fast_precisions,
-    load_backbone,
-)
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.encoder import Encoder, encoder_record
+from pipeline.encoder.precision import choose_precision, fast_precisions
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.device_workers import encode_on_devices
 from pipeline.extraction.encode_batches import EncodedRows, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from cache.store import FeatureCache, open_cache
 from cache.verify import VerifyReport, verify
-from pipeline.encoder.encoder import Encoder, EncoderError
+from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.encoder import Encoder
 from pipeline.photos.photo_file import file_digest, read_file, read_photo
 from pipeline.photos.preprocessing import ImageError
 from train.device import resolve_device

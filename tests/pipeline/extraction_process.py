@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config import ExtractConfig
-from pipeline.encoder.encoder import Encoder, encoder_record, load_backbone
+from pipeline.encoder.encoder import Encoder, encoder_record
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction import encode_batches
 from pipeline.extraction import extract as module
 from pipeline.photos.photo_loader import LoadedBatch

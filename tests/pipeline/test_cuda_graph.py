@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.encoder.cuda_graph import CapturedGraphs
-from pipeline.encoder.encoder import Encoder, QueuedFeatures, load_backbone
+from pipeline.encoder.encoder import Encoder, QueuedFeatures
+from pipeline.encoder.weights import load_backbone
 from tests.pipeline.test_encoder import random_pixels
 
 pytestmark = pytest.mark.gpu

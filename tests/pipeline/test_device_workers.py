@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cache.store import open_cache
-from pipeline.encoder.encoder import load_backbone
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.device_workers import WorkerError
 from pipeline.extraction.extract import Progress, extract
 from tests.conftest import ROOT, write_photo

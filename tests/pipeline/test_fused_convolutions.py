@@ -7,7 +7,6 @@ import torch
 from torch import fx, nn
 from torchvision import models
 
-from pipeline.encoder.encoder import load_backbone
 from pipeline.encoder.fused_convolutions import (
     _CudnnConvolution,
     _MaxPool3,
@@ -18,6 +17,7 @@ from pipeline.encoder.fused_convolutions import (
     has_batchnorm,
     meta_twin,
 )
+from pipeline.encoder.weights import load_backbone
 
 CPU = torch.device("cpu")
 
