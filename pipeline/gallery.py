@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from cache.atomic import write_atomically
+from pipeline.photos.decoding import decode
 from pipeline.photos.photo_file import read_file
-from pipeline.photos.preprocessing import decode
 
 _TILE_WIDTH, _PHOTO_HEIGHT, _MARGIN = 320, 240, 10
 _FONT_SIZE, _LINE_HEIGHT = 15, 19

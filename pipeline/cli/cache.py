@@ -95,7 +95,7 @@ def extract_features(
         from pipeline.encoder.encoder import DTYPES
         from pipeline.extraction.extract import Notice, extract
         from pipeline.extraction.shards import parse_shard
-        from pipeline.photos.preprocessing import parse_views
+        from pipeline.photos.views import parse_views
 
         try:
             parsed_views = parse_views(views)

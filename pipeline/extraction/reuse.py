@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from cache.record import CacheError, EncoderRecord
 from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter
+from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file
 from pipeline.photos.photo_loader import STALL_S, StalledError
-from pipeline.photos.preprocessing import ImageError
 
 _TASK_PHOTOS = 32
 _Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]

@@ -13,8 +13,8 @@ from cache.store import FeatureCache, open_cache
 from cache.verify import VerifyReport, verify
 from pipeline.encoder.backbone import EncoderError
 from pipeline.encoder.encoder import Encoder
+from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file, read_photo
-from pipeline.photos.preprocessing import ImageError
 from train.device import resolve_device
 
 # The same pixels through the same network: anything below this is another photo or network.

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.store import DIGEST_BYTES
-from pipeline.photos.preprocessing import ImageError, preprocess
+from pipeline.photos.decoding import ImageError
+from pipeline.photos.preprocessing import preprocess
 
 # A file larger than this is not a photo; reading it would only take memory.
 MAX_FILE_BYTES = 1 << 29

@@ -25,9 +25,9 @@ from pipeline.extraction import encode_batches, reuse
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import ExtractError, Progress, extract
 from pipeline.photos import photo_file, photo_loader
+from pipeline.photos.decoding import MAX_PIXELS
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
 from pipeline.photos.photo_loader import PhotoLoader, StalledError
-from pipeline.photos.preprocessing import MAX_PIXELS
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
 from train.config import Recipe, TrainConfig

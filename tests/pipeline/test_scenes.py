@@ -20,7 +20,7 @@ from pipeline.demo.scenes import (
     named_right,
 )
 from pipeline.gallery import Tile, write_contact_sheet
-from pipeline.photos.preprocessing import decode
+from pipeline.photos.decoding import decode
 from tests.conftest import write_photo
 
 
