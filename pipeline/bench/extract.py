@@ -20,7 +20,7 @@ from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.extract import Notice, decoding_threads, extract
-from pipeline.photos.photo_loader import PhotoLoader
+from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import preprocess
 from train.allocator import keep_freed_memory
 from train.device import resolve_device
@@ -207,7 +207,7 @@ class _Parts:
         rows = range(len(self._paths))
         batches = [rows[i : i + self._batch_rows] for i in rows[:: self._batch_rows]]
         with PhotoLoader(
-            [(batch[0], batch) for batch in batches],
+            [BatchRequest(batch[0], batch) for batch in batches],
             self._paths.__getitem__,
             batch_rows=self._batch_rows,
             image_size=self._size,

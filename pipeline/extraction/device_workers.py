@@ -1,9 +1,9 @@
-"""Several devices at once: one process each, which reads, decodes and encodes its own batches.
+"""Extraction on several devices: one worker process each reads, decodes and encodes its batches.
 
-Processes and not threads, because Python's lock would be the limit: a thread holds it for some 30
-microseconds a photo, which one fast GPU can bear and a machine full of them cannot. Only the
-parent writes to the cache file; the workers read names from it and send features through a pipe.
-They are given every n-th batch, so any number of devices computes the same batches.
+They are processes, not threads, because a thread holds Python's lock for some 30 microseconds per
+photo: one fast GPU can wait for that, a machine full of GPUs cannot. Only the parent writes to the
+cache file. The workers read names from it and send features through pipes. Each of n workers gets
+every n-th batch, so any number of devices computes the same batches.
 """
 
 from __future__ import annotations
@@ -24,51 +24,55 @@ from numpy.typing import NDArray
 from cache.errors import CapError
 from cache.store import FeatureCache
 from pipeline.encoder.encoder import Encoder
-from pipeline.extraction.encode_batches import Batches, EncodedRows, encode_batches
+from pipeline.extraction.encode_batches import EncodedBatch, encode_batches
+from pipeline.photos.photo_loader import BatchRequest
 
-_EXIT_S = 0.3  # for a worker that was asked to end
+_EXIT_S = 0.3  # how long a worker that was asked to end may take
 
 
 class WorkerError(CapError):
-    """A worker process cannot go on. One line."""
+    """Raised when a worker process cannot continue. The message is one line."""
 
 
 @dataclass(frozen=True)
 class _Failure:
+    """What a worker sends when it cannot continue."""
+
     text: str
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one worker is told."""
+class _WorkerTask:
+    """What one worker is sent: its batches, and how to encode them."""
 
     cache: Path
     order: NDArray[np.int64]
-    batches: Batches
+    batches: Sequence[BatchRequest]
     images: Path
     weights: str
     device: str
-    threads: int  # that decode
+    threads: int  # for decoding
     compute_threads: int  # of torch, on a CPU
 
 
 def encode_on_devices(
     cache: FeatureCache,
     order: NDArray[np.int64],
-    batches: Batches,
+    batches: Sequence[BatchRequest],
     devices: Sequence[torch.device],
     *,
     images: Path,
     weights: str,
     threads: int,
-) -> Iterator[EncodedRows | str]:
-    """`encode_batches` on all of these devices side by side; batches come as they are ready.
+) -> Iterator[EncodedBatch | str]:
+    """`encode_batches` on several devices side by side. Batches come in the order they are ready.
 
-    threads: decoding threads in all. Raises WorkerError; closing it ends the processes.
+    threads: decoding threads of all workers together. Raises WorkerError. Closing the iterator ends
+    the processes.
     """
     count = min(len(devices), len(batches))
-    shares = [
-        _Share(
+    tasks = [
+        _WorkerTask(
             cache=cache.path,
             order=order,
             batches=batches[number::count],
@@ -80,24 +84,24 @@ def encode_on_devices(
         )
         for number in range(count)
     ]
-    workers: dict[Connection, tuple[_Share, subprocess.Popen[bytes]]] = {}
+    workers: dict[Connection, tuple[_WorkerTask, subprocess.Popen[bytes]]] = {}
     try:
-        for share in shares:
+        for task in tasks:
             ours, theirs = multiprocessing.Pipe()
-            workers[ours] = share, _start(theirs)
-            theirs.close()  # so that the end of the process is the end of the pipe
-            ours.send(share)
+            workers[ours] = task, _start(theirs)
+            theirs.close()  # so that reading fails once the process has ended
+            ours.send(task)
         running = dict(workers)
         while running:
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
-                share, process = running[connection]
+                task, process = running[connection]
                 try:
                     item = connection.recv()
                 except (EOFError, ConnectionResetError):
                     raise WorkerError(
-                        f"{share.device}: its process ended (exit code {process.wait()}); "
-                        "what is done is kept, run the same command again to go on"
+                        f"{task.device}: its process ended (exit code {process.wait()}); "
+                        "what is done is kept, run the same command again to continue"
                     ) from None
                 if item is None:
                     del running[connection]
@@ -112,16 +116,16 @@ def encode_on_devices(
         for _, process in workers.values():
             try:
                 process.wait(_EXIT_S)
-            except subprocess.TimeoutExpired:  # deep in a driver or a dead disk
+            except subprocess.TimeoutExpired:  # it hangs in a driver or waits for a dead disk
                 process.kill()
 
 
 def _start(pipe: Connection) -> subprocess.Popen[bytes]:
-    """A worker that will read its share from this pipe.
+    """Start a worker that reads its task from this pipe.
 
-    A fresh interpreter, since neither CUDA nor a BLAS with threads survives a fork; and not one of
-    multiprocessing's, which would run the caller's main module again. In a session of its own,
-    since a terminal sends Ctrl-C to every process of one.
+    It is a fresh interpreter, because neither CUDA nor a BLAS with threads survives a fork, and not
+    one of multiprocessing's, because that would run the caller's main module again. It has a
+    session of its own, because a terminal sends Ctrl-C to every process of its session.
     """
     code = "from pipeline.extraction.device_workers import main; main()"
     return subprocess.Popen(
@@ -134,10 +138,10 @@ def _start(pipe: Connection) -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    """A worker's life. Ends, too, when its parent does: nobody reads its pipe any more."""
+    """Run a worker. It also ends when its parent has ended, because its pipe is then closed."""
     pipe = Connection(int(sys.argv[1]))
     try:
-        for item in _encode_share(pipe.recv()):
+        for item in _encode(pipe.recv()):
             pipe.send(item)
         pipe.send(None)
     except CapError as error:
@@ -146,19 +150,19 @@ def main() -> None:
         os._exit(1)
 
 
-def _encode_share(share: _Share) -> Iterator[EncodedRows | str]:
-    cache = FeatureCache(share.cache)
-    device = torch.device(share.device)
+def _encode(task: _WorkerTask) -> Iterator[EncodedBatch | str]:
+    cache = FeatureCache(task.cache)
+    device = torch.device(task.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or pinned memory would take a corner of the first GPU
-    encoder = Encoder.load(cache.encoder, device=device, weights=share.weights)
-    torch.set_num_threads(share.compute_threads)
+        torch.cuda.set_device(device)  # else pinned memory would take memory of the first GPU
+    encoder = Encoder.load(cache.encoder, device=device, weights=task.weights)
+    torch.set_num_threads(task.compute_threads)
     return encode_batches(
         encoder,
-        share.order,
-        share.batches,
-        images=share.images,
+        task.order,
+        task.batches,
+        images=task.images,
         paths=cache.paths,
         batch_rows=cache.batch_rows,
-        threads=share.threads,
+        threads=task.threads,
     )

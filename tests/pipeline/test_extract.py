@@ -74,7 +74,7 @@ def test_going_on_keeps_the_batch_size_and_so_the_bytes(photos: Path, tmp_path: 
     next(reports)
     reports.close()
     _, notices = run(photos, tmp_path / "x.h5", batch_size=3)
-    assert notices == ["going on with the cache's own batch size, 4"]
+    assert notices == ["continuing with the cache's own batch size, 4"]
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
