@@ -6,6 +6,7 @@ with its convolutions fused (`fused_convolutions`), channels last in memory, in 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cache.errors import CapError
-from pipeline.encoder.fused_convolutions import fold_batchnorm, fuse_convolutions, meta_twin
+from pipeline.encoder.batchnorm import fold_batchnorm
+from pipeline.encoder.fused_convolutions import fuse_convolutions
 from pipeline.encoder.torchvision_models import classifiers
 
 # The batch size for which the weights are laid out in memory. Any other size works, too.
@@ -67,7 +69,7 @@ class Backbone:
         Computes shapes only.
         """
         pixels = torch.empty(2, 3, image_size, image_size, device="meta")
-        self._check_output(meta_twin(self.network), pixels)
+        self._check_output(_meta_twin(self.network), pixels)
 
     @torch.inference_mode()
     def _check_output(self, network: nn.Module, pixels: Tensor) -> None:
@@ -86,6 +88,13 @@ class Backbone:
             raise EncoderError(
                 f"{self.name} has no pooled vector before its last layer; choose another backbone"
             )
+
+
+def _meta_twin(network: nn.Module) -> nn.Module:
+    """A copy on the meta device: shapes without numbers. The weights are not copied."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in network.parameters()}
+    memo.update((id(buffer), buffer.to("meta")) for buffer in network.buffers())
+    return copy.deepcopy(network, memo)
 
 
 def headless_network(name: str, device: str) -> tuple[nn.Module, int]:

@@ -1,24 +1,22 @@
 """Fusing each convolution of the backbone with the operations that follow it.
 
 An eager network writes the result of each convolution to memory and reads it again for BatchNorm,
-for the sum with the shortcut and for ReLU. Here BatchNorm is folded into the weights, and sum and
-activation are computed by the kernel of the convolution: by oneDNN's fused convolutions on a CPU,
-with weights whose memory layout is converted once, and by cuDNN's on a GPU. PyTorch's compiler
-would choose the same kernels, but takes half a minute.
+for the sum with the shortcut and for ReLU. Here BatchNorm is folded into the weights (`batchnorm`),
+and sum and activation are computed by the kernel of the convolution: by oneDNN's fused convolutions
+on a CPU, with weights whose memory layout is converted once, and by cuDNN's on a GPU. PyTorch's
+compiler would choose the same kernels, but takes half a minute.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pipeline.encoder.batchnorm import called_module
 from train import private_torch
 
 # The activations that oneDNN can apply to the result of a convolution: its name and parameters.
@@ -34,64 +32,7 @@ _ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     torch.relu: nn.ReLU,
     functional.relu6: nn.ReLU6,
 }
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (operator.add, operator.iadd, torch.add)
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def has_batchnorm(network: nn.Module) -> bool:
-    return any(isinstance(m, BATCHNORMS) for m in network.modules())
-
-
-def meta_twin(network: Network) -> Network:
-    """A copy on the meta device: shapes without numbers. The weights are not copied."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in network.parameters()}
-    memo.update((id(buffer), buffer.to("meta")) for buffer in network.buffers())
-    return copy.deepcopy(network, memo)
-
-
-def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """A traced copy with each BatchNorm folded into the convolution before it, if there is one.
-
-    What is not folded shares its memory with `network`, until it is moved or converted. A network
-    that torch.fx cannot trace is copied as it is: it runs, only slower.
-    """
-    copied = _sharing_copy(network)
-    try:
-        traced = fx.symbolic_trace(copied)
-    except Exception:  # whatever the network's code raises when it is given symbols
-        return copied.eval().requires_grad_(False)
-    modules = dict(traced.named_modules())
-    for node in list(traced.graph.nodes):
-        before = node.args[0] if node.args else None
-        if not isinstance(before, fx.Node) or len(before.users) > 1:
-            continue
-        convolution, batchnorm = _called(before, modules), _called(node, modules)
-        if type(convolution) is not nn.Conv2d or type(batchnorm) is not nn.BatchNorm2d:
-            continue
-        if not batchnorm.track_running_stats:
-            continue
-        before.target = f"folded_{before.name}"
-        modules[before.target] = fuse_conv_bn_eval(convolution, batchnorm)
-        traced.add_module(before.target, modules[before.target])
-        node.replace_all_uses_with(before)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced.eval().requires_grad_(False)
-
-
-def _called(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """The module that this node of a graph calls; None if it calls a function or nothing."""
-    return modules[str(node.target)] if node.op == "call_module" else None
-
-
-def _sharing_copy(network: Network) -> Network:
-    """A copy whose parameters and buffers are its own, but share the memory of the originals."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in network.parameters()}
-    memo.update((id(buffer), buffer.detach()) for buffer in network.buffers())
-    return copy.deepcopy(network, memo)
 
 
 def fuse_convolutions(
@@ -115,7 +56,7 @@ def fuse_convolutions(
     # Going through the nodes in order, and putting a fused node where the last of its nodes was,
     # keeps every sum behind both of its inputs.
     for node in list(network.graph.nodes):
-        convolution = _called(node, modules)
+        convolution = called_module(node, modules)
         if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution):
             continue
         replaced = _match(node, modules, make)
@@ -312,7 +253,7 @@ def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> type[nn.
         return None
     if node.op == "call_function":
         return _ACTIVATION_FUNCTIONS.get(node.target)  # type: ignore[arg-type]
-    kind = type(_called(node, modules))
+    kind = type(called_module(node, modules))
     return kind if kind in _ACTIVATIONS else None
 
 
@@ -325,7 +266,7 @@ def _is_free_after(other: fx.Node, last: fx.Node, modules: dict[str, nn.Module])
     """Whether the sum may overwrite `other`: a new tensor that nothing reads after `last`."""
     # Modules that return a new tensor, and no view of another.
     makes_new = (nn.Conv2d, nn.MaxPool2d, _MaxPool3, _OneDnnConvolution)
-    if not isinstance(_called(other, modules), makes_new):
+    if not isinstance(called_module(other, modules), makes_new):
         return False
     order = {node: position for position, node in enumerate(last.graph.nodes)}
     return all(order[user] <= order[last] for user in other.users)

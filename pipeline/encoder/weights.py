@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encoder.backbone import Backbone, EncoderError, headless_network
-from pipeline.encoder.fused_convolutions import BATCHNORMS, has_batchnorm
+from pipeline.encoder.batchnorm import BATCHNORMS, has_batchnorm
 from pipeline.encoder.torchvision_models import classifiers
 
 RANDOM = "random"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.backbone import EncoderError, _meta_twin
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.weights import load_backbone
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -57,3 +57,11 @@ def test_backbones_that_do_not_fit_are_one_line() -> None:
         load_backbone("squeezenet1_0", "random")
     with pytest.raises(EncoderError, match="cannot take 64×64"):
         Encoder(load_backbone("vit_b_32", "random"), device=CPU, precision="float32", image_size=64)
+
+
+def test_a_twin_has_shapes_and_no_numbers() -> None:
+    network = load_backbone("resnet18", "random").network
+    twin = _meta_twin(network)
+    assert {p.device.type for p in twin.parameters()} == {"meta"}
+    assert twin(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 512)
+    assert {p.device.type for p in network.parameters()} == {"cpu"}

@@ -7,15 +7,13 @@ import torch
 from torch import fx, nn
 from torchvision import models
 
+from pipeline.encoder.batchnorm import fold_batchnorm
 from pipeline.encoder.fused_convolutions import (
     _CudnnConvolution,
     _MaxPool3,
     _OneDnnConvolution,
     _replace_max_pools,
-    fold_batchnorm,
     fuse_convolutions,
-    has_batchnorm,
-    meta_twin,
 )
 from pipeline.encoder.weights import load_backbone
 
@@ -37,14 +35,6 @@ def fused_on_cpu(network: nn.Module, example: torch.Tensor) -> nn.Module:
         return fuse_convolutions(
             fold_batchnorm(network), CPU, torch.float32, typical_batch=len(example)
         )
-
-
-def test_folding_keeps_the_network_and_leaves_the_original_alone() -> None:
-    network = load_backbone("resnet18", "random").network
-    folded = fold_batchnorm(network)
-    assert not has_batchnorm(folded)
-    assert has_batchnorm(network)
-    torch.testing.assert_close(folded(images()), network(images()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])  # in the second not all is folded
@@ -169,14 +159,6 @@ def test_only_max_pools_of_that_kind_are_replaced() -> None:
     )  # fmt: skip
     _replace_max_pools(network)
     assert [isinstance(pool, _MaxPool3) for pool in network] == [True, False, True, False, False]
-
-
-def test_a_twin_has_shapes_and_no_numbers() -> None:
-    network = load_backbone("resnet18", "random").network
-    twin = meta_twin(network)
-    assert {p.device.type for p in twin.parameters()} == {"meta"}
-    assert twin(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 512)
-    assert {p.device.type for p in network.parameters()} == {"cpu"}
 
 
 @pytest.mark.gpu
