@@ -1,62 +1,94 @@
-"""Every default of training and decoding. Imports nothing heavy: `--help` shows them."""
+"""Every default of training and decoding. Imports nothing heavy, since `--help` shows them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache.errors import CapError
+from train.option import about, option
+
+# What the learning rate does after its warm-up.
+DECAYS = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that shapes a model and its training, whatever the data."""
+    """Everything that shapes a model and its training, apart from the data."""
+
+    epochs: int = option(2, "Passes over the training captions.", min=1)
+    batch_size: int = option(128, "Captions per step.", min=1)
 
     # The decoder.
-    embedding_size: int = 256
-    hidden_size: int = 512
-    num_layers: int = 1
-    tie_embeddings: bool = False  # a word is read and written by the same vector
-    photo_every_step: bool = False  # the LSTM reads the photo with each word, not before them alone
-    dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
-    feature_dropout: float = 0.0  # on the photo's features
+    embedding_size: int = option(256, "Size of word embeddings and of the projected photo.", min=1)
+    hidden_size: int = option(512, "LSTM hidden size.", min=1)
+    num_layers: int = option(1, "LSTM layers.", min=1)
+    tie_embeddings: bool = option(False, "Read and write a word with the same vector.")
+    photo_every_step: bool = option(
+        False, "Show the photo to the LSTM with every word, not only before the first."
+    )
 
     # The optimizer: AdamW, which is Adam where weight_decay is 0.
-    epochs: int = 2
-    batch_size: int = 128  # captions
-    learning_rate: float = 0.001  # at its highest
-    warmup: float = 0.0  # share of all steps in which the learning rate rises to that
-    decay: str = "constant"  # of DECAYS; cosine falls to 0 over the rest
-    weight_decay: float = 0.0  # of matrices; biases and BatchNorm have none
-    clip_norm: float = 5.0  # of all gradients together; healthy training stays below
-    average_decay: float = 0.0  # of the moving average of the weights; 0: the last weights
-
-    # The objective.
-    label_smoothing: float = 0.0
-    scheduled_sampling: float = 0.0  # share of input words, at the end, that the model chose itself
-    random_views: bool = True  # each caption sees any view of its photo; else the full one
-
-    # Self-critical training, after the epochs above: CIDEr-D of drawn captions as the reward.
-    self_critical_epochs: int = 0
-    self_critical_rate: float = 5e-5  # learning rate, level
-    self_critical_anchor: float = (
-        0.1  # weight of the true captions' cross-entropy beside the reward
+    learning_rate: float = option(0.001, "Highest learning rate of AdamW.", min=0.0)
+    warmup: float = option(
+        0.0, "Share of all steps in which the learning rate rises to its highest.", min=0.0, max=1.0
     )
-    self_critical_photos: int = 32  # a step
-    self_critical_samples: int = 5  # captions drawn for each photo
+    decay: str = option(
+        "constant",
+        "Learning rate after the warm-up: constant, or cosine, which falls to 0.",
+        choices=DECAYS,
+    )
+    # Biases and BatchNorm have no weight decay.
+    weight_decay: float = option(0.0, "AdamW's weight decay, of matrices only.", min=0.0)
+    # Healthy training stays below this.
+    clip_norm: float = option(5.0, "Clip the norm of all gradients together to this.", min=1e-6)
+    average_decay: float = option(
+        0.0,
+        "Decay per step of the moving average of the weights; 0 takes the last weights instead.",
+        min=0.0,
+        max=0.999999,
+    )
+
+    # Regularization and the objective.
+    dropout: float = option(
+        0.0, "Dropout on the LSTM's inputs and outputs and between its layers.", min=0.0, max=0.95
+    )
+    feature_dropout: float = option(0.0, "Dropout on the photo's features.", min=0.0, max=0.95)
+    label_smoothing: float = option(
+        0.0, "Share of each target that is spread over all words.", min=0, max=0.9
+    )
+    scheduled_sampling: float = option(
+        0.0,
+        "Share of input words that the model chose itself; grows from 0 to this over the epochs.",
+        min=0.0,
+        max=1.0,
+    )
+    random_views: bool = option(
+        True, "Train each caption on a random view of its photo, not always on the full one."
+    )
+
+    # Self-critical training, after the epochs above: CIDEr-D of drawn captions is the reward.
+    self_critical_epochs: int = option(
+        0, "Self-critical epochs after the others; they reward drawn captions by CIDEr-D.", min=0
+    )
+    self_critical_rate: float = option(
+        5e-5, "Constant learning rate of self-critical epochs.", min=0.0
+    )
+    self_critical_anchor: float = option(
+        0.1, "Weight of the true captions' cross-entropy beside that reward.", min=0.0
+    )
+    self_critical_photos: int = option(32, "Photos per self-critical step.", min=1)
+    self_critical_samples: int = option(5, "Captions drawn for each of those photos.", min=2)
 
     @property
     def all_epochs(self) -> int:
         return self.epochs + self.self_critical_epochs
 
 
-# What the learning rate does after its warm-up.
-DECAYS = ("constant", "cosine")
-
-# The CNN-LSTM tutorials' training, as thousands have run it.
+# The training of the CNN-LSTM tutorials, as thousands have run it.
 CLASSIC = Recipe()
 
-# What one vector a photo can give; `scripts/ablation.py` shows what each part brings.
+# The best we know for one vector per photo; `scripts/ablation.py` shows what each part brings.
 BEST = Recipe(
     embedding_size=512,
     tie_embeddings=True,
@@ -64,7 +96,7 @@ BEST = Recipe(
     dropout=0.5,
     feature_dropout=0.3,
     epochs=20,
-    learning_rate=0.002,  # level: the averaged weights settle without it falling
+    learning_rate=0.002,  # constant: the averaged weights settle without a falling rate
     weight_decay=0.05,
     average_decay=0.999,
     label_smoothing=0.1,
@@ -73,85 +105,142 @@ BEST = Recipe(
 RECIPES = {"best": BEST, "classic": CLASSIC}
 
 
-# A GPU may do a thousand steps in the time that saving takes.
+# A GPU may do a thousand steps in the time that saving takes, hence the pause as well.
 SAVE_EVERY, SAVE_PAUSE_S = 1000, 10.0
 
 
-# CIDEr of the greedy captions of the validation photos, CIDEr of what beam search says of them, or
-# the validation loss.
+# The CIDEr of greedy captions of the validation photos, the CIDEr of beam search's captions of
+# them, or the validation loss.
 SELECT_BY = ("cider", "beam", "loss")
+
+# Of the matrix products.
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+DEVICE_HELP = "auto, cpu, cuda or cuda:N."
+TRAIN_CACHE_HELP = "Cache of the training photos."
+VAL_CACHE_HELP = "Cache to validate on; without it, some of the photos are held out."
+MIN_COUNT_HELP = "Words that occur less often become <unk>."
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `cap train` does by default, and everything it can be told."""
+    """The settings of `cap train`."""
 
-    from_cache: Path
-    out: Path
-    recipe: Recipe = BEST
-    val_cache: Path | None = None
-    val_share: float = 0.05  # of the photos, held out where there is no val_cache
-    select_by: str = "cider"  # what makes a model the best one; see SELECT_BY
-    patience: int | None = None  # epochs without a better model before stopping; None: never
-    min_count: int = 4
-    max_length: int = 50  # words of a caption; the rest is cut
-    seed: int = 0
-    save_every: int | None = (
-        None  # steps; None: SAVE_EVERY, and not within SAVE_PAUSE_S of the last
+    from_cache: Path = field(metadata=about(TRAIN_CACHE_HELP))
+    out: Path = field(metadata=about("Run folder to write."))
+    val_cache: Path | None = option(None, VAL_CACHE_HELP)
+    recipe: Recipe = option(
+        BEST,
+        "best, or classic: the training of the CNN-LSTM tutorials. The options that show a value "
+        "for each recipe override it.",
+        presets=RECIPES,
     )
-    log_every: int = 10  # steps
-    device: str = "auto"
-    precision: str = "auto"  # of the products: float32, or bfloat16 where the device is fast at it
-    plain: bool = False  # the readable reference instead of the fast path
-    resume: bool = False
-    overwrite: bool = False
-
-
-# What a photo is captioned from: its full view, the mean of the views its encoder makes, or
-# whichever of them the model was made for.
-FULL, MEAN, AUTO = "full", "mean", "auto"
+    min_count: int = option(4, MIN_COUNT_HELP, min=1)
+    max_length: int = 50  # words of a caption; the rest is cut off
+    val_share: float = option(
+        0.05, "Share of the photos held out for validation without --val-cache.", min=0.0, max=0.9
+    )
+    select_by: str = option(
+        "cider",
+        "How to choose the best model on the validation photos: cider (CIDEr of greedy captions), "
+        "beam (CIDEr of beam search) or loss.",
+        choices=SELECT_BY,
+    )
+    patience: int | None = option(
+        None, "Stop after this many epochs without a better model.  [default: never]", min=1
+    )
+    seed: int = option(0, "Seed of everything random.", min=0)
+    save_every: int | None = option(
+        None,
+        f"Steps between saved models.  [default: {SAVE_EVERY}, "
+        f"but not within {SAVE_PAUSE_S:.0f} s of the last]",
+        min=1,
+    )
+    log_every: int = option(10, "Steps between log lines.", min=1)
+    device: str = option("auto", DEVICE_HELP)
+    precision: str = option(
+        "auto",
+        "Precision of the matrix products: auto (bfloat16 where that is fast), float32 or "
+        "bfloat16.",
+        choices=PRECISIONS,
+    )
+    plain: bool = option(False, "Use the slow, readable reference computation.")
+    resume: bool = option(False, "Continue the run in --out; give its options again.")
+    overwrite: bool = option(False, "Start afresh even if --out holds a run.")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What `cap sweep` does by default, and everything it can be told."""
+    """The settings of `cap sweep`."""
 
-    from_cache: Path
-    out: Path
-    val_cache: Path | None = None
-    trials: int = 32  # in the folder, those of earlier calls included
-    epochs: int = 8  # of each trial: enough to tell them apart
-    jobs: int | None = None  # trials at a time; None: one per core (at most 8), one on a GPU
-    timeout_s: float | None = None  # after which no further trial starts
-    min_count: int = 4
-    seed: int = 0
-    device: str = "auto"
+    from_cache: Path = field(metadata=about(TRAIN_CACHE_HELP))
+    out: Path = field(metadata=about("Folder of the sweep; each trial is a run folder in it."))
+    val_cache: Path | None = option(None, VAL_CACHE_HELP)
+    trials: int = option(32, "Trials in the folder, including those of earlier calls.", min=1)
+    epochs: int = option(8, "Epochs per trial.", min=1)  # enough to tell trials apart
+    jobs: int | None = option(
+        None,
+        "Trials at a time.  [default: one per core (at most 8), or one on a GPU]",
+        min=1,
+    )
+    timeout_s: float | None = option(
+        None, "Start no further trial after this many seconds.", min=0.0
+    )
+    min_count: int = option(4, MIN_COUNT_HELP, min=1)
+    seed: int = option(0, "Seed of everything random.", min=0)
+    device: str = option("auto", DEVICE_HELP)
+
+
+# What a photo is captioned from: its full view, the mean of the views its encoder makes, or
+# whichever of the two the model was made for.
+FULL, MEAN, AUTO = "full", "mean", "auto"
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How captions are looked for."""
+    """How captions are searched for, or drawn."""
 
-    beam_size: int = 3  # 1 is greedy search
-    max_length: int = 30  # words
-    length_penalty: float = 1.0  # 0 prefers short captions, 1 compares the mean per word
-    no_repeat_ngram: int = 3  # no so many words in a row twice in a caption; 0: let them
-    captions: int = 1  # a photo, best first
-    groups: int = 1  # of beams that avoid one another's words
-    diversity: float = 0.5  # log-probability that a word of an earlier group costs
-    sample: bool = False  # draw words instead of searching
-    temperature: float = 1.0  # of drawing: below 1 keeps to likely words
-    top_p: float = 1.0  # draw among the likeliest words of this share
-    seed: int = 0  # of drawing
-    view: str = AUTO
+    beam_size: int = option(3, "Beams of the search; 1 is greedy search.", min=1)
+    max_length: int = option(30, "Longest caption, in words.", min=1)
+    length_penalty: float = option(
+        1.0,
+        "0 prefers short captions, 1 compares captions by their mean log-probability per word.",
+        min=0.0,
+    )
+    no_repeat_ngram: int = option(
+        3, "Never repeat this many words in a row within a caption; 0 allows it.", min=0
+    )
+    captions: int = 1  # per photo, best first; an option of `cap predict` alone
+    groups: int = option(1, "Split the beams into groups that avoid each other's words.", min=1)
+    diversity: float = option(
+        0.5,
+        "Log-probability that a word loses for each beam of an earlier group that chose it.",
+        min=0.0,
+    )
+    sample: bool = option(False, "Draw words at random instead of searching.")
+    temperature: float = option(
+        1.0, "Temperature of --sample, above 0; below 1 favours likely words."
+    )
+    top_p: float = option(
+        1.0,
+        "Let --sample draw from the likeliest words whose probabilities add up to this: above 0, "
+        "at most 1.",
+    )
+    seed: int = option(0, "Seed of --sample.", min=0)
+    view: str = option(
+        AUTO,
+        "Caption from full (the whole photo), mean (the mean of the encoder's views) or auto "
+        "(whichever the model was made for).",
+        choices=(AUTO, FULL, MEAN),
+    )
 
 
 class SearchError(CapError):
-    """A search is configured in a way that cannot be. One line."""
+    """Raised when the settings of a search contradict each other. The message is one line."""
 
 
 def check_search(config: SearchConfig) -> None:
-    """Raise SearchError where the settings do not fit one another."""
+    """Raise SearchError if the settings contradict each other."""
     if config.beam_size % config.groups:
         raise SearchError(
             f"{config.beam_size} beams cannot be shared by {config.groups} groups equally"

@@ -16,9 +16,9 @@ from PIL import Image
 from cache.record import EncoderRecord
 from cache.store import open_cache
 from pipeline.bench.jpegs import write_bench_photos
-from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Notice, decoding_threads, extract
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import preprocess

@@ -1,6 +1,6 @@
-"""The command line: the commands by name. They parse, call, print and translate errors.
+"""The command line: the commands by name. They parse, call, print, and turn errors into messages.
 
-Heavy imports happen inside the commands, so that help answers at once.
+Heavy imports happen inside the commands, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import typer
 
 from pipeline.cli.bench import bench
-from pipeline.cli.cache import extract_features, info, merge, verify
+from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
+from pipeline.cli.extract import extract_features
 from pipeline.cli.sweep import runs, sweep
 from pipeline.cli.train import build_vocab, train
 
 app = typer.Typer(
     help="Turn photos and captions into a captioning model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

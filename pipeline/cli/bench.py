@@ -1,4 +1,4 @@
-"""`cap bench`: the measurements behind every figure of speed, on the user's own machine."""
+"""`cap bench`: the measurements behind every speed we quote, on the user's own machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Device, Json, errors, one_of, print_json
-from pipeline.cli.terminal import say
-from train.config import RECIPES
+from pipeline.cli.errors import errors
+from pipeline.cli.options import Backbone, Device, Json, choice
+from pipeline.cli.terminal import print_json, say
+from train.config import PRECISIONS, RECIPES
 
 bench = typer.Typer(
-    help="Measure the speed of this machine, with data made on the spot.",
+    help="Measure the speed of this machine with generated data.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -21,10 +22,12 @@ bench = typer.Typer(
 
 @bench.command("cache")
 def bench_cache(
-    photos: Annotated[int, typer.Option(min=1, help="Rows of the cache.")] = 82_783,
+    photos: Annotated[int, typer.Option(min=1, help="Photos in the cache.")] = 82_783,
     as_json: Json = False,
 ) -> None:
-    """Measure writing and reading a cache; at COCO's size it takes 0.7 GB of disk and of memory.
+    """Measure writing and reading a cache.
+
+    At COCO's size it takes 0.7 GB of disk and of memory.
 
     Example: cap bench cache
     """
@@ -46,29 +49,30 @@ def bench_cache(
 
 @bench.command("train")
 def bench_train(
-    recipe: Annotated[str, typer.Option(help="Of the fast step: classic or best.")] = "classic",
-    batch_size: Annotated[int, typer.Option(min=2, help="Captions a step.")] = 128,
+    recipe: Annotated[str, choice("Recipe of our step: classic or best.", RECIPES)] = "classic",
+    batch_size: Annotated[int, typer.Option(min=2, help="Captions per step.")] = 128,
     hidden_size: Annotated[
-        int | None, typer.Option(min=1, help="Of the LSTM.  [default: of the recipe]")
+        int | None, typer.Option(min=1, help="LSTM hidden size.  [default: the recipe's]")
     ] = None,
     num_layers: Annotated[
-        int | None, typer.Option(min=1, help="Of the LSTM.  [default: of the recipe]")
+        int | None, typer.Option(min=1, help="LSTM layers.  [default: the recipe's]")
     ] = None,
     photos: Annotated[
-        int, typer.Option(min=500, help="Photos of the cache; five captions each.")
+        int, typer.Option(min=500, help="Photos in the cache, with five captions each.")
     ] = 82_783,
     precision: Annotated[
-        str, typer.Option(help="Of the fast step's products: auto, float32 or bfloat16.")
+        str,
+        choice("Precision of our step's matrix products: auto, float32 or bfloat16.", PRECISIONS),
     ] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Time a training step at COCO's size, the classic way and ours; takes 1 GB of disk.
+    """Time a training step, the classic way and ours.
+
+    The vocabulary and the captions are of COCO's size. Takes 1 GB of disk.
 
     Example: cap bench train
     """
-    one_of("--recipe", recipe, tuple(RECIPES))
-    one_of("--precision", precision, ("auto", "float32", "bfloat16"))
     chosen = RECIPES[recipe]
     chosen = dataclasses.replace(
         chosen,
@@ -98,14 +102,18 @@ def bench_train(
 
 @bench.command("predict")
 def bench_predict(
-    backbone: Annotated[str, typer.Option(help="Any torchvision classifier.")] = "resnet152",
-    weights: Annotated[str, typer.Option(help="As for extract-features.")] = "random",
+    backbone: Backbone = "resnet152",
+    weights: Annotated[str, typer.Option(help="As for `cap extract-features`.")] = "random",
     photos: Annotated[int, typer.Option(min=8, help="Photos to caption.")] = 64,
-    cold_runs: Annotated[int, typer.Option(min=1, help="Fresh processes a beam size.")] = 5,
+    cold_runs: Annotated[
+        int, typer.Option(min=1, help="Cold starts per beam size, each in a fresh process.")
+    ] = 5,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure captioning: a photo from the prompt, a photo with a loaded model, and a folder.
+    """Measure captioning.
+
+    Times one photo from the prompt, one with a loaded model, and a folder.
 
     Example: cap bench predict
     """
@@ -124,19 +132,24 @@ def bench_predict(
 
 @bench.command("extract")
 def bench_extract(
-    backbone: Annotated[str, typer.Option(help="Any torchvision classifier.")] = "resnet152",
+    backbone: Backbone = "resnet152",
     photos: Annotated[
         int | None,
-        typer.Option(min=1, help="For end to end.  [default: 192 on a CPU, 16384 on a GPU]"),
+        typer.Option(
+            min=1, help="Photos to extract end to end.  [default: 192 on a CPU, 16384 on a GPU]"
+        ),
     ] = None,
     size: Annotated[str, typer.Option(help="Width x height of a photo, in pixels.")] = "640x480",
     device: Device = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Each part is as good as its best.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Measure each part this often; the best counts.")
+    ] = 3,
     as_json: Json = False,
 ) -> None:
-    """Measure each part of an extraction alone, and the whole, on JPEGs made on the spot.
+    """Measure each part of an extraction, and the whole.
 
-    Takes one or two minutes. The weights are random: speed does not depend on them.
+    Works on generated JPEGs, with random weights, since speed does not depend on them. Takes one
+    or two minutes.
 
     Example: cap bench extract --backbone resnet50
     """

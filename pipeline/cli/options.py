@@ -1,123 +1,146 @@
-"""What the commands share: their common options, and errors turned into messages and exit codes.
+"""The options of the commands: made from the settings' dataclasses, or shared by several commands.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 an error the user can mend
-(one line on stderr); 2 wrong arguments; 130 interrupted.
+    @options
+    def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
+
+gives the command an option for each described field of SweepConfig (see `train/option.py`): type,
+default, help, bounds and choices are the field's. typer sees only the options, in the place of
+`config` and in the order of the fields; the function gets the SweepConfig made of them.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
-import gc
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from cache.errors import CapError
-from pipeline.cli.interrupts import command_begins
-from pipeline.cli.terminal import say
-from train.config import SearchConfig, SearchError, check_search
+from pipeline.extraction.config import BACKBONE_HELP
+from train.config import DEVICE_HELP
+from train.option import Option, described
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-BeamSize = Annotated[int, typer.Option(min=1, help="Captions kept in search; 1 is greedy.")]
-MaxLength = Annotated[int, typer.Option(min=1, help="Words of a caption at most.")]
-LengthPenalty = Annotated[
-    float, typer.Option(min=0.0, help="0 prefers short captions, 1 compares the mean per word.")
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
+Backbone = Annotated[str, typer.Option(help=BACKBONE_HELP)]
+MovedWeights = Annotated[
+    str | None, typer.Option(help="Where the backbone's weights are now, if they were moved.")
 ]
-NoRepeatNgram = Annotated[
-    int, typer.Option(min=0, help="Never so many words in a row twice; 0 lets them.")
-]
-Groups = Annotated[
-    int, typer.Option(min=1, help="Share the beam among groups that avoid each other's words.")
-]
-Diversity = Annotated[
-    float, typer.Option(min=0.0, help="Log-probability a word costs if an earlier group said it.")
-]
-Sample = Annotated[bool, typer.Option("--sample", help="Draw words instead of searching.")]
-Temperature = Annotated[
-    float, typer.Option(help="Of --sample: above 0; below 1 keeps to likely words.")
-]
-TopP = Annotated[
-    float,
-    typer.Option(help="--sample among the likeliest words of this share: above 0, at most 1."),
-]
-SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of --sample.")]
-View = Annotated[
-    str,
-    typer.Option(
-        help="full: the whole photo; mean: of all the encoder's views; auto: the model's."
-    ),
-]
-Model = Annotated[Path, typer.Option(help="A run folder or a .cap file.")]
 
 
-def defaults(config: type) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(config)}
+def choice(help: str, words: Iterable[str]) -> Any:
+    """For `Annotated`: an option that is one of these words."""
+    return _typer_option(Option(help, choices=tuple(words)), ...)
 
 
-# torch and torchvision make 300,000 objects that stay. Python's default of looking for cycles after
-# every 700 new ones walks them over and over, and once more at the end: a fifth of the time from
-# the prompt to a photo's caption.
-_OBJECTS_BETWEEN_COLLECTIONS = 100_000
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of its settings: of each parameter that is a dataclass."""
+    signature = inspect.signature(command, eval_str=True)
+    configs: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            configs[parameter.name] = kind
+            parameters.extend(_parameters(kind))
+        else:
+            parameters.append(parameter)
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        made = {name: _from_options(config, given) for name, config in configs.items()}
+        command(**made, **given)
+
+    # Where typer looks: at the signature, and at the annotations.
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
 
 
-@contextlib.contextmanager
-def errors(kept: str | Callable[[], str] = "") -> Iterator[None]:
-    """Around every command: turn errors into one line and exit code 1, Ctrl-C into `kept` and exit
-    code 130.
+def _parameters(config: type) -> Iterator[inspect.Parameter]:
+    """One parameter per option, in the order of the fields."""
+    types = get_type_hints(config)
+    for field, option in described(config):
+        if option.presets is None:
+            default = ... if field.default is dataclasses.MISSING else field.default
+            yield _parameter(field.name, types[field.name], default, option)
+        else:
+            name = next(n for n, preset in option.presets.items() if preset == field.default)
+            named = Option(option.help, choices=tuple(option.presets))
+            yield _parameter(field.name, str, name, named)
+            yield from _changes(types[field.name], option.presets)
+
+
+def _changes(config: type, presets: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
+    """One parameter per field that can be changed in a preset. Its help shows the presets' values;
+    its default is None, for no change.
     """
-    thresholds = gc.get_threshold()
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, *thresholds[1:])
-    atexit.register(gc.freeze)  # what is left at the end needs no last walk
-    atexit.register(_end_at_once)  # now, so that whatever else is to be done at the end comes first
-    interrupted = False
-    try:
-        command_begins()
-        yield
-    except CapError as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        interrupted = True
-        kept = kept() if callable(kept) else kept
-        say(f"interrupted{'; ' + kept if kept else ''}")
-        raise typer.Exit(130) from None
-    except BrokenPipeError:  # `cap predict … | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    finally:
-        gc.set_threshold(*thresholds)
-        if not interrupted:
-            atexit.unregister(_end_at_once)
+    types = get_type_hints(config)
+    for field, option in described(config):
+        values = {name: getattr(preset, field.name) for name, preset in presets.items()}
+        shown = ", ".join(f"{name}: {_in_words(value)}" for name, value in values.items())
+        option = dataclasses.replace(option, help=f"{option.help}  [{shown}]")
+        yield _parameter(field.name, types[field.name] | None, None, option)
 
 
-def _end_at_once() -> None:
-    """All is saved and said; to take torch apart costs the interpreter most of a second more."""
-    sys.stdout.flush()
-    os._exit(130)
+def _in_words(value: object) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1), flush=True)
+def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:
+    # Left to itself, typer would also make a --no-… of each flag.
+    flags = [f"--{name.replace('_', '-')}"] if kind is bool else []
+    if option.parse is not None:
+        kind = str if default is not None else str | None
+        default = ",".join(default) if isinstance(default, tuple) else default
+    info = _typer_option(option, default, *flags)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
-def search_config(**settings: Any) -> SearchConfig:
-    """Raises BadParameter where the settings do not fit one another."""
-    config = SearchConfig(**settings)
-    try:
-        check_search(config)
-    except SearchError as error:
-        raise typer.BadParameter(str(error)) from None
-    return config
+def _typer_option(option: Option, default: Any, *flags: str) -> Any:
+    return typer.Option(
+        default,
+        *flags,
+        help=option.help,
+        min=option.min,
+        max=option.max,
+        callback=_reader(option),
+        autocompletion=(lambda: list(option.choices)) if option.choices else None,
+    )
 
 
-def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise typer.BadParameter(f"{value!r} is not {' or '.join(allowed)}", param_hint=option)
+def _from_options(config: type, given: dict[str, Any]) -> Any:
+    """The settings, made of the values of their options, which are taken out of `given`."""
+    values = {}
+    for field, option in described(config):
+        value = given.pop(field.name)
+        if option.presets is not None:
+            preset = option.presets[value]
+            changes = {inner.name: given.pop(inner.name) for inner, _ in described(type(preset))}
+            told = {name: change for name, change in changes.items() if change is not None}
+            value = dataclasses.replace(preset, **told)
+        values[field.name] = value
+    return config(**values)
+
+
+def _reader(option: Option) -> Callable[[str | None], Any] | None:
+    """What typer is to call with the text of an option; None where the text is the value."""
+    parse = (lambda word: _one_of(option.choices, word)) if option.choices else option.parse
+    if parse is None:
+        return None
+
+    def read(text: str | None) -> Any:
+        try:
+            return None if text is None else parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return read
+
+
+def _one_of(words: tuple[str, ...], word: str) -> str:
+    if word not in words:
+        raise ValueError(f"{word!r} is not {', '.join(words[:-1])} or {words[-1]}")
+    return word

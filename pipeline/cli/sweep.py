@@ -1,4 +1,4 @@
-"""The commands over many runs: sweep, runs."""
+"""The commands for many runs: sweep, runs."""
 
 from __future__ import annotations
 
@@ -7,74 +7,43 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Device, Json, defaults, errors, print_json
-from pipeline.cli.terminal import say
+from pipeline.cli.errors import errors
+from pipeline.cli.options import Json, options
+from pipeline.cli.terminal import print_json, say
 from train.config import SweepConfig
 
-_SWEEP = defaults(SweepConfig)
 
+@options
+def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
+    """Search for good training settings.
 
-def sweep(
-    from_cache: Annotated[Path, typer.Option(help="Cache of the training photos.")],
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; each trial is a run below it.")],
-    val_cache: Annotated[
-        Path | None,
-        typer.Option(help="Cache to validate on. Without: some photos are held out."),
-    ] = None,
-    trials: Annotated[
-        int, typer.Option(min=1, help="Trials in the folder, those of earlier calls included.")
-    ] = _SWEEP["trials"],
-    epochs: Annotated[int, typer.Option(min=1, help="Of each trial.")] = _SWEEP["epochs"],
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Trials at a time.  [default: one per core, one on a GPU]"),
-    ] = _SWEEP["jobs"],
-    timeout_s: Annotated[
-        float | None, typer.Option(min=0.0, help="Seconds after which no further trial starts.")
-    ] = _SWEEP["timeout_s"],
-    min_count: Annotated[
-        int, typer.Option(min=1, help="Words seen less often become <unk>.")
-    ] = _SWEEP["min_count"],
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = _SWEEP["seed"],
-    device: Device = _SWEEP["device"],
-    as_json: Json = False,
-) -> None:
-    """Search for good training settings, by validation CIDEr; the same command goes on.
+    The best trial is the one with the highest validation CIDEr. After an interruption, the same
+    command continues the sweep.
 
     Example: cap sweep --from-cache train.h5 --out runs/sweep --trials 16
     """
-    with errors(f"what is done is in {out}; the same command goes on"):
+    with errors(f"what is done is in {config.out}; the same command goes on"):
         from train.fit.sweep import SweepResult
         from train.fit.sweep import sweep as run_sweep
 
-        config = SweepConfig(
-            from_cache=from_cache,
-            out=out,
-            val_cache=val_cache,
-            trials=trials,
-            epochs=epochs,
-            jobs=jobs,
-            timeout_s=timeout_s,
-            min_count=min_count,
-            seed=seed,
-            device=device,
-        )
         for report in run_sweep(config):
             if not isinstance(report, SweepResult):
                 say(report.line())
             elif as_json:
                 print_json(report.as_dict())
             else:
-                say(f"{report.trials} trials; `cap runs {out}` lists them")
+                say(f"{report.trials} trials; `cap runs {config.out}` lists them")
                 print(f"{report.folder / 'best.cap'} (CIDEr {100 * report.cider:.2f})")
                 print(report.options())
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="A run folder, or one with runs below it.")],
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with runs below it.")],
     as_json: Json = False,
 ) -> None:
-    """List runs with their scores and the settings that differ, best first.
+    """List runs with their scores, best first.
+
+    The settings in which the runs differ are shown too.
 
     Example: cap runs runs/
     """

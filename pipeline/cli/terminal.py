@@ -1,17 +1,27 @@
-"""What a person sees while waiting: progress, notices and summaries, all on stderr."""
+"""What the commands write: results on stdout; progress, notices and errors on stderr."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-_PLAIN_INTERVAL_S = 5.0
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_BAR_INTERVAL_S, _LINE_INTERVAL_S = 0.1, 5.0
+_BAR_WIDTH = 40
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1), flush=True)
 
 
 def say(text: str) -> None:
-    sys.stderr.write(text + "\n")  # in one: a Ctrl-C in between would join two lines
+    """Write a line to stderr."""
+    sys.stderr.write(text + "\n")  # in one call: a Ctrl-C between two would join two lines
     sys.stderr.flush()
 
 
@@ -26,36 +36,48 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Progress with rate and time left: one moving line on a terminal, else a line now and then.
+    """Progress with rate and time left: a bar on a terminal, elsewhere a line every 5 seconds.
 
-    The rate is that of this run alone, so a resumed job is not flattered by what was there.
+    The rate is the caller's. It should be that of this run alone, so that a resumed job is not
+    flattered by what an earlier run did.
     """
 
     def __init__(self, label: str, unit: str) -> None:
         self._label, self._unit = label, unit
-        self._live = sys.stderr.isatty()
+        self._bar = _bar(label) if sys.stderr.isatty() else None
         self._last = 0.0
-        self._width = 0
 
     def update(self, done: int, total: int, per_s: float, note: str = "") -> None:
+        """Show how far the work is; too soon after the last time, show nothing."""
         now = time.monotonic()
-        if done < total and now - self._last < (0.1 if self._live else _PLAIN_INTERVAL_S):
+        interval = _LINE_INTERVAL_S if self._bar is None else _BAR_INTERVAL_S
+        if done < total and now - self._last < interval:
             return
         self._last = now
-        left = f", {duration((total - done) / per_s)} left" if per_s > 0 and done < total else ""
-        rate = f", {per_s:,.1f} {self._unit}/s" if per_s > 0 else ""
-        text = f"{self._label}: {done:,}/{total:,} {self._unit}{rate}{left}{note}"
-        if self._live:
-            print("\r" + text.ljust(self._width), end="", file=sys.stderr, flush=True)
-            self._width = len(text)
+        parts = [f"{done:,}/{total:,} {self._unit}"]
+        if per_s > 0:
+            # A bar needs the room, and has the unit on the same line.
+            parts.append(f"{per_s:,.1f}{'' if self._bar else ' ' + self._unit}/s")
+            if done < total:
+                parts.append(f"{duration((total - done) / per_s)} left")
+        text = ", ".join(parts + [note] * bool(note))
+        if self._bar is None:
+            say(f"{self._label}: {text}")
+            return
+        (task,) = self._bar.task_ids
+        self._bar.update(task, completed=done, total=total, text=text)
+        if self._bar.live.is_started:
+            self._bar.refresh()
         else:
-            say(text)
+            self._bar.start()
+            self._bar.console.show_cursor()  # rich hides it, and a kill would leave it hidden
 
-    def clear(self) -> None:
-        """Start a fresh line, so that what is said next does not overwrite the moving one."""
-        if self._live and self._width:
-            print(file=sys.stderr, flush=True)
-            self._width = 0
+    def say(self, text: str) -> None:
+        """Write a line to stderr, above the bar."""
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.console.print(text, soft_wrap=True)
 
     def __enter__(self) -> Self:
         return self
@@ -66,4 +88,29 @@ class ProgressLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.clear()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar(label: str) -> Progress | None:
+    """rich's progress bar, with the field `text` at its end; None if the terminal cannot move."""
+    # rich takes 25 ms to import; only a bar is worth them.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    if not console.is_interactive:  # as with TERM=dumb
+        return None
+    label_column = Column(min_width=len(label), no_wrap=True)  # where it is narrow, the bar shrinks
+    bar = Progress(
+        TextColumn("{task.description}", markup=False, table_column=label_column),
+        BarColumn(_BAR_WIDTH),
+        TextColumn("{task.fields[text]}", markup=False),
+        console=console,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    bar.add_task(label, text="")
+    return bar

@@ -17,9 +17,10 @@ from typing import Any
 
 from cache.errors import CapError
 from pipeline.captioner import Captioner
-from pipeline.config import DemoConfig, ExtractConfig
+from pipeline.demo.config import DemoConfig
 from pipeline.demo.scenes import Scene, draw_scene, named_right
 from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.gallery import Tile, write_contact_sheet
 from train.config import CLASSIC, SearchConfig, TrainConfig

@@ -20,11 +20,11 @@ from cache.errors import CapError
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
-from pipeline.config import ExtractConfig
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import choose_precision, fast_precisions
 from pipeline.encoder.weights import load_backbone
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import encode_on_devices
 from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from cache.errors import CapError
 from cache.record import Shard
 
 
 class ShardError(CapError):
     """Raised when a set of photos cannot be split into so many shards. The message is one line."""
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`2/8` → (2, 8). Raises ValueError."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"{text!r} is not I/N with 1 ≤ I ≤ N, as in 2/8")
-    return int(match[1]), int(match[2])
 
 
 def shard_of(

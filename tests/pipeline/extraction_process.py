@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import ExtractConfig
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction import encode_batches
 from pipeline.extraction import extract as module
+from pipeline.extraction.config import ExtractConfig
 from pipeline.photos.photo_loader import LoadedBatch
 
 

@@ -11,8 +11,8 @@ import torch
 
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.captioner import Captioner, caption_cache, find_photos
-from pipeline.config import ExtractConfig
 from pipeline.encoder.backbone import EncoderError
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.photos.photo_file import read_photo
 from tests.conftest import write_photo

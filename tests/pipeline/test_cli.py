@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.config import ExtractConfig
+from pipeline.extraction.config import ExtractConfig
 from tests.conftest import ROOT, write_photo
 from train.config import BEST, CLASSIC, Recipe
 

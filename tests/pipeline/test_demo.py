@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import CapError
-from pipeline.config import DemoConfig
+from pipeline.demo.config import DemoConfig
 from pipeline.demo.run import DemoResult, run_demo
 from pipeline.photos.decoding import decode
 

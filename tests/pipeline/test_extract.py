@@ -12,8 +12,8 @@ import pytest
 
 from cache.record import CacheError
 from cache.store import DONE, PENDING, open_cache
-from pipeline.config import ExtractConfig
 from pipeline.encoder.backbone import EncoderError
+from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Notice, Progress, extract
 from tests.conftest import write_photo
 from tests.pipeline.extraction_process import run_extraction

@@ -7,7 +7,8 @@ import pytest
 from cache.merge import merge
 from cache.record import CacheError
 from cache.store import open_cache
-from pipeline.extraction.shards import ShardError, parse_shard, shard_of
+from pipeline.extraction.config import parse_shard
+from pipeline.extraction.shards import ShardError, shard_of
 from tests.pipeline.test_cli import cap
 from tests.pipeline.test_extract import run
 

@@ -24,7 +24,8 @@ FOREIGN = {  # packages that a floor does without
 # What each room, or module beside the rooms, may import of its own floor. The floors below are
 # open to all: `cache` to `train`, both to `pipeline`. `docs/architecture.md` draws this.
 TRAIN = {
-    "config": set[str](),
+    "option": set[str](),
+    "config": {"option"},
     "device": set[str](),
     "private_torch": set[str](),
     "machine": {"device"},
@@ -38,18 +39,17 @@ TRAIN = {
     "fit": {"config", "device", "captions", "model", "search", "scores", "step", "allocator"},
 }
 PIPELINE = {
-    "config": set[str](),
     "photos": set[str](),
     "encoder": {"photos"},
     "vocabulary_report": {"photos"},
     "gallery": {"photos"},
-    "extraction": {"config", "photos", "encoder"},
+    "extraction": {"photos", "encoder"},
     "captioner": {"photos", "encoder"},
     "evaluation": {"photos", "captioner"},
-    "demo": {"config", "extraction", "captioner", "evaluation", "gallery"},
-    "bench": {"config", "photos", "encoder", "extraction", "captioner"},
+    "demo": {"extraction", "captioner", "evaluation", "gallery"},
+    "bench": {"photos", "encoder", "extraction", "captioner"},
     "cli": {
-        *("config", "photos", "encoder", "extraction", "captioner", "evaluation"),
+        *("photos", "encoder", "extraction", "captioner", "evaluation"),
         *("vocabulary_report", "gallery", "demo", "bench"),
     },
     "__main__": {"cli"},

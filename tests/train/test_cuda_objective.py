@@ -42,7 +42,7 @@ from train.step.cpu.objective import FastObjective, Masks
 from train.step.cuda.graphs import GraphedSteps
 from train.step.cuda.kernel_check import check_kernels, kernels_for
 from train.step.cuda.kernels import NAMES, SOURCE, CompiledKernels, Kernels
-from train.step.cuda.nvrtc import Function, KernelError, compile_source
+from train.step.cuda.launch import Function, KernelError
 from train.step.cuda.objective import CudaObjective
 from train.step.cuda.torch_kernels import TorchKernels
 from train.step.dropout import draw_masks
@@ -53,19 +53,32 @@ CPU = torch.device("cpu")
 LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def built_for_the_cpu(dtype: torch.dtype, folder: Path) -> CompiledKernels:
-    """`kernels.cu` itself, its threads run one after the other."""
+def library_for_the_cpu(dtype: torch.dtype, folder: Path) -> Path:
+    """Build `kernels.cu` for the CPU, where its threads run one after the other."""
     library = folder / f"{str(dtype)[6:]}.so"
     options = ["-DBFLOAT16"] if dtype is torch.bfloat16 else []
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options]
     source = ROOT / "tests" / "cuda_on_cpu.h"
     subprocess.run([*command, f"-I{SOURCE.parent}", str(source), "-o", str(library)], check=True)
-    driver = ctypes.CDLL(str(library))
-    functions = {
-        name: Function(driver, ctypes.c_char_p(name.encode()), CPU)  # type: ignore[arg-type]
-        for name in NAMES
-    }
-    kernels = CompiledKernels(functions)
+    return library
+
+
+class CpuDriver:
+    """Takes launches as `cuda.bindings.driver` does and runs them on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def cuLaunchKernel(self, function: bytes, *rest: Any) -> tuple[int]:
+        *sizes, _stream, (values, types), _extra = rest
+        arguments = [c_type(value) for value, c_type in zip(values, types, strict=True)]
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        return (self._library.cuLaunchKernel(function, *sizes, None, addresses, None),)
+
+
+def built_for_the_cpu(dtype: torch.dtype, folder: Path) -> CompiledKernels:
+    driver = CpuDriver(library_for_the_cpu(dtype, folder))
+    kernels = CompiledKernels({name: Function(driver, name.encode(), CPU) for name in NAMES})
     kernels.product = TorchKernels(CPU, dtype).product  # type: ignore[method-assign]
     return kernels
 
@@ -376,30 +389,6 @@ def test_a_gpu_whose_kernels_cannot_be_had_is_told_of(
     assert caplog.messages == [
         "cuda:99: training with PyTorch's operations, slower than compiled kernels (no compiler)"
     ]
-
-
-@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_the_kernels_compile_for_a_gpu(architecture: str, dtype: torch.dtype) -> None:
-    """Needs NVRTC, which every PyTorch with CUDA brings; no GPU."""
-    options = ["-DBFLOAT16"] if dtype is torch.bfloat16 else []
-    try:
-        code = compile_source(SOURCE.read_text(), architecture, options)
-    except KernelError as error:
-        if "NVRTC" in str(error) or "for sm_" in str(error):
-            raise
-        pytest.skip(str(error))
-    assert code.startswith(b"\x7fELF")
-    assert all(name.encode() in code for name in NAMES)
-
-
-def test_source_that_does_not_compile_says_where() -> None:
-    try:
-        compile_source("", "sm_90")
-    except KernelError as error:
-        pytest.skip(str(error))
-    with pytest.raises(KernelError, match=r'for sm_90: .*identifier "x" is undefined'):
-        compile_source("__device__ int f() { return x; }", "sm_90")
 
 
 class Recorded(TorchDispatchMode):

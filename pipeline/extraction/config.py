@@ -1,0 +1,73 @@
+"""Every default of extraction. Imports nothing heavy, since `--help` shows them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.photos.views import parse_views
+from train.option import about, option
+
+# Of the network's arithmetic; `auto` is the fastest that agrees with float32.
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+BACKBONE_HELP = "Any torchvision classifier."
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` → (2, 8). Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{text!r} is not I/N with 1 ≤ I ≤ N, as in 2/8")
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """The settings of `cap extract-features`."""
+
+    images: Path = field(metadata=about("Folder of photos."))
+    out: Path = field(metadata=about("The cache to write, or to continue."))
+    captions: Path | None = option(
+        None,
+        "COCO or Karpathy JSON, Flickr CSV or token.txt. Without it, the cache has no captions.",
+    )
+    split: str | None = option(None, "Splits of a Karpathy JSON, as in train,restval.")
+    only: Path | None = option(None, "Extract only the photos named in this file, one per line.")
+    backbone: str = option("resnet152", BACKBONE_HELP)
+    weights: str = option(
+        "IMAGENET1K_V1",
+        "A torchvision name, a .pth or .safetensors file, or random.",
+    )
+    views: tuple[str, ...] = option(
+        ("full",),
+        "Views of each photo, comma-separated: full, flip, center, center-flip, corners.",
+        parse=parse_views,
+    )
+    image_size: int = option(224, "Width and height of a view in pixels.", min=32)
+    batch_size: int | None = option(
+        None, "Photos per batch.  [default: 16 on a CPU, 256 on a GPU]", min=1
+    )
+    workers: int | None = option(None, "Decoding threads.  [default: one per core]", min=1)
+    device: str = option("auto", "auto, cpu, cuda (every GPU), cuda:N, or several: cuda:0,cuda:1.")
+    precision: str = option(
+        "auto",
+        "Precision of the network: auto (fast where it agrees with float32), float32, bfloat16 or "
+        "float16.",
+        choices=PRECISIONS,
+    )
+    limit: int | None = option(
+        None, "Number of photos to extract, from the first on.  [default: all]", min=1
+    )
+    # (I, N): the I-th of N shares
+    shard: tuple[int, int] | None = option(
+        None,
+        "I/N, as in 2/8: extract only the I-th of N shares; `cap merge` joins them.",
+        parse=parse_shard,
+    )
+    reuse: Path | None = option(
+        None, "An older cache of the same encoder; unchanged photos are copied from it."
+    )
+    overwrite: bool = option(False, "Start afresh even if --out exists.")
+    retry_unreadable: bool = option(False, "Try again to read photos that were set aside.")

@@ -1,0 +1,59 @@
+"""What the command line says about a setting, written beside the setting and its default.
+
+    from_cache: Path = field(metadata=about("Cache of the training photos."))
+    epochs: int = option(2, "Passes over the training captions.", min=1)
+
+are fields of a dataclass, the first required, the second with a default. `pipeline/cli/options.py`
+turns them into `--from-cache` and `--epochs`; a field without a description is no option of any
+command. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Option:
+    """The help text of an option and the values it accepts."""
+
+    help: str
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[str, ...] = ()
+    # Turns the user's text into the value; raises ValueError.
+    parse: Callable[[str], Any] | None = None
+    # For a field that is a dataclass itself: the values the user can name. The fields of that
+    # dataclass become options too, each of which overrides one field of the named value.
+    presets: Mapping[str, Any] | None = None
+
+
+def about(help: str) -> dict[str, Option]:
+    """The metadata of a field that is a required option."""
+    return {_KEY: Option(help)}
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    choices: tuple[str, ...] = (),
+    parse: Callable[[str], Any] | None = None,
+    presets: Mapping[str, Any] | None = None,
+) -> T:
+    """A field with a default that is an option."""
+    metadata = {_KEY: Option(help, min, max, choices, parse, presets)}
+    return field(default=default, metadata=metadata)
+
+
+def described(config: type) -> list[tuple[Field[Any], Option]]:
+    """The fields of a dataclass that are options, in order."""
+    return [(each, each.metadata[_KEY]) for each in fields(config) if _KEY in each.metadata]
