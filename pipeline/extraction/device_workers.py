@@ -125,11 +125,12 @@ def _start(pipe: Connection) -> subprocess.Popen[bytes]:
 
     It is a fresh interpreter, because neither CUDA nor a BLAS with threads survives a fork, and not
     one of multiprocessing's, because that would run the caller's main module again. It has a
-    session of its own, because a terminal sends Ctrl-C to every process of its session.
+    session of its own, because a terminal sends Ctrl-C to every process of its session. It imports
+    the same modules as this process: with -P, Python does not look in the working folder first.
     """
     code = "from pipeline.extraction.device_workers import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(pipe.fileno())],
+        [sys.executable, "-P", "-c", code, str(pipe.fileno())],
         pass_fds=[pipe.fileno()],
         stdin=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},

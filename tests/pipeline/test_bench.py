@@ -62,7 +62,7 @@ def test_bench_predict_names_what_a_fresh_process_could_not_do(
 ) -> None:
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     _, err = cap("bench", "predict", "--backbone", "shufflenet_v2_x0_5", "--photos", 8, code=1)
-    assert "a fresh `cap predict` failed (no caption came)" in err
+    assert "a fresh `cap predict` failed (it wrote no caption)" in err
 
 
 def test_bench_extract_measures_every_part_and_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,25 @@ def test_closing_ends_the_processes_at_once(photos: Path, tmp_path: Path) -> Non
     assert not workers_of(os.getpid())
 
 
+def test_workers_do_not_import_from_the_working_folder(photos: Path, tmp_path: Path) -> None:
+    for floor in ("cache", "train", "pipeline"):
+        (tmp_path / f"{floor}.py").write_text("raise SystemExit('imported')")
+    command = [
+        sys.executable, "-P", "-c", "from pipeline.cli.app import app; app()", "extract-features",
+        "--images", photos, "--out", tmp_path / "x.h5", "--backbone", "resnet18",
+        "--weights", "random", "--image-size", 64, "--batch-size", 4, "--device", "cpu,cpu",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(part) for part in command],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def start_command(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """An extraction on two devices in a process group of its own, and its workers, once it runs."""
     for seed in range(1000):
