@@ -1,1 +1,1 @@
-"""The feature cache: one HDF5 file format, its writer, reader, merge and verify. No torch."""
+"""The feature cache: an HDF5 file format, its writer, reader, merge and verify. Without torch."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Writing files so that they are either complete or not there."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from cache.errors import CapError
 
 
 class WriteError(CapError):
-    """A full disk, or a folder that is not there or not to be written to. One line, file first."""
+    """Raised when a file cannot be written: a full disk, or a folder that is missing or read-only.
+
+    The message is one line that begins with the file.
+    """
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file, sync it and rename it to `path`.
+    """Call `write` with the path of a temporary file, sync that file, and rename it to `path`.
 
-    Raises WriteError where `write` or the system raises OSError; `path` is then what it was.
+    Raises WriteError if `write` or the system raises OSError; `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

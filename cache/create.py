@@ -1,4 +1,4 @@
-"""Making a cache file: every array at full size, names and captions written, every row pending."""
+"""Creates a cache file: all arrays at full size, names and captions written, all rows pending."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from cache.record import CacheError, Skeleton
 from cache.seal import FORMAT_VERSION, SEAL_BYTES, Region, write_seal
 from cache.store import DIGEST_BYTES, ERROR_BYTES
 
-# Large arrays start on a page, so that mapping them costs nothing extra.
+# Large arrays start at a page boundary, so that mapping them has no extra cost.
 _ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
-_OVERHEAD_BYTES = 1 << 17  # the seal, HDF5's structures and padding, generously
+_OVERHEAD_BYTES = 1 << 17  # more than the seal, HDF5's structures and padding take
 
 
 def create_file(
     path: Path, fd: int, skeleton: Skeleton, library_versions: Mapping[str, str]
 ) -> None:
-    """Write a sealed cache with every row pending into `path`, whose open descriptor is `fd`.
+    """Write a sealed cache with all rows pending to `path`, whose open descriptor is `fd`.
 
-    Raises CacheError where the disk cannot hold the finished file, and OSError.
+    Raises CacheError if the disk has no room for the finished file, and OSError.
     """
     rows, encoder, captions = len(skeleton.paths), skeleton.encoder, skeleton.captions
     views, dim = len(encoder.views), encoder.feature_dim
@@ -60,7 +60,7 @@ def create_file(
     )
     _check_space(path, fd, needed)
     attributes = _attributes(skeleton, library_versions)
-    # HDF5's own lock would clash with the writer's, which is on the same file.
+    # HDF5's own lock would conflict with the writer's lock on the same file.
     with h5py.File(path, "w", userblock_size=SEAL_BYTES, locking=False, **_ALIGNMENT) as file:
         for name, value in attributes.items():
             file.attrs[name] = value
@@ -73,12 +73,12 @@ def create_file(
         write_seal(fd, arrays, attributes)
     except CacheError as error:
         raise CacheError(f"{path}: {error}") from None
-    # Claims the blocks behind the arrays now: a full disk shows here, not hours later.
+    # Reserve the arrays' disk blocks, so that a full disk shows now and not hours later.
     os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
 
 
 def _check_space(path: Path, fd: int, needed: int) -> None:
-    """Before HDF5 comes upon a full disk, which it reports in its own words, or a quota."""
+    """Raise CacheError if the disk or a quota is too small. HDF5's own message would be obscure."""
     free = shutil.disk_usage(path.parent).free
     try:
         if needed > free:
@@ -122,7 +122,7 @@ def _attributes(skeleton: Skeleton, library_versions: Mapping[str, str]) -> dict
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> Region:
-    """Make a contiguous, allocated, unfilled dataset; returns where it lies in the file."""
+    """Make a contiguous dataset, allocated but not filled. Returns where it lies in the file."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

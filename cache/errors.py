@@ -1,8 +1,9 @@
-"""The root of every error that is the user's to mend."""
+"""The base class of all errors that the user can fix."""
 
 
 class CapError(Exception):
-    """One line for the user: what is wrong, and with which file. Anything else is our bug.
+    """An error with a one-line message for the user: which file, and what is wrong with it.
 
-    Each module raises its own kind; only the command line turns one into a message and exit code 1.
+    Each module raises a subclass of its own. Only the command line turns one into a message and
+    exit code 1. Any other exception is a bug of this program.
     """

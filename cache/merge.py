@@ -1,4 +1,4 @@
-"""Caches joined into one: the shards of one set of photos, or sets of photos side by side."""
+"""Joins caches into one: the shards of one set of photos, or different sets of photos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cache.record import CacheError, CaptionTable, Skeleton, Strings, offsets_of
 from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
 from cache.writer import new_cache
 
-_BLOCK_BYTES = 1 << 24  # of features, copied at once
+_BLOCK_BYTES = 1 << 24  # of features, copied at a time
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,24 @@ class MergeReport:
     photos: int
     unreadable: int
     captions: int
-    duplicates: int  # photos left out, an earlier cache having them
-    duplicate_captions: int  # left out with them
+    duplicates: int  # photos left out because an earlier cache has them
+    duplicate_captions: int  # captions left out with them
 
 
 def merge(
     paths: Sequence[Path], out: Path, *, deduplicate: bool = False, overwrite: bool = False
 ) -> MergeReport:
-    """Join finished caches of one encoder into the cache `out`, which appears complete or not.
+    """Join finished caches of one encoder into the cache `out`, which appears only when complete.
 
-    Photos follow one another as the caches do. The shards of one set of photos are put in their own
-    order, all must be there, of the same photos and captions, and the result is, to the byte, the
-    cache of an extraction without shards. Otherwise a photo that an earlier cache has, by its
-    digest, is an error, or left out with `deduplicate`. Unreadable photos come along with their
-    reasons; words are counted anew.
+    Photos keep the order of the caches and of the rows in them. Shards are sorted by number. All of
+    them must be there and belong to the same photos and captions. The result is then byte for byte
+    the cache of an extraction without shards. In caches that are not shards, a photo that an
+    earlier cache has, by its digest, is an error, or is left out with `deduplicate`. Unreadable
+    photos are kept with their reasons, and words are counted again.
 
     Memory holds names and captions; features pass through it in blocks of 16 MB.
-    Raises CacheError: another encoder (naming the field), pending or damaged rows, missing shards
-    or such of other photos or captions, duplicates, two photos under one id, or an `out` that
+    Raises CacheError for another encoder (naming the field), pending or damaged rows, missing
+    shards, shards of other photos or captions, duplicates, two photos with one id, or an `out` that
     cannot be written.
     """
     caches = [open_cache(path) for path in paths]
@@ -51,7 +51,7 @@ def merge(
     for cache in caches[1:]:
         difference = cache.encoder.difference(caches[0].encoder)
         if difference is not None:
-            raise CacheError(f"{cache.path}: made with {difference} as {caches[0].path}")
+            raise CacheError(f"{cache.path}: made with {difference} as in {caches[0].path}")
     sharded = any(cache.shard is not None for cache in caches)
     if sharded:
         caches = _shards_in_order(caches)
@@ -75,7 +75,7 @@ def merge(
         ):
             if together != shared:
                 raise CacheError(
-                    f"{caches[0].path}: the shards together are not the {what} they shared"
+                    f"{caches[0].path}: together, the shards do not have the {what} of their whole"
                 )
     with new_cache(
         out, skeleton, library_versions=_versions(caches), overwrite=overwrite
@@ -104,9 +104,10 @@ def merge(
 def merge_captions(
     tables: Sequence[CaptionTable], kept: Sequence[NDArray[np.bool_]]
 ) -> CaptionTable:
-    """The captions of the kept rows of several caches, their words counted and numbered anew.
+    """Join the captions of the kept rows of several caches. Words are counted and numbered again.
 
-    kept: for each table, (N,) which of its photos stay. Photos are renumbered one after the other.
+    kept: for each table, (N,) whether each of its photos is kept. The kept photos get consecutive
+    numbers.
     """
     chosen = [mask[table.rows] for table, mask in zip(tables, kept, strict=True)]  # captions
     spans = [np.diff(table.token_offsets) for table in tables]
@@ -120,7 +121,7 @@ def merge_captions(
         counts.update({w: n for w, n in zip(table.words, numbers, strict=True) if n})
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     number = {word: index for index, (word, _) in enumerate(ordered)}
-    # A word that only occurred in captions left out has no number, and nothing looks it up.
+    # A word that occurs only in captions left out has no number, and none is looked up.
     renumbered = [
         np.array([number.get(word, -1) for word in table.words], np.int32)[own]
         for table, own in zip(tables, tokens, strict=True)
@@ -155,8 +156,8 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
         shard = cache.shard
         if shard is None:
             raise CacheError(
-                f"{cache.path}: is no shard, {first.path} is shard {first.shard}; "
-                "merge the shards by themselves first"
+                f"{cache.path}: is not a shard, but {first.path} is shard {first.shard}; "
+                "merge the shards on their own first"
             )
         if (shard.count, shard.all_rows, cache.batch_rows) != (
             first.shard.count,
@@ -165,8 +166,8 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
         ):
             raise CacheError(
                 f"{cache.path}: shard {shard} of {shard.all_rows:,} photos in batches of "
-                f"{cache.batch_rows}, not of those of {first.path}, shard {first.shard} of "
-                f"{first.shard.all_rows:,} in batches of {first.batch_rows}"
+                f"{cache.batch_rows}, but {first.path} is shard {first.shard} of "
+                f"{first.shard.all_rows:,} photos in batches of {first.batch_rows}"
             )
         for what, own, others in (
             ("photos", shard.all_photos_sha256, first.shard.all_photos_sha256),
@@ -178,7 +179,9 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
                     f"from the same files (--reuse {cache.path} keeps its features)"
                 )
         if shard.number in by_number:
-            raise CacheError(f"{cache.path}: shard {shard}, as {by_number[shard.number].path}")
+            raise CacheError(
+                f"{cache.path}: shard {shard}, and so is {by_number[shard.number].path}"
+            )
         by_number[shard.number] = cache
     missing = [n for n in range(1, first.shard.count + 1) if n not in by_number]
     if missing:
@@ -192,9 +195,9 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
 def _without_duplicates(
     caches: Sequence[FeatureCache], deduplicate: bool
 ) -> list[NDArray[np.bool_]]:
-    """For each cache, which photos stay.
+    """For each cache, which photos are kept.
 
-    Copies of a photo within one cache are its owner's affair; only those across caches count.
+    Copies of a photo within one cache are all kept; only copies in different caches are duplicates.
     """
     owners = np.repeat(np.arange(len(caches)), [len(cache) for cache in caches])
     first_rows = offsets_of(np.bincount(owners, minlength=len(caches)))
@@ -205,22 +208,22 @@ def _without_duplicates(
 
     digests = np.concatenate([cache.digests for cache in caches])
     same_id = _in_an_earlier_cache(np.concatenate([_id_digests(c) for c in caches]), owners)
-    # A file that could not be opened has no digest; its id must do.
+    # A photo whose file could not be opened has no digest, so it is compared by its id.
     earlier = np.where(digests.any(axis=1), _in_an_earlier_cache(digests, owners), same_id)
     duplicates = np.flatnonzero(earlier >= 0)
     if len(duplicates) and not deduplicate:
         row = int(duplicates[0])
         raise CacheError(
-            f"{named(row)} is the photo {named(int(earlier[row]))} ({len(duplicates):,} such); "
-            "--deduplicate keeps the first of each"
+            f"{named(row)} is the same photo as {named(int(earlier[row]))} "
+            f"(duplicates: {len(duplicates):,}); --deduplicate keeps the first of each"
         )
     keep = earlier < 0
     clashes = np.flatnonzero((same_id >= 0) & keep)
     if len(clashes):
         row = int(clashes[0])
         raise CacheError(
-            f"{named(row)} has the id of another photo, {named(int(same_id[row]))} "
-            f"({len(clashes):,} such)"
+            f"{named(row)} has the same id as another photo, {named(int(same_id[row]))} "
+            f"(ids that clash: {len(clashes):,})"
         )
     return [keep[start:stop] for start, stop in pairwise(first_rows)]
 

@@ -1,4 +1,4 @@
-"""What a cache says about itself: how its features were made, and whose captions it carries."""
+"""What a cache records about itself: how its features were made, its photos and its captions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from cache.errors import CapError
 
 
 class CacheError(CapError):
-    """A cache is missing, damaged, unfinished, in use, or not what was asked for. One line."""
+    """Raised when a cache is missing, damaged, unfinished, in use, or not the one asked for.
+
+    The message is one line.
+    """
 
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """The identity of the frozen network and its preprocessing. Equal records, equal features.
+    """The identity of the frozen network and its preprocessing. Equal records mean equal features.
 
-    `weights` is what the user named (a torchvision name, a path, or `random`); what counts when two
-    records are compared is `weights_sha256`, so a moved weights file is still the same encoder.
+    `weights` is the user's name for the weights: a torchvision name, a path, or `random`. Records
+    are compared by `weights_sha256`, so a weights file that was moved is still the same encoder.
     """
 
     backbone: str
@@ -33,10 +36,10 @@ class EncoderRecord:
     image_size: int  # pixels, both sides
     views: tuple[str, ...]
     preprocessing: str
-    precision: str  # float32, bfloat16 or float16: the arithmetic, not the storage
+    precision: str  # of the arithmetic, not of the storage: float32, bfloat16 or float16
 
     def difference(self, other: EncoderRecord) -> str | None:
-        """The first field in which the two differ, as `field mine, not theirs`; None if equal."""
+        """The first field that differs, as `field mine, not theirs`; None if the two are equal."""
         if self.backbone != other.backbone:
             return f"backbone {self.backbone}, not {other.backbone}"
         if self.weights_sha256 != other.weights_sha256:
@@ -53,9 +56,10 @@ class EncoderRecord:
 
 
 class Strings(Sequence[str]):
-    """Immutable strings in two arrays, so that a million of them cost no million objects.
+    """Immutable strings in two arrays, so that a million strings do not take a million objects.
 
-    text: (K,) uint8 UTF-8 bytes, one string after the other; offsets: (N + 1,) int64 into it.
+    text: (K,) uint8, the UTF-8 bytes of all strings in turn. offsets: (N + 1,) int64, where each
+    string begins in `text`, and where the last one ends.
     """
 
     def __init__(self, text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
@@ -96,7 +100,7 @@ class Strings(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def where(self, kept: NDArray[np.bool_]) -> Strings:
-        """The strings for which `kept` (N,) is true, in their order."""
+        """The strings for which `kept` (N,) is true, in the same order."""
         if kept.all():
             return self
         lengths = np.diff(self.offsets)
@@ -113,7 +117,7 @@ class Strings(Sequence[str]):
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N,) lengths → (N + 1,) offsets of parts that lie one after the other."""
+    """(N,) lengths of consecutive parts → (N + 1,) offsets of their beginnings, and the end."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
@@ -123,8 +127,8 @@ def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 class CaptionTable:
     """The captions of N photos: M raw texts, and their tokens numbered by frequency.
 
-    Word 0 of `words` is the most frequent token (ties in alphabetical order), so a vocabulary for
-    any minimum count is a prefix of `words`, and a token number is valid for every such prefix.
+    Word 0 of `words` is the most frequent token, with ties in alphabetical order. So a vocabulary
+    for any minimum count is a prefix of `words`, and token numbers are the same in each of them.
     """
 
     texts: Strings  # M raw captions
@@ -166,7 +170,7 @@ def no_captions() -> CaptionTable:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which share of a larger set of photos a cache holds: rows `first_row` … of `all_rows`."""
+    """Which part of a larger set of photos a cache holds: those from `first_row`, of `all_rows`."""
 
     number: int  # 1 … count
     count: int
@@ -184,8 +188,9 @@ class Skeleton:
     """Everything in a cache that is known before the first photo is decoded.
 
     image_ids, paths: N each; a path is relative to the image folder. batch_rows: the encoder's
-    batch; rows k·batch_rows … are always computed together, at the same places of the batch, so a
-    resumed extraction computes exactly what an unbroken one does.
+    batch size. Rows k · batch_rows to (k + 1) · batch_rows - 1 are always computed together, at the
+    same places in the batch, so a resumed extraction computes exactly what an uninterrupted one
+    does.
     """
 
     image_ids: Strings
@@ -200,7 +205,7 @@ class Skeleton:
 
 
 def texts_sha256(texts: Strings, rows: NDArray[np.int32]) -> str:
-    """Says which raw captions (M) in which order, and of which photo rows (M,)."""
+    """Identifies M raw captions, their order, and the photo row (M,) of each."""
     digest = hashlib.sha256()
     texts.update(digest)
     digest.update(np.ascontiguousarray(rows).data)
@@ -208,7 +213,7 @@ def texts_sha256(texts: Strings, rows: NDArray[np.int32]) -> str:
 
 
 def photos_sha256(image_ids: Strings, paths: Strings) -> str:
-    """Says which photos in which order."""
+    """Identifies the photos and their order."""
     digest = hashlib.sha256()
     image_ids.update(digest)
     paths.update(digest)

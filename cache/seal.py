@@ -1,9 +1,9 @@
-"""The seal of a cache file: 16 KiB before the HDF5 data from which a reader learns all it needs.
+"""The seal of a cache file: 16 KiB before the HDF5 data that tell a reader all it needs to know.
 
-HDF5 reserves a *user block* at the start of a file for the application. A cache keeps there where
-each of its arrays lies, how it was made, and a checksum over every byte that never changes after
-the file is made. A reader checks that and then maps the arrays: the HDF5 library, which can crash
-or hang on a file that was tampered with, is never shown the file. Layout, little-endian:
+HDF5 leaves a *user block* at the start of a file to the application. There a cache stores the place
+of each of its arrays, how it was made, and a checksum of all bytes that never change after the file
+is made. A reader checks these and then maps the arrays. It never uses the HDF5 library, which can
+crash or hang on a manipulated file. Layout, little-endian:
 
 - bytes 0–7    `capcache`
 - bytes 8–11   uint32 format version
@@ -13,7 +13,7 @@ or hang on a file that was tampered with, is never shown the file. Layout, littl
   bytes from 16384 on that are outside mutable arrays, "arrays": {name: [dtype, shape, offset]},
   "attributes": the root attributes of the HDF5 file}
 
-The mutable arrays (features, status, digests, checksums, errors) carry a checksum per row instead.
+The mutable arrays (features, status, digests, checksums, errors) have a checksum per row instead.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Seal:
-    """What a checked seal says. Every region lies within the file and overlaps no other."""
+    """The content of a checked seal. All regions lie within the file and none overlap."""
 
     size_bytes: int
     arrays: Mapping[str, Region]
@@ -64,9 +64,9 @@ class Seal:
 
 
 def write_seal(fd: int, arrays: Mapping[str, Region], attributes: Mapping[str, str | int]) -> None:
-    """Seal an open file (read-write descriptor) whose fixed bytes are all written.
+    """Seal an open file (read-write descriptor) after all its fixed bytes are written.
 
-    Raises CacheError where the attributes are too long for the seal, and OSError.
+    Raises CacheError if the attributes are too long for the seal, and OSError.
     """
     size = os.fstat(fd).st_size
     text = json.dumps(
@@ -79,12 +79,12 @@ def write_seal(fd: int, arrays: Mapping[str, Region], attributes: Mapping[str, s
     ).encode()
     block = _HEADER.pack(MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text
     if len(block) > SEAL_BYTES:
-        raise CacheError("the names of its weights and versions are too long to be stored")
+        raise CacheError("the names of its weights and library versions are too long to store")
     os.pwrite(fd, block.ljust(SEAL_BYTES, b"\0"), 0)
 
 
 def is_cache(path: Path) -> bool:
-    """Whether a file begins as a cache does; says nothing about its health."""
+    """Whether a file begins like a cache. It may be damaged nevertheless."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -93,9 +93,9 @@ def is_cache(path: Path) -> bool:
 
 
 def check_seal(fd: int) -> Seal:
-    """The seal of an open file whose every fixed byte is as it was written.
+    """Read the seal of an open file and check that all fixed bytes are as they were written.
 
-    Raises CacheError, without the file's name, and OSError.
+    Raises CacheError, whose message does not name the file, and OSError.
     """
     block = os.pread(fd, SEAL_BYTES, 0)
     if len(block) < _HEADER.size or not block.startswith(MAGIC):
@@ -114,7 +114,7 @@ def check_seal(fd: int) -> Seal:
         arrays = {str(name): _region(value) for name, value in record["arrays"].items()}
         attributes = {str(name): _plain(value) for name, value in record["attributes"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CacheError("damaged (the seal makes no sense)") from None
+        raise CacheError("damaged (the seal is invalid)") from None
     actual = os.fstat(fd).st_size
     if actual != size:
         raise CacheError(f"damaged ({actual} bytes, must be {size}); extract again")
@@ -158,7 +158,7 @@ def _fixed_crc32(fd: int, size: int, arrays: Mapping[str, Region]) -> int:
         while position < start:
             chunk = os.pread(fd, min(_CHUNK_BYTES, start - position), position)
             if not chunk:
-                raise CacheError("the file is shorter than its own record of it")
+                raise CacheError("the file is shorter than its seal says")
             crc = zlib.crc32(chunk, crc)
             position += len(chunk)
         position = start + length

@@ -1,15 +1,15 @@
-"""The feature cache: one HDF5 file per split, safe against any kill, readable at memory speed.
+"""The feature cache: one HDF5 file per split. It survives a kill and is read at memory speed.
 
 Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
 
-- Bytes 0–16383: the seal (`cache.seal`). From byte 16384: an ordinary HDF5 file, for others; this
-  program reads the arrays at the places that the seal gives.
-- Every dataset is contiguous, little-endian, allocated in full when the file is made. The file is
-  built as `NAME.tmp`, synced and renamed; afterwards only the bytes of the five mutable arrays ever
-  change, so a kill at any moment leaves a valid file.
+- Bytes 0–16383: the seal (`cache.seal`). From byte 16384: an ordinary HDF5 file, for other
+  programs. This one reads the arrays at the places given in the seal.
+- All datasets are contiguous, little-endian, and allocated in full when the file is made. The file
+  is written as `NAME.tmp`, synced and renamed. After that only the bytes of the five mutable arrays
+  change, so the file is valid whenever the writer is killed.
 - Mutable, written row by row:
   - `features`  (N, V, D) float16
-  - `status`    (N,) uint8: 0 pending, 1 done, 2 unreadable. Written after the row it speaks of.
+  - `status`    (N,) uint8: 0 pending, 1 done, 2 unreadable. Written after the rest of the row.
   - `digests`   (N, 16) uint8: BLAKE2b-128 of the photo's file, zeros where it could not be read
   - `errors`    (N, 96) uint8: why a row is unreadable, UTF-8 padded with zeros
   - `checksums` (N,) uint32: CRC-32 of the row's digest, then its error, then (done rows only) its
@@ -28,7 +28,7 @@ Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
   has five more: `shard` (as in `2/8`), `shard_first_row`, `all_rows`, `all_photos_sha256`,
   `all_captions_sha256`.
 
-There are no timestamps: the same photos through the same encoder give the same bytes.
+There are no timestamps, so the same photos and the same encoder give the same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PENDING, DONE, UNREADABLE = 0, 1, 2
 DIGEST_BYTES = 16
 ERROR_BYTES = 96
 
-_READ_BYTES = 1 << 24  # at once
+_READ_BYTES = 1 << 24  # at a time
 
 
 def row_checksum(
@@ -60,16 +60,16 @@ def row_checksum(
     error: NDArray[np.uint8],
     features: NDArray[np.float16] | None,
 ) -> int:
-    """CRC-32 of a row: its digest, its error bytes and, if it is done, its features."""
+    """CRC-32 of a row: of its digest, its error bytes and, if it is done, its features."""
     crc = zlib.crc32(error.tobytes(), zlib.crc32(digest.tobytes()))
     return crc if features is None else zlib.crc32(features.tobytes(), crc)
 
 
 class FeatureCache:
-    """A cache open for reading; arrays are memory-mapped, strings are decoded when asked for.
+    """A cache open for reading. Arrays are memory-mapped, and strings are decoded when asked for.
 
-    Rows are not copied: `cache.features[rows]` reads just those rows. Use `open_cache` to make one.
-    Pickled, it is its path, so it may go to other processes.
+    `cache.features[rows]` reads only those rows. Open one with `open_cache`. Pickling stores only
+    the path, so a cache can be passed to other processes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,15 +86,16 @@ class FeatureCache:
         except OSError as error:
             raise CacheError(f"{path}: cannot read ({error.strerror})") from None
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-            raise CacheError(f"{path}: damaged (its record makes no sense)") from None
+            raise CacheError(f"{path}: damaged (its record is invalid)") from None
         finally:
             os.close(fd)
 
     def _take(self, seal: Seal) -> None:
-        """Raises CacheError, KeyError or ValueError unless the arrays are a cache's.
+        """Set the attributes from the arrays. Raises CacheError, KeyError or ValueError if they are
+        not those of a cache.
 
-        A seal's checksums tell of accidents; what follows is for files made by others. Every number
-        that later serves as an index is checked here, once.
+        The seal's checksums reveal accidents. The checks here are against files made with intent:
+        every number that is later used as an index is checked once.
         """
         self._regions = seal.arrays
         self.features: NDArray[np.float16] = self._map("features", "<f2", 3)  # (N, V, D)
@@ -134,14 +135,14 @@ class FeatureCache:
             or (captions.counts < 1).any()
             or (np.diff(captions.counts) > 0).any()
         ):
-            raise CacheError("damaged (its arrays do not belong together); extract again")
+            raise CacheError("damaged (its arrays do not fit together); extract again")
         if self.status.max(initial=0) > UNREADABLE:
             raise CacheError("damaged (a row has an unknown status); extract again")
 
     def _map(self, name: str, dtype: str, dimensions: int, rows: int | None = None) -> NDArray[Any]:
         region = self._regions[name]
         if region.dtype.str != dtype or len(region.shape) != dimensions:
-            raise CacheError(f"damaged ({name} is of another kind); extract again")
+            raise CacheError(f"damaged ({name} has another type or shape); extract again")
         if rows is not None and region.shape[0] != rows:
             raise CacheError(f"damaged ({name} has {region.shape[0]} rows, not {rows})")
         if not region.size_bytes:
@@ -149,7 +150,7 @@ class FeatureCache:
         return np.ndarray(region.shape, region.dtype, self._mapped, region.offset)
 
     def _offsets(self, name: str, end: int, parts: int | None = None) -> NDArray[np.int64]:
-        """Offsets of parts that lie one after the other and end at `end`."""
+        """Map the offsets of consecutive parts, the last of which ends at `end`."""
         offsets = self._map(name, "<i8", 1, None if parts is None else parts + 1)
         if not len(offsets) or offsets[0] or offsets[-1] != end or (np.diff(offsets) < 0).any():
             raise CacheError(f"damaged ({name} are not ascending); extract again")
@@ -166,9 +167,9 @@ class FeatureCache:
         return len(self.status)
 
     def load_features(self) -> NDArray[np.float16]:
-        """All features in memory of their own, (N, V, D): faster than copying the mapped file.
+        """Read all features (N, V, D) into memory, which is faster than copying the mapped file.
 
-        Raises CacheError if the file cannot be read to its end.
+        Raises CacheError if the file cannot be read in full.
         """
         region = self._regions["features"]
         features = np.empty(region.shape, region.dtype)
@@ -193,7 +194,7 @@ class FeatureCache:
         return self._regions[name]
 
     def forget_pages(self) -> None:
-        """Let go of the memory behind rows that were read; they are read anew when needed."""
+        """Release the memory of rows that were read. They are read again when needed."""
         self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def rows_with(self, status: int) -> NDArray[np.int64]:
@@ -217,7 +218,7 @@ class FeatureCache:
 
 def _open(path: Path) -> int:
     try:
-        # O_NONBLOCK: a named pipe must not be waited for.
+        # O_NONBLOCK, because opening a named pipe would wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise CacheError(f"{path}: no such file") from None

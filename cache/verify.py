@@ -1,4 +1,4 @@
-"""Is a cache what it was? Its own checksums, and its photos' digests."""
+"""Checks whether a cache is unchanged, by its checksums and by the digests of its photos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cache.store import DONE, PENDING, FeatureCache
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found; lists hold `path: what is wrong`."""
+    """What `verify` found. The lists hold messages of the form `path: what is wrong`."""
 
     rows: int
     pending: int
@@ -36,12 +36,12 @@ def verify(
     sample: int = 64,
     seed: int = 0,
 ) -> tuple[VerifyReport, NDArray[np.int64]]:
-    """Check every finished row's checksum, the names and captions against the digests they were
-    made with, and a seeded sample of photos against theirs.
+    """Check the checksums of all finished rows, the digests of names and captions, and the digests
+    of a random sample of photos.
 
-    digest_of: reads a photo and returns its (16,) uint8 digest, raising OSError if it cannot.
-    Returns the report and the sampled rows whose photos are unchanged. Opening the cache has
-    already checked its seal.
+    digest_of: reads a photo and returns its (16,) uint8 digest, or raises OSError. sample: number
+    of photos, for which `images` and `digest_of` are needed. Returns the report and the sampled
+    rows whose photos are unchanged. The seal was already checked when the cache was opened.
     """
     finished = np.flatnonzero(cache.status != PENDING)
     damaged = [
@@ -49,9 +49,9 @@ def verify(
         for row in finished.tolist()
         if not cache.row_is_intact(row)
     ]
-    # The seal covers these too, but against accidents only.
+    # The seal covers these too, but only against accidents.
     if photos_sha256(cache.image_ids, cache.paths) != cache.photos_sha256:
-        damaged.append(f"{cache.path}: its photos' names are not those it was made with")
+        damaged.append(f"{cache.path}: the names of its photos are not those it was made with")
     if cache.captions.sha256() != cache.captions_sha256:
         damaged.append(f"{cache.path}: its captions are not those it was made with")
     changed: list[str] = []
@@ -71,8 +71,10 @@ def verify(
         except OSError as error:
             missing += isinstance(error, FileNotFoundError)
             changed.append(f"{path}: {error.strerror or error}")
-    if missing > 1 and missing == len(chosen):  # another folder
-        changed = [f"{images}: none of the {missing} photos looked for is there, as {path}"]
+    if missing > 1 and missing == len(chosen):  # probably the wrong folder
+        changed = [
+            f"{images}: none of the {missing} photos looked for is there, for example {path}"
+        ]
     report = VerifyReport(
         rows=len(cache),
         pending=len(cache) - len(finished),

@@ -1,4 +1,4 @@
-"""Filling a cache: one writer at a time, every finished row safe, any interruption resumable."""
+"""Fills a cache: one writer at a time, finished rows are safe, and interruptions can be resumed."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _NO_ERROR = np.zeros(ERROR_BYTES, np.uint8)
 
 
 class CacheWriter:
-    """Writes rows into a cache file and remembers which are safe. Make one with `open_writer`.
+    """Writes rows to a cache file and keeps track of their status. Open one with `open_writer`.
 
-    Rows go to the file at once; their status follows in `flush`, after the rows themselves are on
-    the disk, so a row that says "done" is done even after a power cut. The file's lock is held by
-    the descriptor and dies with the process.
+    Rows are written to the file at once. `flush` writes their status when the rows themselves are
+    on the disk, so a row marked "done" is done even after a power cut. The lock on the file belongs
+    to the descriptor and ends with the process.
     """
 
     def __init__(self, path: Path, fd: int, advice: str = _GO_ON) -> None:
         self.path = path
-        self._advice = advice  # for when the disk fails
+        self._advice = advice  # for the user, in case the disk fails
         self.cache = FeatureCache(path)
         self._fd = fd
         self._status = np.array(self.cache.status)  # as it will be after the next flush
@@ -49,7 +49,7 @@ class CacheWriter:
 
     @property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) the status of every row, unflushed ones included. Do not write to it."""
+        """(N,) the status of all rows, including those not flushed yet. Do not write to it."""
         return self._status
 
     def write(
@@ -57,7 +57,7 @@ class CacheWriter:
     ) -> None:
         """Store rows as done. features: (B, V, D) float16; digests: (B, 16) uint8.
 
-        Raises CacheError where the disk is full or gone; what was flushed before stays valid.
+        Raises CacheError if the disk is full or gone. Rows that were flushed before stay valid.
         """
         checksums = np.array(
             [
@@ -75,10 +75,10 @@ class CacheWriter:
         self._mark(rows, DONE)
 
     def set_unreadable(self, row: int, reason: str, digest: NDArray[np.uint8]) -> None:
-        """Set a photo aside; `reason` is one line, cut to what the file keeps."""
+        """Mark a photo as unreadable. reason: one line, cut to what the file can store."""
         error = np.zeros(ERROR_BYTES, np.uint8)
         text = " ".join(reason.split()).encode("utf-8", "replace")[:ERROR_BYTES]
-        text = text.decode("utf-8", "ignore").encode()  # no half character at the cut
+        text = text.decode("utf-8", "ignore").encode()  # drop a character that the cut split
         error[: len(text)] = np.frombuffer(text, np.uint8)
         self._put("errors", row, error)
         self._put("digests", row, digest)
@@ -86,13 +86,13 @@ class CacheWriter:
         self._mark(np.array([row]), UNREADABLE)
 
     def copy(self, first: int, source: FeatureCache, rows: NDArray[np.int64]) -> None:
-        """Store these rows of another cache, none of them pending, as rows `first` … of this one.
+        """Copy rows of another cache, none of them pending, to the rows from `first` on.
 
-        Raises CacheError if one of them is damaged, or the disk is full.
+        Raises CacheError if one of them is damaged or the disk is full.
         """
         status = source.status[rows]
         features = source.features[rows]
-        features[status != DONE] = 0  # never written there, so it may hold anything
+        features[status != DONE] = 0  # they were never written and may have any content
         digests, errors, checksums = (
             source.digests[rows],
             source.error_bytes[rows],
@@ -115,14 +115,14 @@ class CacheWriter:
             self._mark(first + np.flatnonzero(status == kind), kind)
 
     def retry_unreadable(self) -> int:
-        """Make every unreadable row pending again; returns how many there were."""
+        """Make all unreadable rows pending again. Returns how many there were."""
         rows = np.flatnonzero(self._status == UNREADABLE)
         self._mark(rows, PENDING)
         self.flush()
         return len(rows)
 
     def flush(self) -> None:
-        """Make everything written so far survive a power cut, then say so in `status`."""
+        """Sync everything written so far to the disk, then write the status of these rows."""
         if not self._dirty:
             return
         try:
@@ -135,7 +135,7 @@ class CacheWriter:
         self._dirty.clear()
 
     def close(self) -> None:
-        """Flush and let go of the file."""
+        """Flush, and release the file."""
         if self._fd < 0:
             return
         try:
@@ -157,7 +157,7 @@ class CacheWriter:
         try:
             self.close()
         except CacheError:
-            if error is None:  # else the first failure is the one to hear about
+            if error is None:  # otherwise the first error is the one to report
                 raise
 
     def _mark(self, rows: NDArray[np.int64], status: int) -> None:
@@ -182,7 +182,7 @@ class CacheWriter:
 
 
 def _runs(rows: NDArray[np.int64]) -> list[slice]:
-    """Slices of `rows` in which the numbers follow one another: each is one write."""
+    """Slices of `rows` with consecutive numbers. Each slice takes one write."""
     cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     return [slice(start, stop) for start, stop in pairwise(cuts) if stop > start]
 
@@ -194,11 +194,11 @@ def open_writer(
     library_versions: Mapping[str, str],
     overwrite: bool = False,
 ) -> CacheWriter:
-    """Start a cache at `path`, or go on with the one there if it was made from the same skeleton.
+    """Start a cache at `path`, or continue the one there if it was made from the same skeleton.
 
-    Going on keeps the file's own `batch_rows`, whatever the skeleton says: see `Skeleton`.
+    A continued file keeps its own `batch_rows`, whatever the skeleton says: see `Skeleton`.
 
-    Raises CacheError if another process writes it, if the file there differs (naming the field)
+    Raises CacheError if another process is writing it, if the file there differs (naming the field)
     and `overwrite` is off, or if the folder cannot be written to.
     """
     path = Path(path)
@@ -208,10 +208,10 @@ def open_writer(
             if existing is not None and not overwrite:
                 _check_same(path, skeleton)
                 writer = CacheWriter(path, existing)
-                existing = None  # the writer's to close now
+                existing = None  # the writer closes it now
                 return writer
             with _draft(path) as (temporary, fd):
-                if existing is None and path.exists():  # another process was faster
+                if existing is None and path.exists():  # another process has just made it
                     continue
                 create_file(temporary, fd, skeleton, library_versions)
                 _publish(temporary, fd, path)
@@ -225,17 +225,17 @@ def open_writer(
 def new_cache(
     path: Path, skeleton: Skeleton, *, library_versions: Mapping[str, str], overwrite: bool = False
 ) -> Iterator[CacheWriter]:
-    """A writer of a cache that appears at `path` when the block ends, or not at all.
+    """A writer for a cache that appears at `path` when the block ends without an error.
 
-    Raises CacheError as `open_writer` does, or if a file is there and `overwrite` is off.
+    Raises CacheError as `open_writer` does, and if a file is there and `overwrite` is off.
     """
     existing = _lock_existing(path)
     try:
         if existing is not None and not overwrite:
-            raise CacheError(f"{path}: exists already; name another --out, or --overwrite it")
+            raise CacheError(f"{path}: already exists; name another --out, or --overwrite it")
         with _draft(path) as (temporary, fd):
             create_file(temporary, fd, skeleton, library_versions)
-            with CacheWriter(temporary, os.dup(fd), "nothing was made") as writer:
+            with CacheWriter(temporary, os.dup(fd), "no file was made") as writer:
                 yield writer
             _publish(temporary, fd, path)
     finally:
@@ -245,9 +245,10 @@ def new_cache(
 
 @contextlib.contextmanager
 def _draft(path: Path) -> Iterator[tuple[Path, int]]:
-    """(a temporary file beside `path`, its locked descriptor), gone after the block unless renamed.
+    """(a temporary file beside `path`, its locked descriptor). After the block the file is deleted,
+    unless it was renamed.
 
-    A duplicate of the descriptor keeps the lock beyond the block. Errors speak of `path`.
+    A duplicate of the descriptor keeps the lock after the block. Error messages name `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     fd = _lock(temporary, create=True)
@@ -276,7 +277,7 @@ def _publish(temporary: Path, fd: int, path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise CacheError now, before any work, if `open_writer` could not even begin at `path`."""
+    """Raise CacheError before any work is done if `open_writer` could not start at `path`."""
     fd = _lock_existing(path)
     if fd is not None:
         os.close(fd)
@@ -285,7 +286,7 @@ def check_place(path: Path) -> None:
 
 
 def _lock_existing(path: Path) -> int | None:
-    """The locked descriptor of the file at `path`, None if there is none. Raises CacheError."""
+    """A locked descriptor of the file at `path`; None if there is none. Raises CacheError."""
     if not path.parent.is_dir():
         raise CacheError(f"{path.parent}: no such folder")
     if path.is_dir():
@@ -294,7 +295,7 @@ def _lock_existing(path: Path) -> int | None:
 
 
 def _lock(path: Path, *, create: bool) -> int | None:
-    """An open, exclusively locked descriptor of `path`; None if it is absent and not to be made."""
+    """An exclusively locked descriptor of `path`; None if there is no file and `create` is off."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
@@ -315,7 +316,7 @@ def _lock(path: Path, *, create: bool) -> int | None:
                 return fd
         except FileNotFoundError:
             pass
-        os.close(fd)  # renamed or removed between open and lock: look again
+        os.close(fd)  # the file was renamed or removed between open and lock: try again
 
 
 def _share(shard: Shard | None) -> str:

@@ -10,7 +10,8 @@ from cache.record import CaptionTable
 from cache.seal import is_cache
 from cache.store import open_cache
 from pipeline.photos.captions_files import DatasetError, read_captions
-from train.captions.vocabulary import Vocabulary, build_caption_table, build_vocabulary
+from train.captions.tokenizer import build_caption_table
+from train.captions.vocabulary import Vocabulary, build_vocabulary
 
 _SHOWN_WORDS = 12
 

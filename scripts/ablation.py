@@ -27,7 +27,8 @@ from cache.atomic import write_text
 from cache.errors import CapError
 from pipeline.evaluation.evaluate import evaluate
 from train.config import BEST, CLASSIC, MEAN, Recipe, SearchConfig, TrainConfig
-from train.fit.run import EpochLog, train
+from train.fit.reports import EpochLog
+from train.fit.run import train
 
 _BEAM, _MEAN_VIEW = SearchConfig(beam_size=5), SearchConfig(beam_size=5, view=MEAN)
 

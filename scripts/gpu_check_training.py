@@ -20,7 +20,8 @@ from cache.store import open_cache
 from cache.writer import open_writer
 from pipeline.bench.train import bench_train
 from train.captions.caption_set import Batch, CaptionSet, caption_set
-from train.captions.vocabulary import END, PAD, Vocabulary, build_caption_table, build_vocabulary
+from train.captions.tokenizer import build_caption_table
+from train.captions.vocabulary import END, PAD, Vocabulary, build_vocabulary
 from train.config import BEST, CLASSIC, Recipe, TrainConfig
 from train.fit.run import train
 from train.fit.trainer import Trainer

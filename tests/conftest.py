@@ -18,7 +18,7 @@ from PIL import Image
 from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
-from train.captions.vocabulary import build_caption_table
+from train.captions.tokenizer import build_caption_table
 
 ROOT = Path(__file__).parent.parent
 

@@ -32,7 +32,8 @@ from pipeline.bench.train_step import (
     product_rate,
     step_flops,
 )
-from train.captions.caption_set import CaptionSet, caption_set, epoch_batches
+from train.captions.caption_set import CaptionSet, caption_set
+from train.captions.epoch_order import epoch_batches
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import CLASSIC, Recipe
 from train.device import resolve_device

@@ -23,7 +23,7 @@ def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
     Example: cap sweep --from-cache train.h5 --out runs/sweep --trials 16
     """
     with errors(f"what is done is in {config.out}; the same command goes on"):
-        from train.fit.sweep import SweepResult
+        from train.fit.reports import SweepResult
         from train.fit.sweep import sweep as run_sweep
 
         for report in run_sweep(config):

@@ -57,7 +57,7 @@ def train(*, config: TrainConfig) -> None:
         return "training had not begun; run the same command again"
 
     with errors(kept):
-        from train.fit.run import EpochLog, Saved, Started, StepLog
+        from train.fit.reports import EpochLog, Saved, Started, StepLog
         from train.fit.run import train as run_training
 
         best = None

@@ -24,7 +24,8 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.gallery import Tile, write_contact_sheet
 from train.config import CLASSIC, SearchConfig, TrainConfig
-from train.fit.run import EpochLog, train
+from train.fit.reports import EpochLog
+from train.fit.run import train
 from train.scores.metrics import Scores, score
 
 OWN_BACKBONE = "shufflenet_v2_x0_5"

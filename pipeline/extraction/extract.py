@@ -31,7 +31,7 @@ from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_kn
 from pipeline.extraction.shards import shard_of
 from pipeline.photos.captions_files import Photo, read_photos
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
-from train.captions.vocabulary import build_caption_table
+from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
 
 # A CPU is fastest with a few megabytes of activations per layer, a GPU with many.

@@ -1,7 +1,7 @@
-"""Files that are no cache any more, and files made to look like one: one line, or the right rows.
+"""Damaged caches and files made to look like caches give an error in one line, or the right rows.
 
-A checksum tells of accidents. Whoever makes a file on purpose recomputes the checksums; that must
-not lead to a crash, to endless memory or to rows of other photos either.
+Checksums reveal accidents. Whoever manipulates a file recomputes the checksums. That must not lead
+to a crash, to unlimited use of memory or to rows of other photos either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_record(whole: bytes | bytearray) -> dict[str, Any]:
 
 
 def forge(whole: bytes, record: dict[str, Any]) -> bytes:
-    """The file with this record in a seal that is valid as far as checksums go."""
+    """The file with this record in its seal, and valid checksums of the seal."""
     text = json.dumps(record).encode()
     block = HEADER.pack(seal.MAGIC, seal.FORMAT_VERSION, len(text), zlib.crc32(text)) + text
     return block.ljust(seal.SEAL_BYTES, b"\0") + whole[seal.SEAL_BYTES :]
@@ -58,7 +58,7 @@ def reseal(whole: bytes, record: dict[str, Any]) -> bytes:
 
 
 def read_everything(path: Path) -> None:
-    """What any command may do with a cache."""
+    """Do what the commands do with a cache."""
     cache = FeatureCache(path)
     list(cache.image_ids), list(cache.paths), cache.errors()
     cache.captions.by_row(len(cache))
@@ -84,7 +84,7 @@ def test_the_seal_tells_what_hdf5_tells(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_hdf5(tmp_path: Path) -> None:
-    """The HDF5 library crashes on crafted files; what it never sees cannot crash it."""
+    """The HDF5 library crashes on crafted files, so readers must not use it."""
     fill(tmp_path / "x.h5")
     whole = bytearray((tmp_path / "x.h5").read_bytes())
     record = read_record(whole)
@@ -97,7 +97,7 @@ def test_reading_needs_no_hdf5(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_files_end_in_one_line_or_a_found_row(tmp_path: Path, seed: int) -> None:
-    """Truncated, extended, overwritten, with blocks swapped: a hundred of each seed."""
+    """A hundred files per seed: truncated, extended, overwritten, or with blocks swapped."""
     path = tmp_path / "x.h5"
     fill(path)
     whole = path.read_bytes()
@@ -132,7 +132,7 @@ def test_mutated_files_end_in_one_line_or_a_found_row(tmp_path: Path, seed: int)
     for _ in range(100):
         data = bytearray(whole)
         chance.choice([truncate, extend, overwrite, swap, zero])(data)
-        # An unreadable row's features are nothing: never read, so nobody misses them.
+        # The features of an unreadable row are never read, so damage to them does not matter.
         data[start : start + 16] = whole[start : start + 16] if len(data) > start + 16 else b""
         path.write_bytes(data)
         try:
@@ -147,7 +147,7 @@ def test_mutated_files_end_in_one_line_or_a_found_row(tmp_path: Path, seed: int)
 def test_mutated_records_under_valid_checksums_are_refused_or_harmless(
     tmp_path: Path, seed: int
 ) -> None:
-    """Wrong types, negative and gigantic numbers, missing names, arrays laid over each other."""
+    """Wrong types, negative and gigantic numbers, missing names, overlapping arrays."""
     path = tmp_path / "x.h5"
     fill(path)
     whole = path.read_bytes()
@@ -192,7 +192,7 @@ def test_mutated_records_under_valid_checksums_are_refused_or_harmless(
 def test_mutated_contents_under_valid_checksums_are_refused_or_harmless(
     tmp_path: Path, seed: int
 ) -> None:
-    """Offsets out of order, rows and words out of range: nothing is indexed with them."""
+    """Offsets out of order, rows and words out of range: they are refused before any indexing."""
     path = tmp_path / "x.h5"
     fill(path)
     whole, record = path.read_bytes(), read_record(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Joining caches: the same photos, words counted anew, and nothing silently twice or missing."""
+"""Joining caches keeps the photos, counts words again, and does not silently drop or repeat any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cache.verify import verify
 from cache.writer import open_writer
 from tests.conftest import ROOT, record
 from tests.pipeline.test_cli import cap
-from train.captions.vocabulary import build_caption_table
+from train.captions.tokenizer import build_caption_table
 
 PHOTOS = [f"{letter}.jpg" for letter in "abcdefghij"]
 CAPTIONS = {
@@ -46,7 +46,7 @@ def write(
     content: dict[str, str] | None = None,
     **changes: object,
 ) -> FeatureCache:
-    """A cache of these photos as an extraction would write it; features follow from the content."""
+    """Write a cache of these photos as an extraction would. Features follow from the content."""
     content = content or {}
     skeleton = Skeleton(
         image_ids=Strings.pack(photos),
@@ -111,10 +111,10 @@ def test_a_missing_or_repeated_shard_is_named(tmp_path: Path) -> None:
     out = tmp_path / "merged.h5"
     with pytest.raises(CacheError, match=r"s1\.h5: shard 1/4; missing are 2/4, 4/4"):
         merge([one, three], out)
-    with pytest.raises(CacheError, match=r"s2\.h5: shard 2/4, as .*s2\.h5"):
+    with pytest.raises(CacheError, match=r"s2\.h5: shard 2/4, and so is .*s2\.h5"):
         merge([one, two, two, three, four], out)
     write(tmp_path / "other.h5", ["a.jpg"])
-    with pytest.raises(CacheError, match=r"other\.h5: is no shard, .*s1\.h5 is shard 1/4"):
+    with pytest.raises(CacheError, match=r"other\.h5: is not a shard, but .*s1\.h5 is shard 1/4"):
         merge([one, two, three, tmp_path / "other.h5"], out)
     (tmp_path / "halves").mkdir()
     half = shards(tmp_path / "halves", 4)[0]
@@ -127,7 +127,7 @@ def test_another_encoder_is_refused_by_file_and_field(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", PHOTOS[:2])
     write(tmp_path / "b.h5", PHOTOS[2:4], precision="bfloat16")
     with pytest.raises(
-        CacheError, match=r"b\.h5: made with precision bfloat16, not float32 as .*a\.h5"
+        CacheError, match=r"b\.h5: made with precision bfloat16, not float32 as in .*a\.h5"
     ):
         merge([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "merged.h5")
 
@@ -150,9 +150,8 @@ def test_duplicates_are_refused_or_left_out_with_their_captions(tmp_path: Path) 
     write(tmp_path / "a.h5", ["a.jpg", "b.jpg", "c.jpg"])
     write(tmp_path / "b.h5", ["d.jpg", "f.jpg", "g.jpg"], content={"f.jpg": "b.jpg"})
     paths, out = [tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "merged.h5"
-    with pytest.raises(
-        CacheError, match=r"b\.h5: f\.jpg is the photo .*a\.h5: b\.jpg \(1 such\); --deduplicate"
-    ):
+    found = r"b\.h5: f\.jpg is the same photo as .*a\.h5: b\.jpg \(duplicates: 1\); --deduplicate"
+    with pytest.raises(CacheError, match=found):
         merge(paths, out)
     report = merge(paths, out, deduplicate=True)
     assert (report.photos, report.duplicates, report.duplicate_captions) == (5, 1, 2)
@@ -172,7 +171,9 @@ def test_one_id_for_two_photos_is_refused_even_when_deduplicating(tmp_path: Path
     write(tmp_path / "a.h5", ["a.jpg", "b.jpg"])
     write(tmp_path / "b.h5", ["b.jpg", "d.jpg"], content={"b.jpg": "another"})
     for deduplicate in (False, True):
-        with pytest.raises(CacheError, match=r"b\.h5: b\.jpg has the id of another photo, .*a\.h5"):
+        with pytest.raises(
+            CacheError, match=r"b\.h5: b\.jpg has the same id as another photo, .*a\.h5"
+        ):
             merge(
                 [tmp_path / "a.h5", tmp_path / "b.h5"],
                 tmp_path / "merged.h5",
@@ -187,7 +188,7 @@ def test_absent_files_are_told_apart_by_their_id(tmp_path: Path) -> None:
     merge([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "x.h5")
     assert open_cache(tmp_path / "x.h5").status.tolist() == [UNREADABLE, DONE, UNREADABLE, DONE]
     write(tmp_path / "c.h5", ["a.jpg", "f.jpg"], content=gone)
-    with pytest.raises(CacheError, match=r"c\.h5: a\.jpg is the photo .*a\.h5: a\.jpg"):
+    with pytest.raises(CacheError, match=r"c\.h5: a\.jpg is the same photo as .*a\.h5: a\.jpg"):
         merge([tmp_path / "a.h5", tmp_path / "c.h5"], tmp_path / "y.h5")
     report = merge([tmp_path / "a.h5", tmp_path / "c.h5"], tmp_path / "y.h5", deduplicate=True)
     assert report.photos == 3
@@ -197,7 +198,7 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", PHOTOS[:2])
     write(tmp_path / "b.h5", PHOTOS[3:5])
     before = (tmp_path / "a.h5").read_bytes()
-    with pytest.raises(CacheError, match=r"a\.h5: exists already; name another --out"):
+    with pytest.raises(CacheError, match=r"a\.h5: already exists; name another --out"):
         merge([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "a.h5")
     assert (tmp_path / "a.h5").read_bytes() == before
     merge([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "a.h5", overwrite=True)
@@ -212,7 +213,7 @@ def test_the_command_prints_what_it_made(tmp_path: Path) -> None:
     assert (result["photos"], result["unreadable"], result["duplicates"]) == (10, 2, 0)
     out, err = cap("merge", one, one, "--out", tmp_path / "z.h5", code=1)
     assert (out, len(err.splitlines())) == ("", 1)
-    assert err.startswith(f"error: {one}: shard 1/2, as ")
+    assert err.startswith(f"error: {one}: shard 1/2, and so is ")
 
 
 def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:

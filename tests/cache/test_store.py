@@ -1,4 +1,4 @@
-"""The file format, the writer and the reader: what any kill and any damage may do to a cache."""
+"""The file format, the writer and the reader: what happens to a cache after kills and damage."""
 
 from __future__ import annotations
 
@@ -229,12 +229,12 @@ def test_a_foreign_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
-    """Every byte of the file is under a checksum; a flip ends in one line or in a found row."""
+    """A checksum covers every byte, so a flipped bit is an error message or a damaged row."""
     path = tmp_path / "x.h5"
     fill(path)
     whole = path.read_bytes()
     with h5py.File(path, "r") as file:
-        # An unreadable row's features hold nothing and are never read.
+        # The features of an unreadable row are never read.
         start = file["features"].id.get_offset() + 16
     slack = range(start, start + 16)
     random.seed(0)
@@ -290,5 +290,5 @@ def test_features_load_as_they_are_mapped(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "x.h5")
     loaded = cache.load_features()
     assert loaded.tobytes() == cache.features.tobytes()
-    loaded[:] = 0  # its own memory, not the file's
+    loaded[:] = 0  # a copy in memory, not the file
     assert cache.features.any()

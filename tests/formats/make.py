@@ -17,9 +17,10 @@ from cache.record import EncoderRecord, Shard, Skeleton, Strings, photos_sha256,
 from cache.store import DONE, open_cache
 from cache.writer import open_writer
 from pipeline.captioner import caption_cache
-from train.captions.vocabulary import build_caption_table
+from train.captions.tokenizer import build_caption_table
 from train.config import Recipe, SearchConfig, TrainConfig
-from train.fit.run import EpochLog, train
+from train.fit.reports import EpochLog
+from train.fit.run import train
 from train.model.bundle import load_bundle
 
 SCENES = ("a dog runs on the beach", "the cat sleeps", "two birds sing", "a man rides a bike")

@@ -132,9 +132,9 @@ def test_the_models_record_says_which_view_it_was_made_for(photos: Path, tmp_pat
 def test_a_view_that_is_not_there_is_one_line(
     stitched: tuple[FeatureCache, Path],
 ) -> None:
-    with pytest.raises(ViewError, match="features of several; the model's encoder makes full"):
+    with pytest.raises(ViewError, match="needs several views; the model's encoder makes only full"):
         Captioner.load(stitched[1], device="cpu", search_config=SearchConfig(view="mean"))
-    with pytest.raises(ViewError, match="no view 'left' to caption"):
+    with pytest.raises(ViewError, match="no view 'left'; choose auto, full or mean"):
         caption_cache(load_bundle(stitched[1]), stitched[0], SearchConfig(view="left"))
 
 

@@ -111,7 +111,7 @@ def test_verify_finds_changed_photos_and_damage(work: Path, photos: Path, tmp_pa
     out, err = cap("verify", work / "x.h5", "--images", tmp_path / "elsewhere", code=1)
     assert "1 problem" in out
     assert err.count("\n") == 1
-    assert "none of the 11 photos looked for is there, as" in err
+    assert "none of the 11 photos looked for is there, for example" in err
     assert "no photo was looked at" in cap("verify", work / "x.h5")[0]
     data = bytearray((work / "x.h5").read_bytes())
     data[-700] ^= 1

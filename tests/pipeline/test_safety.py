@@ -31,7 +31,8 @@ from pipeline.photos.photo_loader import PhotoLoader, StalledError
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
 from train.config import Recipe, TrainConfig
-from train.fit.run import EpochLog, train
+from train.fit.reports import EpochLog
+from train.fit.run import train
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from pipeline.captioner import caption_cache
 from tests.conftest import ROOT
 from tests.formats.make import PHOTOS, RECIPE, skeleton
 from train.config import SearchConfig, TrainConfig
-from train.fit.run import EpochLog, Started, train
+from train.fit.reports import EpochLog, Started
+from train.fit.run import train
 from train.fit.run_table import find_runs
 from train.model.bundle import load_bundle
 

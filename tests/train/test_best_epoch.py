@@ -1,4 +1,4 @@
-"""The best epoch: by CIDEr where the validation photos can tell, else by the loss."""
+"""The best epoch: CIDEr decides if the difference is significant, otherwise the loss does."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from train.fit.best_epoch import Choice, Judged
+from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 
-_NOISE = np.random.default_rng(0).normal(0, 1, 100)  # standard error of a mean: a tenth
+_NOISE = np.random.default_rng(0).normal(0, 1, 100)  # the standard error of its mean is 0.1
 
 
-def judged(epoch: int, loss: float, mean: float, *, rewarded: bool = False) -> Judged:
-    """An epoch whose photos differ from the last one's by twice the noise."""
+def judged(epoch: int, loss: float, mean: float, *, rewarded: bool = False) -> ValidatedEpoch:
+    """A validated epoch. Its photos' scores differ from the previous epoch's by twice the noise."""
     ciders = mean + (_NOISE - _NOISE.mean()) * (-1) ** epoch
-    return Judged(epoch, loss, ciders, rewarded)
+    return ValidatedEpoch(epoch, loss, ciders, rewarded)
 
 
-def chosen(*epochs: Judged, by_loss: bool = False) -> list[int]:
-    """The best epoch so far after each of them."""
-    choice, best = Choice(by_loss=by_loss), []
+def chosen(*epochs: ValidatedEpoch, by_loss: bool = False) -> list[int]:
+    """The best epoch so far, after each of these epochs."""
+    tracker, best = BestEpochTracker(by_loss=by_loss), []
     for one in epochs:
-        took = choice.takes(one)
-        assert choice.best is not None
-        assert took == (choice.best is one)
-        best.append(choice.best.epoch)
+        is_best = tracker.update(one)
+        assert tracker.best is not None
+        assert is_best == (tracker.best is one)
+        best.append(tracker.best.epoch)
     return best
 
 
@@ -33,7 +33,7 @@ def test_a_clearly_higher_cider_wins_whatever_the_loss() -> None:
 
 
 def test_where_the_photos_cannot_tell_the_loss_decides() -> None:
-    # Photo by photo the two differ by ±2, their mean by its standard error of 0.2 and less.
+    # The photos' scores differ by ±2, the means by 0.1: less than the standard error of 0.2.
     lucky, later = judged(0, 3.0, 1.1), judged(1, 2.9, 1.0)
     assert chosen(lucky, later) == [0, 1]
     assert chosen(lucky, judged(1, 3.1, 1.0)) == [0, 0]
@@ -41,13 +41,13 @@ def test_where_the_photos_cannot_tell_the_loss_decides() -> None:
 
 
 def test_what_is_compared_are_the_photos_not_the_means() -> None:
-    # The same difference of the means, and every photo agrees on it.
+    # The means differ as before, but now every photo's scores differ by just as much.
     assert chosen(judged(0, 3.0, 1.1), judged(2, 2.9, 1.0)) == [0, 0]
 
 
 def test_small_steps_down_do_not_add_up() -> None:
     falling = [judged(n, 3.0 - n / 10, 2.0 - 0.15 * n) for n in range(6)]
-    # Each is within its error of the one before; only the first are within it of the highest.
+    # Each is within the error of its predecessor, but only the first two within that of the best.
     assert chosen(*falling)[-1] == 1
 
 
@@ -64,9 +64,9 @@ def test_rewarded_epochs_do_not_mind_the_loss() -> None:
 
 
 def test_one_photo_tells_what_it_can() -> None:
-    def one(epoch: int, loss: float, cider: float) -> Judged:
+    def one(epoch: int, loss: float, cider: float) -> ValidatedEpoch:
         ciders: NDArray[np.float64] = np.array([cider])
-        return Judged(epoch, loss, ciders)
+        return ValidatedEpoch(epoch, loss, ciders)
 
     assert chosen(one(0, 3.0, 1.0), one(1, 2.0, 0.9), one(2, 2.0, 1.0), one(3, 9.0, 1.1)) == [
         0,
@@ -81,11 +81,11 @@ def test_by_the_loss_alone_and_after_a_pause(by_loss: bool) -> None:
     epochs = [judged(0, 3.0, 1.0), judged(1, 2.0, 0.1), judged(2, 2.5, 1.1), judged(3, 2.4, 3.0)]
     expected = [0, 1, 1, 1] if by_loss else [0, 0, 2, 3]
     assert chosen(*epochs, by_loss=by_loss) == expected
-    choice = Choice(by_loss=by_loss)
+    tracker = BestEpochTracker(by_loss=by_loss)
     for one, best in zip(epochs, expected, strict=True):
-        resumed = Choice(by_loss=by_loss)
-        resumed.load(choice.state())
-        choice = resumed
-        choice.takes(one)
-        assert choice.best is not None
-        assert choice.best.epoch == best
+        resumed = BestEpochTracker(by_loss=by_loss)
+        resumed.load(tracker.state())
+        tracker = resumed
+        tracker.update(one)
+        assert tracker.best is not None
+        assert tracker.best.epoch == best

@@ -7,14 +7,7 @@ import torch
 from cache.store import open_cache
 from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
-from train.captions.caption_set import (
-    TrainingSetError,
-    _uploaded,
-    caption_set,
-    epoch_batches,
-    epoch_views,
-    split_photos,
-)
+from train.captions.caption_set import TrainingSetError, _upload, caption_set
 from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 
 CPU = torch.device("cpu")
@@ -45,12 +38,12 @@ def test_a_batch_pairs_every_caption_with_its_own_photo(make_cache: MakeCache) -
 def test_two_sets_of_one_cache_can_share_its_features_on_the_device(
     make_cache: MakeCache,
 ) -> None:
-    """Told of another device than the CPU, where the file itself is shared."""
+    """On another device than the CPU, where both sets map the file itself."""
     cache, device = make_cache(CAPTIONS), torch.device("meta")
     vocabulary = build_vocabulary(cache.captions, min_count=1)
     first = caption_set(cache, vocabulary, rows=np.array([0]), device=device, max_length=50)
     second = caption_set(
-        cache, vocabulary, rows=np.array([2]), device=device, max_length=50, shared=first
+        cache, vocabulary, rows=np.array([2]), device=device, max_length=50, features_from=first
     )
     assert second._device_features is first._device_features
     assert first._device_features is not None
@@ -60,9 +53,9 @@ def test_two_sets_of_one_cache_can_share_its_features_on_the_device(
 def test_features_are_uploaded_in_parts_without_loss(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.captions.caption_set._UPLOADED_ROWS", 2)
+    monkeypatch.setattr("train.captions.caption_set._UPLOAD_ROWS", 2)
     cache = make_cache(CAPTIONS, views=("flip", "full"))
-    uploaded = _uploaded(cache.features, CPU)
+    uploaded = _upload(cache.features, CPU)
     assert torch.equal(uploaded, torch.from_numpy(np.array(cache.features)))
 
 
@@ -91,22 +84,7 @@ def test_unreadable_photos_are_never_trained_on(tmp_path: object, make_cache: Ma
         caption_set(cache, vocabulary, rows=np.array([0, 1]), device=CPU, max_length=50)
 
 
-def test_an_epoch_has_every_caption_once_with_its_like_in_length() -> None:
-    lengths = np.random.default_rng(0).integers(3, 30, 10_000)
-    batches = epoch_batches(lengths, 128, seed=1, epoch=2)
-    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(10_000))
-    assert sorted({len(batch) for batch in batches}) == [10_000 % 128, 128]
-    again = epoch_batches(lengths, 128, seed=1, epoch=2)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-    other = epoch_batches(lengths, 128, seed=1, epoch=3)
-    assert not all(np.array_equal(a, b) for a, b in zip(batches, other, strict=True))
-    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
-    assert padded < 1.05 * lengths.sum()
-    means = [lengths[batch].mean() for batch in batches]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3  # no curriculum by accident
-
-
-def test_views_are_drawn_anew_each_epoch_and_validation_sees_the_full_one(
+def test_a_batch_shows_the_full_view_unless_given_others(
     make_cache: MakeCache,
 ) -> None:
     cache = make_cache(CAPTIONS, views=("flip", "full"))
@@ -116,21 +94,3 @@ def test_views_are_drawn_anew_each_epoch_and_validation_sees_the_full_one(
     assert torch.equal(batch.features, torch.from_numpy(np.array(cache.features[2:, 1])))
     batch = captions.batch(np.array([2]), np.array([0]))
     assert torch.equal(batch.features, torch.from_numpy(np.array(cache.features[2:, 0])))
-    views = epoch_views(1000, 2, seed=0, epoch=0)
-    assert views is not None
-    assert 400 < views.sum() < 600
-    others = epoch_views(1000, 2, seed=0, epoch=1)
-    assert others is not None
-    assert 400 < (views != others).sum() < 600
-    assert epoch_views(1000, 1, seed=0, epoch=0) is None
-
-
-def test_held_out_photos_take_all_their_captions_along(make_cache: MakeCache) -> None:
-    cache = make_cache([["a dog", "the dog"]] * 40 + [[]] * 10)
-    rows, held_out = split_photos(cache, held_out=0.25, seed=0)
-    assert len(held_out) == 10
-    assert sorted([*rows, *held_out]) == list(range(40))
-    again, _ = split_photos(cache, held_out=0.25, seed=0)
-    other, _ = split_photos(cache, held_out=0.25, seed=1)
-    assert np.array_equal(rows, again)
-    assert not np.array_equal(rows, other)

@@ -1,4 +1,4 @@
-"""The self-critical reward is CIDEr-D: the textbook's, and pycocoevalcap's."""
+"""The self-critical reward equals CIDEr-D, from the textbook and from pycocoevalcap."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from train.captions.vocabulary import END, PAD, UNK, build_caption_table, build_vocabulary
+from train.captions.tokenizer import build_caption_table
+from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 from train.scores.cider_reward import CiderReward
 
 References = dict[int, list[list[int]]]  # by photo, word numbers without <end>
 
 
 def reward_of(references: References, vocab_size: int, **options: Sequence[int]) -> CiderReward:
-    """Captions in an order that mixes the photos."""
+    """A reward whose references are in an order that mixes the photos."""
     captions = [(photo, words) for photo, texts in references.items() for words in texts]
     captions = captions[::2] + captions[1::2]
     offsets = np.cumsum([0, *(len(words) for _, words in captions)])
@@ -39,7 +40,7 @@ def padded(sentences: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def textbook(references: References, photo: int, sample: Sequence[int]) -> float:
-    """CIDEr-D with dictionaries, sentence by sentence. The sample holds its own <end>."""
+    """CIDEr-D with dictionaries, sentence by sentence. sample: with its <end>, if it has one."""
 
     def ngrams(words: Sequence[int], n: int) -> Counter[tuple[int, ...]]:
         return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
@@ -110,7 +111,7 @@ def test_the_reward_is_pycocoevalcaps_on_real_captions(sample_data: Path) -> Non
     reward = CiderReward(
         words, table.token_offsets, table.rows.astype(np.int64), vocab_size=len(vocabulary)
     )
-    # Each photo's samples: one of its own captions, a neighbour's, half of one, two joined.
+    # Samples: one of the photo's own captions, another photo's, half a caption, two joined.
     last_of = np.flatnonzero(np.diff(table.rows, append=-1))
     for photo_samples in (
         [sentences[i] for i in last_of],
@@ -167,7 +168,7 @@ def test_skipped_words_count_for_nothing() -> None:
 def test_samples_that_say_nothing_known_earn_nothing() -> None:
     reward = reward_of({1: [[4, 5]], 2: [[6]]}, 12)
     scores = reward.score(np.array([1, 1, 2]), padded([[PAD], [UNK, 10, 11], [END]]))
-    assert scores.tolist() == [0, 0, 0]  # <end> is in every photo's captions: it weighs nothing
+    assert scores.tolist() == [0, 0, 0]  # <end> is in every document, so its weight is 0
     assert reward.score(np.zeros(0, np.int64), np.zeros((0, 5), np.int64)).shape == (0,)
     # One photo: every n-gram is in every document.
     assert reward_of({1: [[4]]}, 5).score(np.array([1]), np.array([[4, END]])).tolist() == [0]

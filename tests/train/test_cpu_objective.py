@@ -556,7 +556,7 @@ def test_a_graphed_run_on_a_gpu_follows_an_eager_one(make_cache: MakeCache, name
         losses[graphed] = []
         for epoch in range(6):
             losses[graphed] += [float(step.loss) for step in trainer.epoch(epoch)]
-            with trainer.best_weights():
+            with trainer.evaluation_weights():
                 losses[graphed].append(trainer.validation_loss(longer))
     np.testing.assert_allclose(losses[True], losses[False], atol=0.02)
 

@@ -308,7 +308,7 @@ def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
             losses = []
             for epoch in range(4):
                 losses += [float(step.loss) for step in trainer.epoch(epoch)]
-                with trainer.best_weights():
+                with trainer.evaluation_weights():
                     losses.append(trainer.validation_loss(captions))
                     low, values = getattr(trainer.objective, "low", None), trainer.parameters.values
                     assert low is None or torch.equal(low, values.to(low.dtype))

@@ -27,7 +27,7 @@ def batch() -> Batch:
 def textbook_loss(
     weights: dict[str, Tensor], batch: Batch, layers: int, training: bool, photo_every_step: bool
 ) -> Tensor:
-    """The loss from the equations, one caption, one step and one gate at a time.
+    """The loss computed from the equations, one caption, one step and one gate at a time.
 
     LSTM as in Hochreiter & Schmidhuber (1997) with forget gates; gate order i, f, g, o.
     """
@@ -127,14 +127,14 @@ def test_one_step_at_a_time_gives_the_same_logits(photo_every_step: bool) -> Non
         torch.testing.assert_close(logits, whole[:, t + 1])
 
 
-def test_cells_are_the_lstms_own_step() -> None:
+def test_the_layerwise_step_is_the_lstms_own() -> None:
     torch.manual_seed(0)
     decoder = CaptionDecoder(dataclasses.replace(CONFIG, num_layers=2)).eval()
     inputs = decoder.read_photo(batch().features)
     outputs, expected = decoder.lstm(inputs.unsqueeze(1))
     for before in (None, expected):
         outputs, (hidden, cell) = decoder.lstm(inputs.unsqueeze(1), before)
-        found = decoder._cells(inputs, before)
+        found = decoder._lstm_step(inputs, before)
         torch.testing.assert_close(found, (hidden, cell))
         torch.testing.assert_close(found[0][-1], outputs.squeeze(1))
 

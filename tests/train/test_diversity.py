@@ -13,8 +13,8 @@ def test_a_collapsed_model_is_seen() -> None:
     assert found.mean_length == 3
     assert (found.most_repeated, found.repeats) == ("a dog runs", 9)
     assert found.summary() == (
-        "2 distinct captions of 10; 4 words used of 1,000 known, 3.3% of them <unk>; "
-        "3.0 words a caption; most often (9 times): a dog runs"
+        "2 distinct captions of 10; 4 words used of 1,000 known, 3.3% of all words <unk>; "
+        "3.0 words per caption; most frequent (9 times): a dog runs"
     )
 
 

@@ -44,7 +44,7 @@ def test_intervals_hold_the_scores_and_shrink_with_more_photos() -> None:
         for name, (low, high) in found.items():
             assert low < getattr(scores, name) < high
         widths.append(found["cider"][1] - found["cider"][0])
-    assert widths[0] / widths[1] == pytest.approx(4, rel=0.3)  # as the root of the number
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.3)  # by the square root of 800 / 50
 
 
 def test_equal_photos_leave_no_doubt() -> None:

@@ -105,7 +105,7 @@ def test_scores_are_the_textbooks() -> None:
     assert scores.bleu_1 == pytest.approx(textbook_bleu(1), rel=1e-6)
     assert scores.bleu_2 == pytest.approx(textbook_bleu(2), rel=1e-6)
     assert scores.rouge_l == pytest.approx(textbook_rouge_l(), rel=1e-9)
-    # pycocoevalcap measures the length gap in 2-grams; with these references it is the same gap.
+    # pycocoevalcap measures the difference in length in 2-grams. Here that is the same number.
     assert scores.cider == pytest.approx(textbook_cider(), rel=1e-6)
     assert scores.meteor is None
     assert (scores.count, scores.tokenizer) == (3, "treebank")
@@ -160,29 +160,30 @@ def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spice/lib").mkdir(parents=True)
     (tmp_path / "spice/lib/stanford-corenlp-3.6.0.jar").touch()
     monkeypatch.setattr(spice, "package_folder", lambda: tmp_path)
-    said = spice.obstacle()
+    said = spice.missing_requirement()
     assert said is not None
-    assert said.startswith("Stanford CoreNLP 3.6.0 is not whole in ")
+    assert said.startswith("Stanford CoreNLP 3.6.0 is missing or incomplete in ")
     (tmp_path / "spice/lib/stanford-corenlp-3.6.0-models.jar").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
+    too_new = "its program needs Java 8 to 14, `java` is version"
     for printed, expected in (
-        ('openjdk version "17.0.15" 2025-04-15', "its program needs Java 8 to 14, `java` is 17"),
-        ('java version "25" 2025-09-16', "its program needs Java 8 to 14, `java` is 25"),
+        ('openjdk version "17.0.15" 2025-04-15', f"{too_new} 17"),
+        ('java version "25" 2025-09-16', f"{too_new} 25"),
         ('openjdk version "1.8.0_412"', None),
         ('openjdk version "11.0.2" 2019-01-15', None),
         ("nonsense", None),
     ):
         (tmp_path / "java").write_text(f"#!/bin/sh\necho '{printed}' >&2\n")
         (tmp_path / "java").chmod(0o755)
-        assert spice.obstacle() == expected
+        assert spice.missing_requirement() == expected
 
 
-# As spice-1.0.jar's own classes write it, of three images.
+# As spice-1.0.jar writes it, for three images.
 SPICE_ANSWER = """[{"scores":{"All":{"pr":0.6666666666666666,"re":0.25,"f":0.36363636363636365,
 "fn":6,"numImages":1,"fp":1,"tp":2}},"image_id":"0"},{"scores":{"All":{"pr":0.0,"re":0.0,"f":0.0,"fn":4,
 "numImages":1,"fp":0,"tp":0}},"image_id":"1"},{"scores":{"All":{"pr":1.0,"re":1.0,"f":1.0,"fn":0,
 "numImages":1,"fp":0,"tp":3}},"image_id":"2"}]"""
-# What it says on stderr where it fails, Java 17 here.
+# What it prints on stderr when it fails, here under Java 17.
 SPICE_FAILURE = """Parsing reference captions
 Initiating Stanford parsing pipeline
 Error: Could not score batched file input:
@@ -222,7 +223,7 @@ def test_spice_is_asked_where_its_models_are(
     )
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(metrics, "spice_obstacle", lambda: None)
+    monkeypatch.setattr(metrics, "missing_spice_requirement", lambda: None)
     scores = score(HYPOTHESES, REFERENCES, meteor=False)
     assert scores.spice == (None if expected is None else pytest.approx(expected))
     assert scores.tokenizer == "ptb"
@@ -252,7 +253,7 @@ def test_official_tokens_and_meteor_with_java() -> None:
 
 @needs_java
 def test_meteor_of_any_photos_is_computed_as_its_program_computes_it() -> None:
-    # The first is its reference, in one piece, which the program counts apart.
+    # The first equals its reference, a case that the program treats differently.
     texts = ["a dog runs on the grass", "two kittens on a bed", "a man on the beach", ""]
     truth = [*REFERENCES.values(), ["a bus"]]
 

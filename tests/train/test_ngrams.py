@@ -12,7 +12,7 @@ from train.scores.ngrams import ReferenceNgrams, number_words
 
 
 class TextNgrams:
-    """Texts numbered and indexed as validation does it."""
+    """Indexes texts as validation does."""
 
     def __init__(self, references: list[list[str]]) -> None:
         self.numbers: dict[str, int] = {}
@@ -22,7 +22,7 @@ class TextNgrams:
     def score(
         self, captions: list[str], photos: list[int] | None = None
     ) -> tuple[BleuStatistics, np.ndarray]:
-        """photos: of the captions; None: one caption a photo."""
+        """photos: of the captions, or None for one caption per photo."""
         rows = np.array(photos if photos is not None else range(len(captions)), np.int64)
         return self.index.score(rows, number_words(captions, dict(self.numbers)))
 
@@ -54,7 +54,7 @@ def sentences(random: np.random.Generator, words: int, longest: int, count: int)
 def test_random_corpora_score_as_pycocoevalcap_scores_them(seed: int) -> None:
     random = np.random.default_rng(seed)
     references = [sentences(random, 5, 9, int(random.integers(1, 6))) for _ in range(30)]
-    # Two words more than the references have, some captions empty, some longer than any of them.
+    # With two words that no reference has. Some captions are empty, some longer than any reference.
     check(references, sentences(random, 7, 14, 30))
 
 
@@ -95,7 +95,7 @@ def test_many_captions_of_some_photos_score_as_one_of_each() -> None:
     references = [sentences(random, 5, 9, int(random.integers(1, 6))) for _ in range(20)]
     index = TextNgrams(references)
     captions = [sentences(random, 6, 9, 20) for _ in range(3)]  # of all photos, three times
-    photos = random.permutation(60) % 20  # a photo's captions anywhere, in any order
+    photos = random.permutation(60) % 20  # the captions of a photo are in no particular place
     nth = [int((photos[:i] == photo).sum()) for i, photo in enumerate(photos)]
     mixed = [captions[k][photo] for k, photo in zip(nth, photos, strict=True)]
     bleu, cider = index.score(mixed, photos.tolist())

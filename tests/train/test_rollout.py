@@ -19,7 +19,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def log_probability(model: torch.nn.Module, photo: torch.Tensor, words: list[int]) -> float:
-    """Of words and <end>, among what may be said: the distribution that `sample` draws from."""
+    """Of these words and <end>, without the forbidden words: as `sample` should draw them."""
     with torch.no_grad():
         logits = model(photo.unsqueeze(0), torch.tensor([words], dtype=torch.int64))[0]
     logits[:, [0, 1, 3]] = float("-inf")
@@ -59,7 +59,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
     once, again, other = (sample(model, photos, 3, 1.0, 8, seeded(s)) for s in (0, 0, 1))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
-    assert len({tuple(row) for row in once[:3].tolist()}) > 1  # a photo's draws differ
+    assert len({tuple(row) for row in once[:3].tolist()}) > 1  # the samples of a photo differ
 
 
 def test_what_is_drawn_can_be_trained_on() -> None:

@@ -14,12 +14,14 @@ import torch
 from cache.record import CacheError
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
-from train.captions.caption_set import split_photos
+from train.captions.photo_split import split_photos
 from train.captions.vocabulary import VocabularyError
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
-from train.fit.best_epoch import Choice, Judged
-from train.fit.run import EpochLog, StepLog, TrainError, train
-from train.fit.validation import Validation
+from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
+from train.fit.reports import EpochLog, StepLog
+from train.fit.run import train
+from train.fit.run_folder import TrainError
+from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle
 from train.search.hypotheses import search
 
@@ -43,7 +45,7 @@ def config(
     recipe: Recipe | None = None,
     **changes: object,
 ) -> TrainConfig:
-    """A small run; names of the recipe's fields change those."""
+    """A small run. changes: fields of the recipe or of the run."""
     if recipe is None:
         recipe = Recipe(
             embedding_size=8, hidden_size=16, batch_size=16, learning_rate=0.01, epochs=epochs
@@ -93,7 +95,7 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
 
 
 @pytest.mark.parametrize(("pause_s", "saved"), [(1e9, 0), (0.0, 6)])
-def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
+def test_by_default_a_run_saves_at_intervals_and_not_too_often(
     cache: FeatureCache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -110,7 +112,7 @@ def test_unless_told_how_often_a_run_saves_no_more_than_it_may(
 def test_losses_that_are_read_late_make_the_same_log(
     cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the line of a step comes after the next step. Interrupted before it, too."""
+    """As on a GPU, a step is logged after the next one; here also when the run is interrupted."""
     for _ in train(config(cache, tmp_path / "soon", log_every=1)):
         pass
     monkeypatch.setattr("train.fit.run._reads_losses_late", lambda device: True)
@@ -147,7 +149,7 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
         if count == stop_after:
             break
     reports.close()
-    torch.manual_seed(99)  # whatever happened in between
+    torch.manual_seed(99)  # the state of torch's generator must not matter
     for _ in train(config(cache, tmp_path / "run", resume=True, **changes)):
         pass
     for name in ("last.cap", "best.cap", "epoch-2-step-4.cap"):
@@ -165,7 +167,7 @@ def test_a_run_interrupted_before_its_first_step_can_be_resumed(
     cache: FeatureCache, tmp_path: Path
 ) -> None:
     reports = train(config(cache, tmp_path / "run", epochs=1))
-    next(reports)  # what it is about to do
+    next(reports)  # the report before the first step
     reports.close()
     for resume, out in ((True, "run"), (False, "whole")):
         for _ in train(config(cache, tmp_path / out, epochs=1, resume=resume)):
@@ -174,7 +176,7 @@ def test_a_run_interrupted_before_its_first_step_can_be_resumed(
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: FeatureCache, tmp_path: Path) -> None:
-    """As after SIGKILL: nothing of the generator's clean-up happens, half a log line is there."""
+    """As after SIGKILL: the generator does not clean up, and the last log line is incomplete."""
     for _ in train(config(cache, tmp_path / "whole")):
         pass
     reports = train(config(cache, tmp_path / "run"))
@@ -216,7 +218,7 @@ def test_a_run_is_not_overwritten_nor_mixed_up(
         next(train(config(cache, run, resume=True)))
     for _ in train(config(cache, run, epochs=1)):
         pass
-    with pytest.raises(TrainError, match="holds a run already"):
+    with pytest.raises(TrainError, match="already holds a run"):
         next(train(config(cache, run)))
     with pytest.raises(TrainError, match="was trained with hidden_size 16, asked for 32"):
         next(train(config(cache, run, resume=True, hidden_size=32)))
@@ -268,14 +270,15 @@ def test_self_critical_epochs_can_be_added_to_a_finished_run(
 def test_the_best_model_is_the_one_selection_asks_for(
     select_by: str, cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = Choice(by_loss=select_by == "loss")
+    tracker = BestEpochTracker(by_loss=select_by == "loss")
     expected: list[bool] = []
 
-    def takes(one: Choice, judged: Judged) -> bool:
-        expected.append(Choice.takes(choice, judged))
+    def update(_: BestEpochTracker, newest: ValidatedEpoch) -> bool:
+        expected.append(BestEpochTracker.update(tracker, newest))
         return expected[-1]
 
-    monkeypatch.setattr("train.fit.run.Choice", type("Watched", (Choice,), {"takes": takes}))
+    watched = type("Watched", (BestEpochTracker,), {"update": update})
+    monkeypatch.setattr("train.fit.run.BestEpochTracker", watched)
     reports = train(config(cache, tmp_path / "run", epochs=6, select_by=select_by))
     logs = [report for report in reports if isinstance(report, EpochLog)]
     assert [log.best for log in logs] == expected
@@ -284,36 +287,37 @@ def test_the_best_model_is_the_one_selection_asks_for(
     assert bundle.training["epoch"] == best
     _, held_out = split_photos(cache, held_out=0.2, seed=0)
     search = SearchConfig(beam_size=3 if select_by == "beam" else 1)
-    scores = Validation(cache, rows=held_out).score(bundle.decoder, bundle.vocabulary, search)
+    scores = ValidationPhotos(cache, rows=held_out).score(bundle.decoder, bundle.vocabulary, search)
     assert scores.cider == pytest.approx(logs[best].cider)
     if select_by == "loss":
         assert logs[best].val_loss == min(log.val_loss for log in logs)
 
 
-def test_by_another_measure_the_model_so_far_is_judged_anew(
+def test_with_another_select_by_the_model_so_far_is_validated_again(
     cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     settings: dict[str, Any] = {"epochs": 2}
     list(train(config(cache, run, **settings)))
-    seen: list[Judged] = []
+    seen: list[ValidatedEpoch] = []
 
-    def takes(choice: Choice, judged: Judged) -> bool:
-        seen.append(judged)
-        return Choice.takes(choice, judged)
+    def update(tracker: BestEpochTracker, newest: ValidatedEpoch) -> bool:
+        seen.append(newest)
+        return BestEpochTracker.update(tracker, newest)
 
-    monkeypatch.setattr("train.fit.run.Choice", type("Watched", (Choice,), {"takes": takes}))
-    # Without learning the next epoch is judged as the one that was there.
+    watched = type("Watched", (BestEpochTracker,), {"update": update})
+    monkeypatch.setattr("train.fit.run.BestEpochTracker", watched)
+    # Without learning, the next epoch gets the same scores as the model so far.
     more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
     list(train(config(cache, run, select_by="beam", **more)))
-    assert [judged.epoch for judged in seen] == [1, 2]
+    assert [epoch.epoch for epoch in seen] == [1, 2]
     assert seen[0].ciders.tolist() == seen[1].ciders.tolist()
     best = load_bundle(run / "best.cap").training
     assert best["config"]["select_by"] == "beam"
     assert best["scores"]["cider"] == pytest.approx(seen[0].ciders.mean())
 
 
-def test_more_epochs_may_follow_until_rewarded_ones_have(
+def test_epochs_can_be_added_until_self_critical_ones_have_begun(
     cache: FeatureCache, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"average_decay": 0.9, "self_critical_photos": 8}
@@ -327,7 +331,7 @@ def test_more_epochs_may_follow_until_rewarded_ones_have(
         next(train(config(cache, run, epochs=3, **more)))
 
 
-def test_on_other_validation_photos_the_model_so_far_is_judged_anew(
+def test_with_other_validation_photos_the_model_so_far_is_validated_again(
     cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
 ) -> None:
     run = tmp_path / "run"
@@ -365,7 +369,7 @@ def test_out_of_memory_names_a_smaller_batch(
 def test_one_photo_is_too_few_and_a_last_batch_of_one_is_not(
     tmp_path: Path, make_cache: MakeCache
 ) -> None:
-    with pytest.raises(TrainError, match="too few to hold one out"):
+    with pytest.raises(TrainError, match="only one photo has captions"):
         next(train(config(make_cache([["a dog"]]), tmp_path / "a")))
     cache = make_cache([["a dog"]] * 18, name="y.h5")
     # One photo is held out: 17 captions make a batch of 16 and one of 1.
@@ -380,7 +384,7 @@ def test_a_cache_without_captions_says_so(tmp_path: Path, make_cache: MakeCache)
 
 
 def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCache) -> None:
-    # Of one length: batches of length-sorted captions then mix the photos, as BatchNorm needs.
+    # Captions of equal length, so that batches mix the photos, as BatchNorm needs.
     sentences = [
         "a dog runs on the grass",
         "two cats sleep under a tree",

@@ -15,12 +15,12 @@ WORDS = 8  # the four special ones and four real words
 
 
 def decoder(seed: int, scale: float = 3.0) -> CaptionDecoder:
-    """A random decoder with opinions: large weights make probabilities uneven."""
+    """A random decoder whose large weights make probabilities uneven."""
     torch.manual_seed(seed)
     made = CaptionDecoder(DecoderConfig(3, WORDS, embedding_size=4, hidden_size=5)).eval()
     for parameter in made.parameters():
         parameter.data.mul_(scale)
-    made.head.bias.data[END] -= 4 * (seed % 4)  # short and long captions among the best
+    made.head.bias.data[END] -= 4 * (seed % 4)  # so that short and long captions are among the best
     return made
 
 
@@ -159,7 +159,7 @@ def test_several_captions_are_the_best_of_all() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_no_ngram_is_said_twice(n: int) -> None:
     model = decoder(2)
-    model.head.bias.data[END] = -8.0  # long captions of four words must repeat
+    model.head.bias.data[END] = -8.0  # long captions of four different words repeat some
     photos = features(6)
     for changes in ({"beam_size": 1}, {"beam_size": 3}, {"sample": True}):
         config = SearchConfig(**{"max_length": 9, "no_repeat_ngram": n} | changes)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def test_a_blocked_beam_finds_the_best_caption_without_repeats() -> None:
 def diverse_by_hand(
     model: CaptionDecoder, photo: torch.Tensor, config: SearchConfig
 ) -> list[Hypothesis]:
-    """Diverse beam search with one beam a group, group by group and word by word."""
+    """Diverse beam search with one beam per group, group by group and word by word."""
     groups = [Hypothesis((), 0.0) for _ in range(config.groups)]
     best: list[Hypothesis] = [Hypothesis((), float("-inf"))] * config.groups
     done = [False] * config.groups

@@ -12,7 +12,7 @@ from train.captions.caption_set import caption_set
 from train.captions.vocabulary import END, PAD, START, UNK, build_vocabulary
 from train.config import Recipe
 from train.fit import self_critical
-from train.fit.self_critical import SelfCritical, _above_the_others, _as_batch
+from train.fit.self_critical import SelfCritical, _advantages, _as_batch
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.search.rollout import sample
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_sample_is_compared_with_the_others_of_its_photo() -> None:
-    advantages = _above_the_others(np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
+    advantages = _advantages(np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
     assert advantages.tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
 
 
@@ -69,7 +69,7 @@ def test_drawn_captions_get_better_at_what_is_rewarded(make_cache: MakeCache) ->
 def remembering(
     critic: SelfCritical, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[np.ndarray]]:
-    """Lists that fill with the features that captions are drawn from, the words, the rewards."""
+    """Records the features that captions are sampled from, the sampled words and the rewards."""
     features: list[torch.Tensor] = []
     words: list[torch.Tensor] = []
     rewards: list[np.ndarray] = []
@@ -97,7 +97,7 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(
     made = trainer(make_cache)
     decoder, captions = made.decoder, made.captions
     assert made._vocabulary is not None
-    anchor = 0.0 if dropped else 0.3  # the true captions' dropout is not the plain decoder's
+    anchor = 0.0 if dropped else 0.3  # with dropout, the plain decoder cannot repeat the anchor
     critic = SelfCritical(
         decoder, made.objective, captions, made._vocabulary, samples=4, anchor=anchor
     )
@@ -121,9 +121,9 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(
     logits[:, 0, END] = -1e4
     log_probs = logits.log_softmax(-1)
     picked = log_probs.gather(2, words.unsqueeze(-1)).squeeze(-1) * (words != PAD)
-    advantages = torch.from_numpy(_above_the_others(rewards.reshape(3, 4)).reshape(-1)).float()
+    advantages = torch.from_numpy(_advantages(rewards.reshape(3, 4)).reshape(-1)).float()
     loss = -(picked.sum(1) * advantages).sum()
-    # Of photo row r the captions are 4r … 4r + 3; their mean loss counts 0.3 for each drawn token.
+    # Photo row r has captions 4r … 4r + 3. Their mean loss has weight 0.3 for each sampled token.
     true = captions.batch(np.concatenate([np.arange(4 * row, 4 * row + 4) for row in photos]))
     loss = loss + anchor * int(count) * decoder.loss(true, label_smoothing=0.1)
     expected = torch.autograd.grad(loss, list(decoder.parameters()))

@@ -15,9 +15,11 @@ from cache.errors import CapError
 from tests.conftest import MakeCache
 from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
+from train.fit.reports import SweepResult, TrialLog
 from train.fit.run import train
 from train.fit.run_table import RunsError, find_runs, runs_table
-from train.fit.sweep import SweepError, SweepResult, TrialLog, _hear, _Running, sweep
+from train.fit.sweep import _receive, _RunningTrial, sweep
+from train.fit.sweep_study import SweepError
 from train.fit.sweep_worker import EpochScore, Failed, Finished
 from train.model.bundle import load_bundle
 
@@ -54,13 +56,13 @@ def test_a_sweep_leaves_its_trials_as_runs_and_names_the_best(
     assert {found_run.path for found_run in found} == {out / f"trial-00{i}" for i in range(3)}
     assert found[0].cider == result.cider
 
-    # The same call has nothing left to do; one with more trials does only those.
+    # The same call has nothing left to do. A call with more trials runs only the additional ones.
     assert run(small(out, cache)) == ([], result)
     more, after = run(small(out, cache, trials=4, jobs=1))
     assert [log.number for log in more] == [3]
     assert after.cider >= result.cider
     assert after.trials == 4
-    with pytest.raises(SweepError, match="begun with other epochs; name another --out"):
+    with pytest.raises(SweepError, match="began with other epochs; name another --out"):
         run(small(out, cache, epochs=3))
 
 
@@ -76,13 +78,13 @@ def test_an_interrupted_sweep_goes_on(make_cache: MakeCache, tmp_path: Path) -> 
     assert len(logs) == 3
     assert result.trials == 4
     assert first.number not in [log.number for log in logs]
-    # The one that was cut off was tried again, with its settings; its half run is gone.
+    # The interrupted trial was tried again with its settings, and its unfinished run was deleted.
     assert len(find_runs(out)) == 4
     assert BEST.learning_rate in [log.settings["learning_rate"] for log in [first, *logs]]
 
 
 class Pipe:
-    """Stands in for a worker: says what it is told to, and remembers the answers."""
+    """Stands in for a worker's pipe: delivers these messages and records the answers."""
 
     def __init__(self, *messages: object) -> None:
         self.messages = list(messages)
@@ -98,15 +100,15 @@ class Pipe:
 
 
 def heard(study: optuna.Study, *messages: object) -> tuple[TrialLog | None, list[object]]:
-    running, pipe = _Running(study.ask(), BEST), Pipe(*messages)
+    running, pipe = _RunningTrial(study.ask()), Pipe(*messages)
     log = None
     config = SweepConfig(Path("x.h5"), Path("out"))
     while log is None and pipe.messages:
-        log = _hear(config, study, pipe, running)  # type: ignore[arg-type]
+        log = _receive(config, study, pipe, running)  # type: ignore[arg-type]
     return log, pipe.answers
 
 
-def test_a_hopeless_trial_is_stopped_and_a_failed_one_is_told() -> None:
+def test_a_hopeless_trial_is_stopped_and_a_failed_one_is_reported() -> None:
     study = optuna.create_study(
         direction="maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=2),
@@ -120,19 +122,19 @@ def test_a_hopeless_trial_is_stopped_and_a_failed_one_is_told() -> None:
     assert log is not None
     assert (log.state, log.cider, log.best) == ("stopped", 0.2, False)
     assert answers == [True, False]
-    log, _ = heard(study, Failed("the loss is nan", every=False))
+    log, _ = heard(study, Failed("the loss is nan", in_every_trial=False))
     assert log is not None
     assert log.state == "failed"
     assert "no score, the loss is nan, 0 epochs" in log.line()
     with pytest.raises(SweepError, match="no captions"):
-        heard(study, Failed("no captions", every=True))
+        heard(study, Failed("no captions", in_every_trial=True))
 
 
 def test_a_worker_that_dies_is_one_line() -> None:
     study = optuna.create_study(direction="maximize")
     config = SweepConfig(Path("x.h5"), Path("out"))
     with pytest.raises(SweepError, match="out/trial-000: its process died"):
-        _hear(config, study, Pipe(), _Running(study.ask(), BEST))  # type: ignore[arg-type]
+        _receive(config, study, Pipe(), _RunningTrial(study.ask()))  # type: ignore[arg-type]
 
 
 def test_without_captions_or_optuna_a_sweep_says_so(
@@ -201,7 +203,7 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     run = tmp_path / "run"
     list(train(TrainConfig(cache.path, run, select_by="loss", **settings)))
     chosen = load_bundle(run / "best.cap").training
-    # An epoch of a higher CIDEr that was not chosen.
+    # An epoch with a higher CIDEr that was not chosen.
     later = {"epoch": 1, "val_loss": 99.0, "cider": 9.0, "bleu_4": 0.9, "best": False}
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps(later) + "\n")
@@ -209,7 +211,7 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     assert (listed.best_epoch, listed.val_loss) == (0, chosen["val_loss"])
     assert listed.cider == chosen["scores"]["cider"]
     assert listed.epochs == 2
-    # A run that has no model yet has no settings, and none differ for that.
+    # A run without a model has no known settings, so it makes no setting differ.
     write_metrics(tmp_path / "begun", {"epoch": 0, "step": 10, "loss": 5.0})
     header = runs_table(find_runs(tmp_path)).splitlines()[0]
     assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "done"]

@@ -10,7 +10,7 @@ from tests.conftest import MakeCache, real_captions
 from train.captions.caption_set import TrainingSetError
 from train.captions.vocabulary import build_vocabulary
 from train.config import SearchConfig
-from train.fit.validation import Validation, ValidationScorer
+from train.fit.validation import ValidationPhotos, ValidationScorer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.scores.metrics import score
 from train.search.hypotheses import search
@@ -51,7 +51,7 @@ def test_a_decoder_is_scored_on_the_photos_that_have_captions(make_cache: MakeCa
     cache = make_cache(CAPTIONS)
     vocabulary = build_vocabulary(cache.captions, 1)
     decoder = make_decoder(len(vocabulary)).train()
-    validation = Validation(cache)
+    validation = ValidationPhotos(cache)
     assert validation.rows.tolist() == [0, 1, 3]
     found = validation.score(decoder, vocabulary)
     assert decoder.training
@@ -67,7 +67,7 @@ def test_a_decoder_is_scored_on_the_photos_that_have_captions(make_cache: MakeCa
     )
     assert found.cider == pytest.approx(official.cider, rel=1e-12)
     assert found.bleu_4 == pytest.approx(official.bleu_4, rel=1e-12)
-    assert Validation(cache, rows=np.array([2, 3])).rows.tolist() == [3]
+    assert ValidationPhotos(cache, rows=np.array([2, 3])).rows.tolist() == [3]
 
 
 def test_the_mean_of_the_views_can_be_validated(make_cache: MakeCache) -> None:
@@ -77,11 +77,11 @@ def test_the_mean_of_the_views_can_be_validated(make_cache: MakeCache) -> None:
     vocabulary = build_vocabulary(two.captions, 1)
     decoder = make_decoder(len(vocabulary)).eval()
     for view, expected in (("full", features[:, 1]), ("mean", mean)):
-        found = Validation(two, view=view).captions(decoder, vocabulary)
+        found = ValidationPhotos(two, view=view).captions(decoder, vocabulary)
         wanted = search(decoder, torch.from_numpy(expected[[0, 1, 3]]), SearchConfig(beam_size=1))
         assert found == [vocabulary.decode(h.words) for h in wanted]
 
 
 def test_nothing_to_validate_on_is_said(make_cache: MakeCache) -> None:
     with pytest.raises(TrainingSetError, match="no captions of extracted photos to validate on"):
-        Validation(make_cache(CAPTIONS), rows=np.array([2]))
+        ValidationPhotos(make_cache(CAPTIONS), rows=np.array([2]))

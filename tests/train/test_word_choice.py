@@ -46,9 +46,9 @@ def by_running_sum(weights: list[float], uniform: float) -> int:
 
 @pytest.mark.parametrize("width", [1, 5, 64, 65, 1000])
 def test_a_place_is_drawn_where_the_running_sum_says(width: int) -> None:
-    # Small whole numbers add up exactly, in any order.
+    # Sums of small integers are exact in any order.
     weights = torch.randint(0, 4, (200, width), generator=seeded()).float()
-    weights[:, width // 2] += 1  # no row without any weight
+    weights[:, width // 2] += 1  # so that every row has a weight
     uniform = torch.rand(200, generator=seeded(1), dtype=torch.float64)
     uniform[0], uniform[1] = 0, 1 - 2**-53
     expected = [

@@ -1,1 +1,1 @@
-"""Captions as numbers: words, vocabularies, and the set that batches are drawn from."""
+"""Captions as numbers: tokens, vocabularies, photo views, and the set that batches come from."""

@@ -1,12 +1,11 @@
-"""The training set, resident: every caption's tokens and every photo's features at hand.
+"""The training set in memory: the tokens of all captions and the features of their photos.
 
-A step needs 128 rows of a few kilobytes and 128 short rows of words. Both are gathered from flat
-arrays with one indexing operation each; there are no workers and no files in the loop.
+A step needs 128 rows of a few kilobytes each and 128 short rows of words. One indexing operation
+gathers each of them from a flat array, so the training loop needs no worker processes and no files.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,25 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.errors import CapError
-from cache.record import Strings
+from cache.record import offsets_of
 from cache.store import DONE, FeatureCache
+from train.captions.views import full_view_index
 from train.captions.vocabulary import END, PAD, Vocabulary
 
-# Batches whose captions are sorted by length together: more of them save more padding, fewer keep
-# a batch closer to a random sample.
-_POOL_BATCHES = 32
-_UPLOADED_ROWS = 8192
+_UPLOAD_ROWS = 8192
 
 
 class TrainingSetError(CapError):
-    """A cache holds nothing to train on. One line."""
+    """Raised when a cache holds nothing to train on. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B captions, longest first. T is the longest caption's words and `<end>`.
+    """B captions, longest first. T is the number of the longest one's words, plus 1 for `<end>`.
 
-    Step 1 reads the photo and predicts targets[:, 0]; step t > 1 reads inputs[:, t - 2].
+    Step 1 reads the photo and predicts targets[:, 0]. Step t > 1 reads inputs[:, t - 2] and
+    predicts targets[:, t - 1].
     """
 
     features: Tensor  # (B, D) float16
@@ -44,7 +42,7 @@ class Batch:
 class CaptionSet:
     """The captions of some photos of a cache, as numbers of one vocabulary, on one device.
 
-    Use `caption_set`. `len` is the number of captions.
+    Made by `caption_set`. `len` is the number of captions.
     """
 
     def __init__(
@@ -55,29 +53,30 @@ class CaptionSet:
         offsets: NDArray[np.int64],
         full_view: int,
         device: torch.device,
-        shared: CaptionSet | None = None,
+        features_from: CaptionSet | None = None,
     ) -> None:
-        """features: (N, V, D); caption_rows: (M,) into it; words: flat, cut by offsets (M + 1,).
-
-        shared: a set of other captions of the same features, which are then on the device once.
+        """features: (N, V, D). caption_rows: (M,) the row in `features` of each caption. words: of
+        all captions in turn; caption m is words[offsets[m] : offsets[m + 1]]. full_view: index of
+        the view that evaluation uses. features_from: a set with the same features, whose copy of
+        them on the device is used.
         """
         self.device = device
         self.views, self.feature_dim = features.shape[1:]
         self.full_view = full_view
         self.feature_rows, self.words, self.offsets = caption_rows, words, offsets
-        self.lengths = np.diff(offsets) + 1  # (M,) targets of each caption, <end> included
-        # The same on the device; of each caption its first token and how many targets it has.
+        self.lengths = np.diff(offsets) + 1  # (M,) number of targets, with <end>
+        # On the device: all words, and for each caption where it starts and its number of targets.
         self.tokens = torch.from_numpy(words).to(device)
         self.starts = torch.from_numpy(offsets[:-1].copy()).to(device)
         self.targets = torch.from_numpy(self.lengths).to(device)
         self._rows = torch.from_numpy(caption_rows).to(device)
         self._host_features = features
-        # On a GPU all of it lives there (COCO: 0.34 GB); on a CPU the file stays memory-mapped.
+        # A GPU holds all features (COCO: 0.34 GB). On a CPU the file stays memory-mapped.
         self._device_features: Tensor | None = None
-        if shared is not None:
-            self._device_features = shared._device_features
+        if features_from is not None:
+            self._device_features = features_from._device_features
         elif device.type != "cpu":
-            self._device_features = _uploaded(features, device)
+            self._device_features = _upload(features, device)
 
     def __len__(self) -> int:
         return len(self.feature_rows)
@@ -85,7 +84,7 @@ class CaptionSet:
     def batch(self, captions: NDArray[np.int64], views: NDArray[np.int64] | None = None) -> Batch:
         """The batch of these captions (B,), reordered longest first.
 
-        views: (B,) the view of the photo to take for each caption; None: the full one.
+        views: (B,) the view of each caption's photo; None for the full view.
         """
         order = np.argsort(-self.lengths[captions], kind="stable")
         captions = captions[order]
@@ -97,8 +96,9 @@ class CaptionSet:
         )
 
     def gather(self, captions: Tensor, views: Tensor, length: int) -> Batch:
-        """The batch of captions (B,) int64 in their order, `length` targets wide (T), each photo
-        by its view (B,). Works on the device alone, so it can be part of a captured graph.
+        """The batch of these captions, in the given order, without any work on the host.
+
+        captions: (B,) int64; views: (B,) the view of each caption's photo; length: T.
         """
         starts, lengths = self.starts[captions], self.targets[captions].unsqueeze(1)
         steps = torch.arange(length, device=self.device)  # (T,)
@@ -111,11 +111,11 @@ class CaptionSet:
         )
 
     def features_of(self, captions: Tensor, views: Tensor) -> Tensor:
-        """(B, D) float16: the photo of each of these captions (B,), by its view (B,)."""
+        """(B, D) float16 features of the photos of these captions (B,), in these views (B,)."""
         return self._features(self._rows[captions], views)
 
     def photo_features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """(B, D) float16 on the device: of these rows of the cache, each by its view."""
+        """(B, D) float16 features on the device, of rows (B,) of the cache in these views (B,)."""
         return self._features(
             torch.from_numpy(rows).to(self.device), torch.from_numpy(views).to(self.device)
         )
@@ -133,13 +133,13 @@ def caption_set(
     rows: NDArray[np.int64] | None = None,
     device: torch.device,
     max_length: int,
-    shared: CaptionSet | None = None,
+    features_from: CaptionSet | None = None,
 ) -> CaptionSet:
-    """The captions of the cache's extracted photos, or of those `rows` of it.
+    """The captions of a cache's extracted photos, or of those among `rows`.
 
-    Words beyond `max_length` are cut, and the caption ends there. Captions without a word and
-    photos that are pending or unreadable are left out. shared: another set from this cache on this
-    device. Raises TrainingSetError if nothing is left.
+    Captions are cut after `max_length` words. Captions without a word and photos that are pending
+    or unreadable are left out. features_from: another set from this cache on this device, with
+    which this one shares the features there. Raises TrainingSetError if nothing is left.
     """
     table = cache.captions
     usable = cache.status == DONE
@@ -153,9 +153,8 @@ def caption_set(
         raise TrainingSetError(
             f"{cache.path}: no captions of extracted photos; was it made with --captions?"
         )
-    offsets = np.zeros(len(kept) + 1, np.int64)
-    np.cumsum(np.minimum(lengths[kept], max_length), out=offsets[1:])
-    # Position p of the new flat array comes from its caption's start plus its place within it.
+    offsets = offsets_of(np.minimum(lengths[kept], max_length))
+    # Where each word of the new flat array comes from: its caption's start plus its place in it.
     caption_of = np.repeat(np.arange(len(kept)), np.diff(offsets))
     source = table.token_offsets[kept][caption_of] + (
         np.arange(offsets[-1]) - offsets[:-1][caption_of]
@@ -166,69 +165,18 @@ def caption_set(
         caption_rows=table.rows[kept].astype(np.int64),
         words=words,
         offsets=offsets,
-        full_view=full_view(cache),
+        full_view=full_view_index(cache.encoder.views),
         device=device,
-        shared=shared,
+        features_from=features_from,
     )
 
 
-def _uploaded(features: NDArray[np.float16], device: torch.device) -> Tensor:
-    """(N, V, D) on the device. Read in parts: torch wants arrays that it may write to."""
+def _upload(features: NDArray[np.float16], device: torch.device) -> Tensor:
+    """Copy features (N, V, D) to a device. They are memory-mapped, and torch takes only writable
+    arrays, so each part is copied in memory first.
+    """
     uploaded = torch.empty(features.shape, dtype=torch.float16, device=device)
-    for start in range(0, len(features), _UPLOADED_ROWS):
-        part = slice(start, start + _UPLOADED_ROWS)
+    for start in range(0, len(features), _UPLOAD_ROWS):
+        part = slice(start, start + _UPLOAD_ROWS)
         uploaded[part].copy_(torch.from_numpy(np.array(features[part])))
     return uploaded
-
-
-def full_view(cache: FeatureCache) -> int:
-    """The view that validation and prediction use: the whole photo, or the first one stored."""
-    views = cache.encoder.views
-    return views.index("full") if "full" in views else 0
-
-
-def split_photos(
-    cache: FeatureCache, *, held_out: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(training rows, validation rows): a seeded share of the photos that have captions.
-
-    A photo is on one side with all its captions. The choice depends on the seed and each photo's
-    image id alone, so it survives a change of order, and identical ids stay together.
-    """
-    rows = np.unique(cache.captions.rows[cache.status[cache.captions.rows] == DONE])
-    ranked = np.array([_rank(cache.image_ids, int(row), seed) for row in rows])
-    count = min(max(1, round(held_out * len(rows))), max(len(rows) - 1, 0))
-    chosen = np.zeros(len(rows), bool)
-    chosen[np.argsort(ranked, kind="stable")[:count]] = True
-    return rows[~chosen].astype(np.int64), rows[chosen].astype(np.int64)
-
-
-def _rank(image_ids: Strings, row: int, seed: int) -> int:
-    text = f"{seed} {image_ids[row]}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-
-def epoch_batches(
-    lengths: NDArray[np.int64], batch_size: int, *, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """An epoch's batches, as caption numbers: every caption once, the last batch may be short.
-
-    Shuffled captions are sorted by length within pools of some batches, cut, and the batches
-    shuffled: neighbours in length share a batch, so little of it is padding. All of it comes from
-    seed and epoch alone: there is nothing to save for a resume.
-    """
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths))
-    pool = _POOL_BATCHES * batch_size
-    for start in range(0, len(order), pool):
-        part = order[start : start + pool]
-        order[start : start + pool] = part[np.argsort(lengths[part], kind="stable")]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
-def epoch_views(count: int, views: int, *, seed: int, epoch: int) -> NDArray[np.int64] | None:
-    """A view for each caption of an epoch; None where there is only one."""
-    if views == 1:
-        return None
-    return np.random.default_rng((seed, epoch, 1)).integers(views, size=count)

@@ -1,1 +1,1 @@
-"""Many steps: the training loop, the run folder, validation, and sweeps over runs."""
+"""Whole runs: the training loop, validation, the run folder, and sweeps over many runs."""

@@ -1,10 +1,10 @@
-"""Which epoch's model is the best one, as far as the validation photos can tell.
+"""Decides which epoch's model is the best one.
 
-A few hundred photos give CIDEr a standard error of some points: the highest of twenty epochs' is
-the luckiest, often an early one. So the photos' own scores are compared, and an epoch that is
-behind by less than its standard error counts as equal; among equals the validation loss decides,
-which changes smoothly. This is the one-standard-error rule of model selection (Breiman et al.,
-1984), with paired differences.
+CIDEr over a few hundred photos has a standard error of several points. The highest of twenty
+epochs' scores is therefore the luckiest one, and often an early epoch's. So epochs are compared
+photo by photo, and one that trails by no more than the standard error of the difference counts as
+equal. Among equals the validation loss decides, because it changes smoothly. This is the
+one-standard-error rule of model selection (Breiman et al., 1984), with paired differences.
 """
 
 from __future__ import annotations
@@ -19,66 +19,70 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A model's validation scores after an epoch."""
+class ValidatedEpoch:
+    """The validation scores of a model after an epoch. In checkpoints the field names are keys."""
 
     epoch: int
     val_loss: float
     ciders: NDArray[np.float64]  # (N,) of the validation photos, always in the same order
-    rewarded: bool = False  # by a self-critical epoch, which does not mind the loss
+    rewarded: bool = False  # a self-critical epoch, which does not aim at a low loss
 
-    def _is_behind(self, other: Judged) -> bool:
-        """By more than the photos' chance: the standard error of the mean difference."""
-        behind = other.ciders - self.ciders
-        count = len(behind)
-        error = float(behind.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-        return float(behind.mean()) > error
+    def trails(self, other: ValidatedEpoch) -> bool:
+        """Whether the mean CIDEr is lower by more than the standard error of the difference."""
+        gaps = other.ciders - self.ciders
+        count = len(gaps)
+        error = float(gaps.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+        return float(gaps.mean()) > error
 
-    def _merit(self) -> tuple[bool, float]:
-        """Among equals in CIDEr: the larger the better."""
+    def tie_break(self) -> tuple[bool, float]:
+        """What decides between epochs of equal CIDEr: larger is better.
+
+        Self-critical epochs win over others. Among them the latest wins, else the lowest loss.
+        """
         return self.rewarded, self.epoch if self.rewarded else -self.val_loss
 
 
-class Choice:
-    """Is told of one epoch after the other, and says which to keep: only the last can be kept."""
+class BestEpochTracker:
+    """Decides after each epoch whether its model becomes the best one.
+
+    The models of earlier epochs are gone by then, so only the newest can be chosen.
+    """
 
     def __init__(self, *, by_loss: bool = False) -> None:
-        """by_loss: by the validation loss alone."""
+        """by_loss: ignore CIDEr; the lowest validation loss wins."""
         self._by_loss = by_loss
-        self.best: Judged | None = None
-        self._leader: Judged | None = None  # the highest mean CIDEr, by luck or not
+        self.best: ValidatedEpoch | None = None
+        self._leader: ValidatedEpoch | None = None  # the highest mean CIDEr, which may be luck
 
-    def takes(self, judged: Judged) -> bool:
-        """Whether this epoch's model is now the best one."""
-        if self._takes(judged):
-            self.best = judged
+    def update(self, newest: ValidatedEpoch) -> bool:
+        """Take in the newest epoch. Returns whether its model is now the best one."""
+        if self._is_best(newest):
+            self.best = newest
             return True
         return False
 
-    def _takes(self, judged: Judged) -> bool:
+    def _is_best(self, newest: ValidatedEpoch) -> bool:
         best = self.best
         if self._by_loss:
-            return best is None or judged.val_loss < best.val_loss
+            return best is None or newest.val_loss < best.val_loss
         leader = self._leader
-        if leader is None or judged.ciders.mean() > leader.ciders.mean():
-            leader = self._leader = judged
-        if judged._is_behind(leader):
+        if leader is None or newest.ciders.mean() > leader.ciders.mean():
+            leader = self._leader = newest
+        if newest.trails(leader):
             return False
-        return best is None or best._is_behind(leader) or judged._merit() > best._merit()
+        return best is None or best.trails(leader) or newest.tie_break() > best.tie_break()
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors: what `load` takes."""
-        return {"best": _state(self.best), "leader": _state(self._leader)}
+        """Plain values and tensors, which `load` takes."""
+        return {"best": _to_state(self.best), "leader": _to_state(self._leader)}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.best, self._leader = _judged(state["best"]), _judged(state["leader"])
+        self.best, self._leader = _from_state(state["best"]), _from_state(state["leader"])
 
 
-def _state(judged: Judged | None) -> dict[str, Any] | None:
-    if judged is None:
-        return None
-    return {**vars(judged), "ciders": torch.from_numpy(judged.ciders)}
+def _to_state(epoch: ValidatedEpoch | None) -> dict[str, Any] | None:
+    return None if epoch is None else {**vars(epoch), "ciders": torch.from_numpy(epoch.ciders)}
 
 
-def _judged(state: dict[str, Any] | None) -> Judged | None:
-    return None if state is None else Judged(**{**state, "ciders": state["ciders"].numpy()})
+def _from_state(state: dict[str, Any] | None) -> ValidatedEpoch | None:
+    return None if state is None else ValidatedEpoch(**{**state, "ciders": state["ciders"].numpy()})

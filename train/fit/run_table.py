@@ -1,4 +1,4 @@
-"""Run folders side by side: what each was trained with and how well it did."""
+"""Lists run folders side by side: the settings and the scores of each."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from train.model.bundle import BundleError, find_bundle, read_training
 
 
 class RunsError(CapError):
-    """A folder is missing or holds no runs. One line."""
+    """Raised when a folder is missing or holds no runs. The message is one line."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run folder. Scores are those of its best model, None where it has not come that far."""
+class RunSummary:
+    """A run folder with the scores of its best model, which are None before the first epoch ends.
+
+    Scores are those of greedy captions of the validation photos, or of beam search's captions if
+    `select_by` is beam.
+    """
 
     path: Path
     epochs: int  # finished
     best_epoch: int | None
-    cider: float | None  # on its validation photos, greedy, or by beam search if select_by is beam
+    cider: float | None
     bleu_4: float | None
     val_loss: float | None
-    settings: dict[str, Any]  # what it was trained with
-    problem: str = ""  # why settings could not be read
+    settings: dict[str, Any]  # of its training
+    problem: str = ""  # why the settings could not be read
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """All runs in or below a folder, best validation CIDEr first, runs without a score last.
+def find_runs(folder: Path) -> list[RunSummary]:
+    """All runs in or below a folder: the best validation CIDEr first, runs without a score last.
 
-    Raises RunsError if there is none.
+    Raises RunsError if there are none.
     """
     if not folder.is_dir():
         raise RunsError(f"{folder}: no such folder")
@@ -44,11 +48,11 @@ def find_runs(folder: Path) -> list[Run]:
     runs = [_read(path) for path in sorted({file.parent for file in files})]
     if not runs:
         raise RunsError(f"{folder}: no runs below it; `cap train` makes one")
-    return sorted(runs, key=_merit, reverse=True)
+    return sorted(runs, key=_sort_key, reverse=True)
 
 
-def _merit(run: Run) -> tuple[float, float]:
-    """Larger is better. A loss says less than a CIDEr: label smoothing and vocabulary move it."""
+def _sort_key(run: RunSummary) -> tuple[float, float]:
+    """Larger is better. CIDEr comes first: label smoothing and vocabulary affect the loss."""
     worst = float("-inf")
     return (
         worst if run.cider is None else run.cider,
@@ -56,16 +60,17 @@ def _merit(run: Run) -> tuple[float, float]:
     )
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path) -> RunSummary:
     epochs = _epoch_records(path / "metrics.jsonl")
     settings, scores, problem = _read_model(path)
-    # The best model is the one `select_by` chose. A folder without it still has its metrics.
+    # The model file tells the scores of the best model, which `select_by` chose. Without the file,
+    # the metrics tell which epoch was the best.
     best: dict[str, Any] = scores
     if scores.get("cider") is None or not (path / "best.cap").exists():
         best = max(
             epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
         )
-    return Run(
+    return RunSummary(
         path=path,
         epochs=len({record["epoch"] for record in epochs}),
         best_epoch=best.get("epoch"),
@@ -78,7 +83,7 @@ def _read(path: Path) -> Run:
 
 
 def _epoch_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of whole epochs; half a line, from a kill, is passed over."""
+    """The lines about whole epochs. A line that a kill cut off is skipped."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -95,7 +100,7 @@ def _epoch_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """(settings, scores, what is wrong) as the run's model has them."""
+    """(settings, scores, problem) from the run's model file."""
     try:
         training = read_training(find_bundle(path))
     except BundleError as error:
@@ -105,23 +110,26 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return dict(training.get("config", {})), facts, ""
 
 
-def runs_table(runs: Iterable[Run]) -> str:
-    """One line a run: scores, then the settings that differ between those that have any."""
+def runs_table(runs: Iterable[RunSummary]) -> str:
+    """One line per run: scores, epochs done, then the settings that are not the same in all runs.
+
+    Runs whose settings are unknown do not count as different.
+    """
     runs = list(runs)
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     known = [run.settings for run in runs if run.settings]
     differing = [name for name in names if len({str(one.get(name, "")) for one in known}) > 1]
     by_beam = bool(known) and all(one.get("select_by") == "beam" for one in known)
     scores = ["CIDEr, beam" if by_beam else "CIDEr", "BLEU-4", "val loss"]
-    header = ["run", *scores, "done", *differing]  # epochs done; differing may name those wanted
+    header = ["run", *scores, "done", *differing]  # not "epochs", which is the name of a setting
     rows = [
         [
             str(run.path),
-            _number(run.cider, 100, ".2f"),
-            _number(run.bleu_4, 100, ".2f"),
-            _number(run.val_loss, 1, ".4f"),
+            _format_score(run.cider, 100, ".2f"),
+            _format_score(run.bleu_4, 100, ".2f"),
+            _format_score(run.val_loss, 1, ".4f"),
             str(run.epochs),
-            *(_setting(run.settings.get(name)) for name in differing),
+            *(_format_setting(run.settings.get(name)) for name in differing),
         ]
         for run in runs
     ]
@@ -134,11 +142,11 @@ def runs_table(runs: Iterable[Run]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None, scale: float, form: str) -> str:
+def _format_score(value: float | None, scale: float, form: str) -> str:
     return "-" if value is None else format(scale * value, form)
 
 
-def _setting(value: object) -> str:
+def _format_setting(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,15 +1,15 @@
-"""Self-critical training (Rennie et al., 2017): captions are drawn, scored by CIDEr-D, and made
-likelier or less likely by how much better than the others of their photo they are.
+"""Self-critical training (Rennie et al., 2017): captions are sampled and scored by CIDEr-D, and
+those that beat the other samples of their photo become likelier, the rest less likely.
 
-The baseline of a sample is the mean reward of the photo's other samples, which costs no further
-search and is unbiased (Luo, 2020, «A better variant of self-critical sequence training»). Captions
-are drawn from the very distribution whose gradient is taken: a photo's features lose the same
-numbers to dropout in both, and nothing else is dropped or measured. The gradient is a
-cross-entropy's with a weight for each caption: the fast objective computes it as it is.
+The baseline of a sample is the mean reward of the photo's other samples. It needs no extra search
+and is unbiased (Luo, 2020, «A better variant of self-critical sequence training»). The gradient is
+taken of the very distribution that captions are sampled from: both see the same dropout of the
+photo's features, there is no other dropout, and BatchNorm uses its running statistics. The gradient
+is that of a cross-entropy with a weight for each caption, so the fast objective computes it as is.
 
-By the reward alone captions become short and vague: CIDEr-D punishes a wrong colour more than it
-rewards a right one, and METEOR falls. The true captions' cross-entropy, at a small weight and with
-all the dropout of the epochs before, keeps what they say.
+With the reward alone, captions become short and vague: CIDEr-D punishes a wrong colour more than it
+rewards a right one, and METEOR falls. To prevent that, the cross-entropy of the true captions is
+added with a small weight, and with all the dropout of ordinary training.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from train.captions.caption_set import Batch, CaptionSet
 from train.captions.vocabulary import END, PAD, SPECIALS, Vocabulary
 from train.model.decoder import CaptionDecoder
 from train.scores.cider_reward import CiderReward
-from train.scores.tokens import PUNCTUATION
+from train.scores.scoring_tokens import PUNCTUATION
 from train.search.rollout import sample
 from train.step.dropout import draw_masks
 from train.step.objective import Objective
 from train.step.packed_batch import pack
 
-_MAX_LENGTH = 20  # words drawn; ten times rarer than one in a hundred captions is longer
+_MAX_LENGTH = 20  # words in a sample; about one caption in a thousand is longer
 
 
 class SelfCritical:
-    """Draws, scores and differentiates captions of the photos of a caption set.
+    """Samples and scores captions for the photos of a caption set, and computes the gradient.
 
-    The reward reads words as evaluation does: without punctuation. Document frequencies are those
-    of the caption set.
+    As in evaluation, the reward ignores punctuation. Its document frequencies are those of the
+    caption set.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class SelfCritical:
         samples: int,
         anchor: float,
     ) -> None:
-        """samples: drawn for each photo, two or more. anchor: weight of the true captions."""
+        """samples: captions sampled for each photo, at least two. anchor: weight of the true
+        captions' cross-entropy.
+        """
         self._decoder = decoder
         self._objective = objective
         self._captions = captions
@@ -57,19 +59,19 @@ class SelfCritical:
         self._anchor = anchor
         self._by_photo = np.argsort(captions.feature_rows, kind="stable")
         self.photos = np.unique(captions.feature_rows)  # rows of the cache, ascending
-        known = [vocabulary.number(mark) for mark in PUNCTUATION]
+        marks = [vocabulary.number(mark) for mark in PUNCTUATION]
         self._reward = CiderReward(
             captions.words,
             captions.offsets,
             captions.feature_rows,
             vocab_size=len(vocabulary),
-            skipped=[number for number in known if number >= len(SPECIALS)],
+            skipped=[number for number in marks if number >= len(SPECIALS)],
         )
 
-    def epoch(
+    def epoch_batches(
         self, batch_photos: int, *, seed: int, epoch: int
     ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The photos and their views, (B,) each, of every step of an epoch."""
+        """The photos (rows of the cache) and their views for each step of an epoch: (B,) each."""
         random = np.random.default_rng((seed, epoch, 2))
         order = random.permutation(self.photos)
         views = random.integers(self._captions.views, size=len(order))
@@ -81,26 +83,27 @@ class SelfCritical:
     def gradients(
         self, photos: NDArray[np.int64], views: NDArray[np.int64], seed: int
     ) -> tuple[Tensor, Tensor]:
-        """Put one step's gradients, as a sum over tokens, into the flat buffer.
+        """Write one step's gradients, summed over tokens, into the flat buffer.
 
-        Returns the number of tokens behind them, and the samples' mean CIDEr-D (0 to 10).
+        photos: (B,) rows of the cache; views: (B,). Returns the number of tokens and the mean
+        CIDEr-D of the samples (0 to 10).
         """
         generator = torch.Generator(self._captions.device).manual_seed(seed)
         features = self._captions.photo_features(photos, views)
-        features = _drop(features, self._decoder.config.feature_dropout, generator)
+        features = _dropout(features, self._decoder.config.feature_dropout, generator)
         self._decoder.eval()
         words = sample(
             self._decoder, features, self._samples, max_length=_MAX_LENGTH, generator=generator
         )
         rewards = self._reward.score(np.repeat(photos, self._samples), words.cpu().numpy())
-        advantages = _above_the_others(rewards.reshape(-1, self._samples)).reshape(-1)
+        advantages = _advantages(rewards.reshape(-1, self._samples)).reshape(-1)
         batch, order = _as_batch(features.repeat_interleave(self._samples, 0), words)
         packed = pack(batch, round_up=words.device.type == "cpu")
-        of_captions = torch.from_numpy(advantages).float().to(words.device)[order]
-        # Filling rows point past the last caption.
-        padded = torch.nn.functional.pad(of_captions, (0, len(packed.captions)))
+        caption_weights = torch.from_numpy(advantages).float().to(words.device)[order]
+        # Padding rows of the packed batch point past the last caption; they get weight 0.
+        padded = torch.nn.functional.pad(caption_weights, (0, len(packed.captions)))
         weights = padded[packed.captions]
-        # After the most words `<end>` is not drawn but forced: nothing is to be learned there.
+        # After `_MAX_LENGTH` words `<end>` is forced, not sampled, so it has no gradient.
         weights[sum(packed.steps[:_MAX_LENGTH]) :] = 0
         self._objective.loss_and_gradients(packed, weights=weights, training=False, drawn=True)
         count = packed.count()
@@ -111,7 +114,7 @@ class SelfCritical:
     def _add_true_captions(
         self, photos: NDArray[np.int64], views: NDArray[np.int64], weight: Tensor, seed: int
     ) -> None:
-        """Add the mean gradient of these photos' captions, times `weight`, to the gradients."""
+        """Add the gradient of the mean loss of these photos' captions, times `weight`."""
         rows = self._captions.feature_rows[self._by_photo]
         first, last = (np.searchsorted(rows, photos, side=side) for side in ("left", "right"))
         chosen = np.concatenate(
@@ -130,24 +133,24 @@ class SelfCritical:
         gradients.mul_(weight / packed.count()).add_(rewarded)
 
 
-def _drop(features: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Features (B, D) of which each number is 0 with probability p, the rest the larger for it."""
+def _dropout(features: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """Dropout of (B, D) features from a generator of its own, which torch's dropout cannot take."""
     if not p:
         return features
     kept = torch.rand(features.shape, generator=generator, device=features.device) >= p
     return features * kept / (1 - p)
 
 
-def _above_the_others(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, K) rewards → each minus the mean of its row's others."""
+def _advantages(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, K) rewards → each minus the mean of the others in its row."""
     count = rewards.shape[1]
     others = (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
-    difference: NDArray[np.float64] = rewards - others
-    return difference
+    advantages: NDArray[np.float64] = rewards - others
+    return advantages
 
 
 def _as_batch(features: Tensor, words: Tensor) -> tuple[Batch, Tensor]:
-    """Drawn captions (M, T) as a batch, longest first, and the order they are in."""
+    """Sampled captions (M, T) as a batch, longest first, and the place of each in `words`, (M,)."""
     order = (words != PAD).sum(1).argsort(descending=True, stable=True)
     targets = words[order]
     inputs = targets[:, :-1]

@@ -1,7 +1,7 @@
-"""The process that trains a sweep's trials, one after the other, as it is told through a pipe.
+"""The process that trains a sweep's trials one after the other, on orders from a pipe.
 
-It receives a TrainConfig a trial, or None to end. It sends an EpochScore after each epoch and waits
-for whether to go on; then Finished, or Failed.
+For each trial it receives a TrainConfig. After each epoch it sends an EpochScore and receives
+whether to continue. At the end of the trial it sends Finished or Failed.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A trial came to nothing. every: and so would every other, whatever its settings."""
+    """A trial that ended with an error."""
 
     reason: str
-    every: bool
+    in_every_trial: bool  # whatever its settings, any trial would fail for this reason
 
 
 def work(pipe: Connection, threads: int) -> None:
     """Train until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     import torch
 
-    from train.fit.run import TrainError
+    from train.fit.run_folder import TrainError
 
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while (config := pipe.recv()) is not None:
+        while True:
             try:
-                _train(config, pipe)
+                _train(pipe.recv(), pipe)
                 pipe.send(Finished())
             except CapError as error:
-                pipe.send(Failed(str(error), every=not isinstance(error, TrainError)))
+                pipe.send(Failed(str(error), in_every_trial=not isinstance(error, TrainError)))
 
 
 def _train(config: TrainConfig, pipe: Connection) -> None:
-    from train.fit.run import EpochLog, train
+    from train.fit.reports import EpochLog
+    from train.fit.run import train
 
     with contextlib.closing(train(config)) as reports:
         for report in reports:

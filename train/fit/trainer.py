@@ -1,6 +1,6 @@
-"""The training loop: from a caption set to a trained decoder, one report a step.
+"""Trains a decoder on a caption set, step by step.
 
-`Trainer` knows no files and prints nothing; `train.fit.run` gives it a run folder.
+`Trainer` reads and writes no files and prints nothing; `train.fit.run` does that around it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.captions.caption_set import Batch, CaptionSet, epoch_batches, epoch_views
+from train.captions.caption_set import Batch, CaptionSet
+from train.captions.epoch_order import epoch_batches, epoch_views
 from train.captions.vocabulary import Vocabulary
 from train.config import Recipe
 from train.fit.self_critical import SelfCritical
@@ -31,29 +32,29 @@ from train.step.optimizer import FlatAdamW, WeightAverage, learning_rate
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.scheduled_sampling import with_own_words
 
-# For BatchNorm's statistics under averaged weights; a tenth of a second.
-_MEASURED_PHOTOS = 8192
-# At a time, on a GPU: as many as keep it busy; their logits take 150 MB at COCO's size.
+# Photos that BatchNorm's statistics are computed from, for averaged weights: a tenth of a second.
+_STATISTICS_PHOTOS = 8192
+# Captions validated at a time: enough to keep a GPU busy. At COCO's size their logits take 150 MB.
 _GPU_VALIDATION_CAPTIONS = 512
 
 
 @dataclass(frozen=True)
-class Step:
-    """After an optimizer step. Epochs and steps count from 0; `loss` stays on the device."""
+class StepResult:
+    """What an optimizer step did. Epochs and steps count from 0."""
 
     epoch: int
-    step: int  # of this epoch
-    steps: int  # in every epoch of its kind
+    step: int  # within the epoch
+    steps: int  # in every epoch of this kind, cross-entropy or self-critical
     captions: int
-    loss: Tensor  # scalar: mean cross-entropy per target token; self-critical: minus the reward
+    # Scalar on the device: mean cross-entropy per target token; self-critical: minus the reward.
+    loss: Tensor
 
 
 class Trainer:
-    """Trains a decoder in place. Everything random comes from the seed, the epoch and the step, so
-    going on after an interruption with the same state gives the same weights.
+    """Trains a decoder in place.
 
-    precision: of the fast path's products: `auto`, `float32` or `bfloat16`. plain: the readable
-    reference (`CaptionDecoder.loss` and autograd, in float32) instead of the fast path.
+    All randomness follows from the seed, the epoch and the step. Training that is interrupted and
+    continued from the same state therefore reaches the same weights.
     """
 
     def __init__(
@@ -67,7 +68,10 @@ class Trainer:
         precision: str = "auto",
         plain: bool = False,
     ) -> None:
-        """vocabulary: of the captions; self-critical epochs need it."""
+        """vocabulary: the words of the captions, which self-critical epochs need. precision: of the
+        fast path's matrix products: `auto`, `float32` or `bfloat16`. plain: use the readable
+        reference (`CaptionDecoder.loss` and autograd, in float32) instead of the fast path.
+        """
         self.decoder = decoder
         self.captions = captions
         self.recipe = recipe
@@ -83,9 +87,9 @@ class Trainer:
         self.objective = objective_for(
             decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
         )
-        self.optimizer = self._optimizer(numbers[1])
+        self.optimizer = self._make_optimizer(numbers[1])
         self._vocabulary = vocabulary
-        self._self_critical: SelfCritical | None = None  # made when it is needed
+        self._self_critical: SelfCritical | None = None  # made before its first epoch
         self._plain = plain
         self.graphs: GraphedSteps | None = None
         if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
@@ -94,26 +98,25 @@ class Trainer:
             longest = graph_length(int(captions.lengths.max()))
             self.objective.reserve(recipe.batch_size, longest)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
-        """Train through this epoch, from `first_step` on: by cross-entropy, or by reward in the
-        self-critical epochs that follow.
-        """
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepResult]:
+        """Train an epoch from `first_step` on, by cross-entropy or, if self-critical, by reward."""
         if epoch >= self.recipe.epochs:
-            return self._rewarded_epoch(epoch, first_step)
-        return self._epoch(epoch, first_step)
+            return self._self_critical_epoch(epoch, first_step)
+        return self._cross_entropy_epoch(epoch, first_step)
 
-    def _epoch(self, epoch: int, first_step: int) -> Iterator[Step]:
+    def _cross_entropy_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         captions, recipe = self.captions, self.recipe
         batches = epoch_batches(captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch)
         count = captions.views if recipe.random_views else 1
         views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
         steps = len(batches)
         for step, chosen in enumerate(batches[first_step:], first_step):
-            seen = None if views is None else views[chosen]
-            loss = self._step(chosen, seen, epoch, epoch * steps + step, recipe.epochs * steps)
-            yield Step(epoch, step, steps, len(chosen), loss)
+            chosen_views = None if views is None else views[chosen]
+            position = epoch * steps + step
+            loss = self._step(chosen, chosen_views, epoch, position, recipe.epochs * steps)
+            yield StepResult(epoch, step, steps, len(chosen), loss)
 
-    def _rewarded_epoch(self, epoch: int, first_step: int) -> Iterator[Step]:
+    def _self_critical_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         recipe = self.recipe
         if self._self_critical is None:
             assert self._vocabulary is not None
@@ -126,9 +129,9 @@ class Trainer:
                 anchor=recipe.self_critical_anchor,
             )
         if epoch == recipe.epochs and not first_step:
-            self._start_anew()
+            self._restart_from_average()
         self.optimizer.set_rate(recipe.self_critical_rate)
-        batches = self._self_critical.epoch(
+        batches = self._self_critical.epoch_batches(
             recipe.self_critical_photos, seed=self.seed, epoch=epoch
         )
         for step, (photos, views) in enumerate(batches[first_step:], first_step):
@@ -139,16 +142,16 @@ class Trainer:
             if self.average is not None:
                 self.average.set_step(position)
             self._apply(count)
-            yield Step(
+            yield StepResult(
                 epoch, step, len(batches), len(photos) * recipe.self_critical_samples, -reward
             )
 
-    def _start_anew(self) -> None:
-        """Go on from the averaged weights, with an optimizer that remembers nothing."""
+    def _restart_from_average(self) -> None:
+        """Replace the weights by their average, and the optimizer by a new one."""
         if self.average is not None:
             self.average.take()
-            self._measure_photos()
-        self.optimizer = self._optimizer(None)
+            self._update_batchnorm_statistics()
+        self.optimizer = self._make_optimizer(None)
 
     def _step(
         self,
@@ -158,7 +161,9 @@ class Trainer:
         position: int,
         steps: int,
     ) -> Tensor:
-        """position: of this step among all `steps` of training by cross-entropy."""
+        """Train one batch of captions. position: of this step among all `steps` of training by
+        cross-entropy. Returns the loss.
+        """
         recipe, seed = self.recipe, _step_seed(self.seed, position)
         rate = learning_rate(recipe, position, steps)
         if self.graphs is not None:
@@ -172,7 +177,7 @@ class Trainer:
             batch = with_own_words(self.objective, batch, share, seed)
         if self._plain:
             return self._plain_update(batch, seed)
-        if self.captions.device.type == "cuda":  # where masks are drawn on the device
+        if self.captions.device.type == "cuda":  # dropout masks are drawn on the device
             torch.cuda.manual_seed(seed)
             return self._update(batch, None)
         return self._update(batch, seed)
@@ -186,7 +191,7 @@ class Trainer:
         position: int,
         seed: int,
     ) -> Tensor:
-        """Nothing but launches: all that this step has of its own goes to the device at once."""
+        """Send this step's inputs to the device in one copy and launch a graph that reads them."""
         config, lengths = self.decoder.config, self.captions.lengths[chosen]
         if config.dropout or config.feature_dropout:
             torch.cuda.manual_seed(seed)
@@ -212,8 +217,8 @@ class Trainer:
         return self._update_packed(packed, packed.count(), seed)
 
     def _update_packed(self, packed: PackedBatch, count: Tensor, seed: int | None) -> Tensor:
-        """count: of the targets. seed: of this step's dropout; None: the device's generator is
-        seeded already.
+        """count: number of targets. seed: of this step's dropout, or None if the device's generator
+        is seeded already.
         """
         masks = draw_masks(self.decoder.config, packed, self.objective.dtype, seed)
         loss = self.objective.loss_and_gradients(packed, masks)
@@ -221,15 +226,15 @@ class Trainer:
         return loss / count
 
     def _plain_update(self, batch: Batch, seed: int) -> Tensor:
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed)  # for dropout
         self.decoder.train()
-        # BatchNorm cannot measure one row; a last batch of one caption uses running statistics.
+        # A single row has no variance: a last batch of one caption uses the running statistics.
         self.decoder.normalize.train(len(batch.targets) > 1)
         self.parameters.gradients.zero_()
         with _without_tf32(), warnings.catch_warnings():
-            # Autograd is told that transposed gradients may be slow, which is meant here.
+            # Autograd warns that transposed gradients may be slow. Here they are intended.
             warnings.filterwarnings("ignore", message="grad and param do not obey")
-            # cuDNN, that the LSTM's weights would be faster in a buffer of its own.
+            # cuDNN warns that the LSTM's weights would be faster in a buffer of its own.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
             loss = self.decoder.loss(batch, self.recipe.label_smoothing)
             loss.backward()
@@ -240,38 +245,39 @@ class Trainer:
         low = self.objective.low if isinstance(self.objective, CudaObjective) else None
         self.optimizer.step(count, self.average, low)
 
-    def _optimizer(self, rate: Tensor | None) -> FlatAdamW:
+    def _make_optimizer(self, rate: Tensor | None) -> FlatAdamW:
         kernels = self.objective.kernels if isinstance(self.objective, CudaObjective) else None
         return FlatAdamW(self.parameters, self.recipe, rate=rate, kernels=kernels)
 
     @contextlib.contextmanager
-    def best_weights(self) -> Iterator[None]:
-        """Within this context the decoder is as it is to be judged and saved: in eval mode, with
-        the averaged weights where the recipe averages.
+    def evaluation_weights(self) -> Iterator[None]:
+        """A context in which the decoder is as it is to be evaluated and saved: in eval mode, and
+        with the averaged weights if the recipe has an average.
         """
         self.decoder.eval()
         if self.average is None:
             yield
             return
         normalize = self.decoder.normalize
-        kept = [buffer.clone() for buffer in normalize.buffers()]
+        saved = [buffer.clone() for buffer in normalize.buffers()]
         try:
             with self.average.in_place():
-                self._measure_photos()
+                self._update_batchnorm_statistics()
                 yield
         finally:
-            for buffer, value in zip(normalize.buffers(), kept, strict=True):
+            for buffer, value in zip(normalize.buffers(), saved, strict=True):
                 buffer.copy_(value)
 
     @torch.no_grad()
-    def _measure_photos(self) -> None:
-        """Give BatchNorm the statistics of these weights: those it has are of other ones.
+    def _update_batchnorm_statistics(self) -> None:
+        """Recompute BatchNorm's statistics from training photos, for the weights now in place.
 
-        Averaged weights project photos to a smaller spread than the noisy ones that BatchNorm saw.
+        The running statistics belong to the weights of training. The averaged weights project
+        photos to a smaller spread.
         """
         captions, normalize = self.captions, self.decoder.normalize
         random = np.random.default_rng((self.seed, 3))
-        count = min(_MEASURED_PHOTOS, len(captions))
+        count = min(_STATISTICS_PHOTOS, len(captions))
         rows = captions.feature_rows[random.permutation(len(captions))[:count]]
         views = np.full(count, captions.full_view)
         if self.recipe.random_views:
@@ -283,12 +289,13 @@ class Trainer:
             normalize.running_mean.copy_(projected.mean(0))
             normalize.running_var.copy_(projected.var(0))
 
-    @torch.no_grad()  # not inference mode: the objective's buffers may grow here, to be trained in
+    # No inference mode: the objective's buffers may grow here, and training uses them later.
+    @torch.no_grad()
     def validation_loss(self, captions: CaptionSet) -> float:
-        """Mean cross-entropy per target token over all captions, without dropout or smoothing."""
+        """Mean cross-entropy per target token of all captions, without dropout and smoothing."""
         self.decoder.eval()
         total, tokens = torch.zeros((), device=captions.device, dtype=torch.float64), 0
-        # Captions of like length share a batch: less padding, the same sum.
+        # Captions of similar length share a batch, which saves padding and leaves the sum as it is.
         order = np.argsort(captions.lengths, kind="stable")
         size = self.recipe.batch_size
         if captions.device.type == "cuda":
@@ -306,7 +313,7 @@ class Trainer:
         return float(total) / tokens
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer and average as plain tensors: what `load` takes."""
+        """Weights, optimizer and average as plain tensors, which `load` takes."""
         return {
             "parameters": self.parameters.named(self.parameters.values),
             "buffers": {n: b.cpu().clone() for n, b in self.decoder.named_buffers()},
@@ -315,7 +322,7 @@ class Trainer:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Raises KeyError, RuntimeError or TypeError if the state is of another decoder."""
+        """Raises KeyError, RuntimeError or TypeError if the state belongs to another decoder."""
         self.parameters.load(state["parameters"], self.parameters.values)
         for name, buffer in self.decoder.named_buffers():
             buffer.copy_(state["buffers"][name])
@@ -325,7 +332,7 @@ class Trainer:
 
 
 def _without_tf32() -> AbstractContextManager[None]:
-    """cuDNN's LSTM rounds float32 to ten bits unless told not to."""
+    """Keep cuDNN's LSTM from rounding float32 to TF32, which has a mantissa of ten bits."""
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     return flags
 

@@ -1,7 +1,7 @@
-"""Scores after every epoch: greedy captions of the whole validation set, against its references.
+"""Scores after every epoch: captions of all validation photos against their references.
 
-The references are tokenized and counted once; after that an epoch's captions cost a greedy search
-and some tens of milliseconds. The scores are those of `train.scores.metrics.score(…, java=False)`.
+The references are tokenized and counted once. After that, an epoch costs the search and some tens
+of milliseconds for the scores, which equal those of `train.scores.metrics.score(…, java=False)`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from train.captions.vocabulary import Vocabulary
 from train.config import FULL, SearchConfig
 from train.model.decoder import CaptionDecoder
 from train.scores.ngrams import ReferenceNgrams, number_words
-from train.scores.tokens import treebank_line
+from train.scores.scoring_tokens import treebank_line
 from train.search.hypotheses import search
 
-_ROWS = 4096  # photos whose features are in memory at once
-_GPU_BATCH, _CPU_BATCH = 1024, 128  # photos captioned at once
+_CHUNK_ROWS = 4096  # photos whose features are in memory at a time
+_GPU_BATCH, _CPU_BATCH = 1024, 128  # photos captioned at a time
 
 
 @dataclass(frozen=True, eq=False)
 class ValidationScores:
-    """Corpus scores of one caption a photo, as fractions; `metrics.Scores` in short."""
+    """Corpus scores as fractions, for one caption per photo: some of those in `metrics.Scores`."""
 
     bleu_4: float
     cider: float
-    distinct: int  # different captions; one, or a few, means the decoder has collapsed
+    distinct: int  # number of different captions; very few mean that the decoder has collapsed
     ciders: NDArray[np.float64] = field(repr=False)  # (N,) of each photo
 
     @property
     def count(self) -> int:
-        """Captions scored."""
+        """Number of captions scored."""
         return len(self.ciders)
 
     def as_dict(self) -> dict[str, float]:
@@ -46,21 +46,19 @@ class ValidationScores:
 
 
 class ValidationScorer:
-    """Scores captions of always the same photos.
-
-    references: for each photo its raw reference captions, at least one.
-    """
+    """Scores captions of the same photos many times."""
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        """references: the raw reference captions of each photo, at least one."""
         self._photos = np.arange(len(references))
         self._numbers: dict[str, int] = {}
         lines = (treebank_line(text) for texts in references for text in texts)
-        firsts = np.cumsum([0, *map(len, references)])
-        self._ngrams = ReferenceNgrams(number_words(lines, self._numbers), firsts)
+        photo_offsets = np.cumsum([0, *map(len, references)])
+        self._ngrams = ReferenceNgrams(number_words(lines, self._numbers), photo_offsets)
 
     def score(self, captions: Sequence[str]) -> ValidationScores:
-        """Scores of one raw caption for each photo, in the order of the references."""
-        # Words of no reference get numbers, too: how often each stands in a caption counts.
+        """Score one raw caption for each photo, in the order of the references."""
+        # Words that no reference has get numbers too: CIDEr-D counts how often a caption says each.
         lines = number_words(map(treebank_line, captions), dict(self._numbers))
         bleu, cider = self._ngrams.score(self._photos, lines)
         return ValidationScores(
@@ -71,8 +69,8 @@ class ValidationScorer:
         )
 
 
-class Validation:
-    """The photos of a cache that have captions, to be captioned and scored again and again."""
+class ValidationPhotos:
+    """Captions and scores the photos of a cache that have reference captions, many times."""
 
     def __init__(
         self,
@@ -81,9 +79,9 @@ class Validation:
         rows: NDArray[np.int64] | None = None,
         view: str = FULL,
     ) -> None:
-        """rows: of the cache, those held out; None: all. view: `full` or `mean`.
+        """rows: the held-out rows of the cache, or None for all. view: `full` or `mean`.
 
-        Raises TrainingSetError where no extracted photo has captions.
+        Raises TrainingSetError if no extracted photo has captions.
         """
         texts = cache.captions.by_row(len(cache))
         usable = cache.rows_with(DONE) if rows is None else rows[cache.status[rows] == DONE]
@@ -95,30 +93,33 @@ class Validation:
 
     @property
     def identity(self) -> str:
-        """Of the photos and their references, up to which of them are held out."""
+        """Tells validation sets apart by their caches and sizes.
+
+        Rows held out of one cache are not compared: the settings of a run decide which they are.
+        """
         cache = self._cache
         return f"{cache.photos_sha256} {cache.captions_sha256} {len(self.rows)}"
 
     def captions(
         self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
     ) -> list[str]:
-        """A caption for each of `rows`; greedy unless `config` says otherwise."""
+        """A caption for each of `rows`. config: None for greedy search."""
         config = config or SearchConfig(beam_size=1)
         device = next(decoder.parameters()).device
         training = decoder.training
         decoder.eval()
         batch_size = _GPU_BATCH if device.type == "cuda" else _CPU_BATCH
         captions: list[str] = []
-        for start in range(0, len(self.rows), _ROWS):
-            rows = self.rows[start : start + _ROWS]
+        for start in range(0, len(self.rows), _CHUNK_ROWS):
+            rows = self.rows[start : start + _CHUNK_ROWS]
             features = view_features(self._cache, rows, self._view).to(device)
-            found = search(decoder, features, config, batch_size=batch_size)
-            captions.extend(vocabulary.decode(hypothesis.words) for hypothesis in found)
+            hypotheses = search(decoder, features, config, batch_size=batch_size)
+            captions.extend(vocabulary.decode(hypothesis.words) for hypothesis in hypotheses)
         decoder.train(training)
         return captions
 
     def score(
         self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
     ) -> ValidationScores:
-        """The scores of `captions`. The decoder is left in the mode it was in."""
+        """Score the captions of `captions`. The decoder stays in the mode it was in."""
         return self._scorer.score(self.captions(decoder, vocabulary, config))

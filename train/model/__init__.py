@@ -1,1 +1,1 @@
-"""The decoder: as plain PyTorch, as one flat buffer of parameters, and as a `.cap` file."""
+"""The decoder: in plain PyTorch, its parameters in one flat buffer, and its `.cap` file."""

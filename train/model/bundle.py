@@ -1,8 +1,8 @@
-"""One file that holds a model: decoder weights, sizes, vocabulary and encoder identity.
+"""The model file: decoder weights and sizes, vocabulary, and the identity of the encoder.
 
-A bundle is a safetensors file (no code inside, safe to load from strangers). Its metadata holds
-`cap_bundle`, a JSON object: `version`, `decoder` (DecoderConfig), `vocabulary`, `encoder`
-(EncoderRecord) and `training` (free-form facts about the run).
+A bundle is a safetensors file. It contains no code, so it is safe to load from strangers. Its
+metadata holds `cap_bundle`, a JSON object with `version`, `decoder` (DecoderConfig), `vocabulary`,
+`encoder` (EncoderRecord) and `training` (free-form facts about the run).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from cache.atomic import write_atomically
 from cache.errors import CapError
@@ -28,7 +29,10 @@ _KEY = "cap_bundle"
 
 
 class BundleError(CapError):
-    """A model file is missing, damaged or of another version. One line, file first."""
+    """Raised when a model file is missing, damaged or of another version.
+
+    The message is one line that begins with the file.
+    """
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ class Bundle:
         record = {
             "version": VERSION,
             "decoder": asdict(self.decoder.config),
-            "vocabulary": json.loads(self.vocabulary.to_json()),
+            "vocabulary": self.vocabulary.as_dict(),
             "encoder": asdict(self.encoder),
             "training": dict(self.training),
         }
-        # Parameters may be views of one buffer, and tied ones are listed once: each gets its own.
+        # Each tensor is copied, because parameters may be views of one buffer, which safetensors
+        # refuses. Tied parameters are listed once.
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in (*self.decoder.named_parameters(), *self.decoder.named_buffers())
@@ -59,24 +64,19 @@ class Bundle:
         def write(temporary: Path) -> None:
             try:
                 save_file(tensors, temporary, metadata)
-            except SafetensorError as error:  # as it calls a full disk
+            except SafetensorError as error:  # a full disk, for one
                 raise OSError(str(error)) from None
 
         write_atomically(path, write)
 
 
 def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
-    """Load a model file, or the best one of a run folder; the decoder is in eval mode.
+    """Load a model file, or the best model of a run folder. The decoder is in eval mode.
 
     Raises BundleError.
     """
     path = find_bundle(Path(path))
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            record = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise BundleError(f"{path}: not a model file ({error or type(error).__name__})") from None
+    record, tensors = _read(path, weights=True)
     if record.get("version") != VERSION:
         raise BundleError(
             f"{path}: model format {record.get('version')}, this program reads {VERSION}"
@@ -88,30 +88,44 @@ def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
         decoder.load_state_dict(tensors)
         views = tuple(record["encoder"].pop("views"))
         encoder = EncoderRecord(**record["encoder"], views=views)
-        vocabulary = Vocabulary.from_json(json.dumps(record["vocabulary"]))
+        vocabulary = Vocabulary.from_dict(record["vocabulary"])
         if len(vocabulary) != decoder.config.vocab_size:
             raise ValueError(
                 f"{len(vocabulary)} words, the decoder has {decoder.config.vocab_size}"
             )
+        training = record["training"]
     except (RuntimeError, ValueError, TypeError, KeyError, VocabularyError) as error:
         raise BundleError(f"{path}: damaged model file ({str(error).splitlines()[0]})") from None
-    return Bundle(decoder.to(device or "cpu").eval(), vocabulary, encoder, record["training"])
+    return Bundle(decoder.to(device or "cpu").eval(), vocabulary, encoder, training)
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """The `training` facts of a model file; its weights are not read. Raises BundleError."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            training = json.loads((file.metadata() or {})[_KEY])["training"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise BundleError(f"{path}: not a model file ({error or type(error).__name__})") from None
+    """Read only the `training` facts of a model file, not its weights. Raises BundleError."""
+    training = _read(path, weights=False)[0].get("training")
     if not isinstance(training, dict):
-        raise BundleError(f"{path}: damaged model file")
+        raise BundleError(f"{path}: damaged model file (no record of the run)")
     return training
 
 
+def _read(path: Path, *, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the record in the metadata, the tensors if they are wanted). Raises BundleError."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            record = json.loads((file.metadata() or {})[_KEY])
+            names = file.keys() if weights else []
+            tensors = {name: file.get_tensor(name) for name in names}
+        if not isinstance(record, dict):
+            raise ValueError(f"{_KEY} is not an object")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BundleError(f"{path}: not a model file ({error or type(error).__name__})") from None
+    return record, tensors
+
+
 def find_bundle(path: Path) -> Path:
-    """A model file as given, or `best.cap` (else `last.cap`) of a run folder."""
+    """The path itself if it is a file; in a run folder `best.cap` or, without that, `last.cap`.
+
+    Raises BundleError if there is none.
+    """
     if path.is_file():
         return path
     for name in ("best.cap", "last.cap"):

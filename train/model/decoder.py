@@ -1,14 +1,14 @@
-"""The caption decoder: a photo's vector in, words out. The plain, readable reference.
+"""The caption decoder: reads a photo's features, writes words. The plain, readable reference.
 
     features (B, D) ─ project ─ BatchNorm ─┐
                                            ├─ LSTM ─ (transform) ─ head ─ logits (B, T, W)
     words (B, T - 1) ──── embed ───────────┘
 
-Step 1 reads the photo and predicts the first word; each later step reads the true previous word.
-The sizes are those of the classic CNN-LSTM captioner (Vinyals et al., 2015, «Show and Tell»).
-With `photo_every_step` each word comes with the photo, which otherwise must be remembered. With
-`tie_embeddings` a word is read and written by the same vector (Press & Wolf, 2017), and
-`transform` takes the LSTM's outputs to the size of a word.
+Step 1 reads the photo and predicts the first word. Each later step reads the true previous word.
+The default sizes are those of the classic CNN-LSTM captioner (Vinyals et al., 2015, «Show and
+Tell»). With `photo_every_step` the photo is added to every word, so that the LSTM need not remember
+it. With `tie_embeddings` the same vector serves to read and to predict a word (Press & Wolf, 2017),
+and `transform` maps the LSTM's outputs to the size of an embedding.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from train.captions.vocabulary import PAD
 
 
 @dataclass(frozen=True)
-class State:
-    """Where the decoding of B captions stands."""
+class DecoderState:
+    """The state of decoding B captions, between two steps."""
 
     hidden: Tensor  # (layers, B, H)
     cell: Tensor  # (layers, B, H)
-    photo: Tensor  # (B, E), as `read_photo` gave it
+    photo: Tensor  # (B, E), from `read_photo`
 
-    def rows(self, index: Tensor) -> State:
+    def rows(self, index: Tensor) -> DecoderState:
         """The state of these captions, in this order."""
-        return State(self.hidden[:, index], self.cell[:, index], self.photo[index])
+        return DecoderState(self.hidden[:, index], self.cell[:, index], self.photo[index])
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder; with its weights, all that is needed to rebuild it."""
+    """The sizes and options of a decoder: with the weights, all that is needed to rebuild it."""
 
     feature_dim: int
     vocab_size: int
@@ -48,7 +48,7 @@ class DecoderConfig:
     dropout: float = 0.0  # on the LSTM's inputs and outputs, and between its layers
     feature_dropout: float = 0.0  # on the photo's features
     tie_embeddings: bool = False
-    photo_every_step: bool = False  # added to each word that is read, not at step 1 alone
+    photo_every_step: bool = False  # the LSTM reads the photo with every word, not only at step 1
 
 
 class CaptionDecoder(nn.Module):
@@ -72,7 +72,7 @@ class CaptionDecoder(nn.Module):
             self.transform = nn.Linear(config.hidden_size, config.embedding_size)
             self.head = nn.Linear(config.embedding_size, config.vocab_size)
             self.head.weight = self.embed.weight
-            # As a head starts: with an embedding's unit variance the first losses would be huge.
+            # The usual scale of a head. An embedding's unit variance would make early losses huge.
             nn.init.normal_(self.embed.weight, std=config.embedding_size**-0.5)
         else:
             self.head = nn.Linear(config.hidden_size, config.vocab_size)
@@ -82,11 +82,11 @@ class CaptionDecoder(nn.Module):
         return self.logits(self.hidden(features, inputs))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, H) outputs of the LSTM → (…, W)."""
+        """(…, H) outputs of the LSTM → (…, W) logits."""
         return self.head(self.transform(hidden))  # type: ignore[no-any-return]
 
     def hidden(self, features: Tensor, inputs: Tensor) -> Tensor:
-        """The LSTM's outputs (B, T, H). Padding follows the words, so it never reaches them."""
+        """The LSTM's outputs (B, T, H). Padding comes after the words, so it cannot affect them."""
         photo = self.read_photo(features).unsqueeze(1)  # (B, 1, E)
         words = self.embed(inputs)
         if self.config.photo_every_step:
@@ -96,43 +96,49 @@ class CaptionDecoder(nn.Module):
         return self.dropout(outputs)  # type: ignore[no-any-return]
 
     def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy per target token; padding counts for nothing."""
+        """Mean cross-entropy per target token, without padding."""
         hidden = self.hidden(batch.features, batch.inputs)
         valid = batch.targets != PAD  # (B, T)
-        # The head is the largest product: only real targets go through it.
+        # The head is the largest matrix product, so it gets real targets only.
         return cross_entropy(
             self.logits(hidden[valid]), batch.targets[valid], label_smoothing=label_smoothing
         )
 
     def read_photo(self, features: Tensor) -> Tensor:
-        """What the LSTM reads at step 1: (B, D) → (B, E)."""
+        """(B, D) features → (B, E), which the LSTM reads at step 1."""
         features = self.feature_dropout(features.float())
         return self.normalize(self.project(features))  # type: ignore[no-any-return]
 
-    def step(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """One step of decoding: (B, E) inputs and the state before → (B, W) logits, state after.
+    def step(self, inputs: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """Decode one step. Returns (B, W) logits and the state after the step.
 
-        inputs: from `read_photo` at the first step, without a state; then embedded words.
+        inputs: (B, E), from `read_photo` at the first step, where the state is None; then embedded
+        words.
         """
         photo = inputs if state is None else state.photo
-        before = None if state is None else (state.hidden, state.cell)
+        lstm_state = None if state is None else (state.hidden, state.cell)
         if state is not None and self.config.photo_every_step:
             inputs = inputs + photo
         if inputs.is_cuda:
-            hidden, cell = self._cells(inputs, before)
-            return self.logits(hidden[-1]), State(hidden, cell, photo)
-        outputs, (hidden, cell) = self.lstm(inputs.unsqueeze(1), before)
-        return self.logits(outputs.squeeze(1)), State(hidden, cell, photo)
+            hidden, cell = self._lstm_step(inputs, lstm_state)
+            return self.logits(hidden[-1]), DecoderState(hidden, cell, photo)
+        outputs, (hidden, cell) = self.lstm(inputs.unsqueeze(1), lstm_state)
+        return self.logits(outputs.squeeze(1)), DecoderState(hidden, cell, photo)
 
-    def _cells(self, inputs: Tensor, before: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """One step of the LSTM, layer by layer. cuDNN would gather the weights anew at every step
-        where they are not in a buffer of its own. In eval mode: nothing is dropped between layers.
+    def _lstm_step(
+        self, inputs: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the LSTM, layer by layer, without dropout between layers.
+
+        The parameters are not in a buffer of cuDNN's own, so `nn.LSTM` would copy all weights into
+        one at every step.
         """
-        if before is None:
+        if state is None:
             zeros = inputs.new_zeros(self.config.num_layers, len(inputs), self.config.hidden_size)
-            before = (zeros, zeros)
-        states = []
-        for n, weights in enumerate(self.lstm.all_weights):
-            inputs, cell = torch.lstm_cell(inputs, (before[0][n], before[1][n]), *weights)
-            states.append((inputs, cell))
-        return torch.stack([state[0] for state in states]), torch.stack([s[1] for s in states])
+            state = (zeros, zeros)
+        hiddens, cells = [], []
+        for hidden, cell, weights in zip(*state, self.lstm.all_weights, strict=True):
+            inputs, cell = torch.lstm_cell(inputs, (hidden, cell), *weights)
+            hiddens.append(inputs)
+            cells.append(cell)
+        return torch.stack(hiddens), torch.stack(cells)

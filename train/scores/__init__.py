@@ -1,1 +1,1 @@
-"""How good captions are: metrics, confidence intervals, diversity, and CIDEr-D as a reward."""
+"""Scores of captions: metrics, confidence intervals, diversity, and CIDEr-D as a reward."""

@@ -1,4 +1,6 @@
-"""How well people agree: captions of references against the others, as if a model had made them."""
+"""How well people agree: one reference of each photo is scored against the others, as a model's
+caption would be.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Agreement:
-    """Scores averaged over which caption of each photo was scored against its others."""
+    """Scores of people's captions, averaged over the rounds."""
 
-    scores: dict[str, float]  # by name, as in Scores; what could not be computed is absent
+    scores: dict[str, float]  # by name, as in Scores, without those that could not be computed
     photos: int
-    rounds: int
-    references: float  # on average, that a caption was scored against
+    rounds: int  # each scores another caption of every photo
+    references: float  # mean number that a caption was scored against
     tokenizer: str
     notices: tuple[str, ...]
 
@@ -33,7 +35,7 @@ class Agreement:
         }
 
     def summary(self) -> str:
-        """The scores, one a line, times 100."""
+        """The scores times 100, one per line."""
         lines = [f"{name:<8} {100 * value:6.2f}" for name, value in self.scores.items()]
         lines.append(
             f"people, {self.photos:,} photos, mean of {self.rounds} rounds, each caption against "
@@ -50,11 +52,12 @@ def human_agreement(
     meteor: bool = True,
     spice: bool = True,
 ) -> Agreement:
-    """Score the k-th caption of every photo against the photo's others, for k = 1 … at most 5.
+    """Score the k-th caption of every photo against the photo's other captions.
 
-    Photos of one caption are left out; one with fewer captions than rounds begins anew. CIDEr's
-    document frequencies are, in each round, those of the others. meteor, spice: False leaves them
-    out. Raises MetricsError.
+    There is a round for each k up to the most captions of a photo, but at most 5. Photos with one
+    caption are left out. Photos with fewer captions than rounds start again with the first. In each
+    round, CIDEr's document frequencies are those of the other captions. meteor, spice: False leaves
+    them out. Raises MetricsError.
     """
     several = {image: list(texts) for image, texts in references.items() if len(texts) > 1}
     if not several:

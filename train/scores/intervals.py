@@ -1,8 +1,8 @@
-"""How much the scores of a corpus depend on which photos happen to be in it.
+"""Confidence intervals: how much corpus scores depend on which photos happen to be in the corpus.
 
-The photos are drawn anew with replacement, as many as there are, and the corpus scores recomputed
-from what each photo contributes (Efron's bootstrap; Koehn, 2004, for BLEU). What stays fixed: the
-captions, the references, and CIDEr's document frequencies, which are those of all the photos.
+Photos are drawn with replacement, as many as there are, and the corpus scores are recomputed from
+the statistics of each photo (Efron's bootstrap; Koehn, 2004, for BLEU). Captions and references
+stay the same, and so do CIDEr's document frequencies, which are those of all photos.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.scores.metrics import PhotoScores
 
 RESAMPLINGS = 1000
 LEVEL = 0.95
-_CHUNK = 4_000_000  # drawn counts in memory at once
+_CHUNK = 4_000_000  # counts drawn at a time, to limit memory
 _Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -29,16 +29,17 @@ def intervals(
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """The central interval that holds `level` of the resampled scores, by the scores' names.
+    """For each score's name, the central interval that contains `level` of the resampled scores.
 
-    As fractions; METEOR's and SPICE's where they were computed.
+    As fractions. METEOR and SPICE are included if they were computed.
     """
     bleu, count = photos.bleu, len(photos.cider)
 
     def mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         return sums / count
 
-    # By the names of scores: what photos add to them (N, K); sums of that (R, K) to scores (R, M).
+    # For the names of M scores: the statistics of the photos (N,) or (N, K), and how R sums of them
+    # (R, K) become scores (R,) or (R, M).
     parts: dict[tuple[str, ...], tuple[NDArray[np.float64], _Score]] = {
         ("bleu_1", "bleu_2", "bleu_3", "bleu_4"): (
             np.column_stack([bleu.correct, bleu.guesses, bleu.lengths, bleu.closest]),
@@ -51,15 +52,15 @@ def intervals(
         parts["meteor",] = (photos.meteor, corpus_meteor)
     if photos.spice is not None:
         parts["spice",] = (photos.spice, mean)
-    contributions = np.column_stack([added for added, _ in parts.values()])
+    statistics = np.column_stack([values for values, _ in parts.values()])
     random = np.random.default_rng(seed)
     sums = []
-    left, most = resamplings, max(1, _CHUNK // count)
-    while left:
-        drawn = random.multinomial(count, np.full(count, 1 / count), min(left, most))  # (R, N)
-        sums.append(drawn @ contributions)
-        left -= len(drawn)
-    widths = [added[0].size for added, _ in parts.values()]
+    missing, most = resamplings, max(1, _CHUNK // count)
+    while missing:
+        drawn = random.multinomial(count, np.full(count, 1 / count), min(missing, most))  # (R, N)
+        sums.append(drawn @ statistics)
+        missing -= len(drawn)
+    widths = [values[0].size for values, _ in parts.values()]
     by_part = np.split(np.concatenate(sums), np.cumsum(widths)[:-1], axis=1)
     tail = (1 - level) / 2
     found: dict[str, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""Running the Java programs that pycocoevalcap carries: its tokenizer, METEOR and SPICE."""
+"""Runs the Java programs that come with pycocoevalcap: its tokenizer, METEOR and SPICE."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def has_java() -> bool:
 
 @cache
 def package_folder() -> Path:
-    """Where pycocoevalcap lies, with its jars."""
+    """The folder of pycocoevalcap and its jars."""
     import pycocoevalcap.bleu.bleu
 
     return Path(pycocoevalcap.bleu.bleu.__file__).parent.parent
 
 
 def java_version() -> int | None:
-    """The feature release of `java`: 8, 11, 17 …; None if it does not say."""
+    """The major version of `java`: 8, 11, 17 …; None if it does not tell."""
     try:
         result = subprocess.run(
             ["java", "-version"], capture_output=True, encoding="utf-8", timeout=60, check=True
@@ -42,9 +42,9 @@ def java_version() -> int | None:
 def run_java(
     arguments: Sequence[str], lines: Sequence[str], folder: Path, *, timeout_s: float | None = None
 ) -> list[str]:
-    """Run a Java program over lines of text; its lines of output. timeout_s: None: TIMEOUT_S.
+    """Run a Java program with lines of text as its input. Returns its lines of output.
 
-    Raises OSError or SubprocessError.
+    timeout_s: None for TIMEOUT_S. Raises OSError or SubprocessError.
     """
     result = subprocess.run(
         ["java", *UTF_8, *arguments],
@@ -61,16 +61,16 @@ def run_java(
 
 
 def write_lines(stream: IO[str], lines: Sequence[str]) -> None:
-    with contextlib.suppress(OSError):  # the reader finds out that the program is gone
+    with contextlib.suppress(OSError):  # if the program has ended, whoever reads from it notices
         stream.writelines(line + "\n" for line in lines)
         stream.flush()
 
 
-def reason(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
     """Why a Java program failed, in a few words."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line.strip() for line in str(error.stderr).splitlines() if line.strip()]
-        # Programs chat on stderr before they fail.
+        # Programs also print progress on stderr, so prefer the line with the exception.
         lines = [line for line in lines if re.search(r"\.\w+(Exception|Error)\b", line)] or lines
         return (lines[0] if lines else f"exit code {error.returncode}")[:160]
     if isinstance(error, subprocess.TimeoutExpired):

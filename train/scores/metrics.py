@@ -1,8 +1,8 @@
-"""Caption scores: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, by pycocoevalcap's own scorers.
+"""Caption scores: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, computed by pycocoevalcap's scorers.
 
-METEOR, SPICE and the official tokenizer are Java programs. Without Java the rest is computed on
-NLTK's tokens, and the scores say so. On COCO and Flickr8k captions that moves no score by more than
-0.3 points of 100 (`tests/train/test_metrics.py` measures it where it can).
+METEOR, SPICE and the official tokenizer are Java programs. Without Java, the other scores are
+computed on NLTK's tokens, and the result says so. On COCO and Flickr8k captions that changes no
+score by more than 0.3 points of 100; `tests/train/test_metrics.py` measures it if Java is present.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from numpy.typing import NDArray
 
 from cache.errors import CapError
 from train.scores.bleu import BleuStatistics
-from train.scores.java import reason
+from train.scores.java import failure_reason
 from train.scores.meteor import meteor as meteor_score
-from train.scores.spice import obstacle as spice_obstacle
+from train.scores.scoring_tokens import scoring_tokens
+from train.scores.spice import missing_requirement as missing_spice_requirement
 from train.scores.spice import spice as spice_score
-from train.scores.tokens import scoring_tokens
 
 
 class MetricsError(CapError):
-    """Nothing to score, or captions and references that do not belong together. One line."""
+    """Raised if there is nothing to score, or if captions and references do not match.
+
+    The message is one line.
+    """
 
 
 @dataclass(frozen=True)
 class PhotoScores:
-    """What the corpus scores are made of, photo by photo, in the order of the hypotheses."""
+    """The statistics behind the corpus scores, photo by photo, in the order of the hypotheses."""
 
     bleu: BleuStatistics
     rouge_l: NDArray[np.float64]  # (N,)
@@ -45,8 +48,8 @@ class PhotoScores:
 class Scores:
     """Corpus scores as fractions (papers print them times 100; CIDEr may exceed 1).
 
-    tokenizer: `ptb` (official, Java) or `treebank` (NLTK). meteor: None without Java; spice: None
-    without Java or its models.
+    tokenizer: `ptb` (official, Java) or `treebank` (NLTK). meteor: None without Java. spice: None
+    without Java or SPICE's models. notices: why a score is missing or the tokenizer is NLTK's.
     """
 
     bleu_1: float
@@ -85,11 +88,11 @@ def score(
     meteor: bool = True,
     spice: bool = True,
 ) -> Scores:
-    """Score one caption an image against the image's references, over the whole corpus.
+    """Score one caption per image against the image's references, over the whole corpus.
 
-    java: whether to use it; None: if it is there and works. meteor, spice: False leaves them out,
-    which take most of the time. CIDEr's document frequencies come from these references, as in the
-    official evaluation. Raises MetricsError.
+    java: whether to use Java; None to use it if it is there and works. meteor, spice: False leaves
+    them out, which saves most of the time. CIDEr's document frequencies come from these references,
+    as in the official evaluation. Raises MetricsError.
     """
     _check(hypotheses, references)
     notices: list[str] = []
@@ -97,29 +100,30 @@ def score(
     texts = [hypotheses[image] for image in ids]
     texts += [text for image in ids for text in references[image]]
     tokenized, tokenizer = scoring_tokens(texts, java, notices)
-    found = {image: [tokenized[i]] for i, image in enumerate(ids)}
+    # From here on captions are tokens joined by spaces, in the form that pycocoevalcap expects.
+    captions = {image: [tokenized[i]] for i, image in enumerate(ids)}
     rest = iter(tokenized[len(ids) :])
     truth = {image: [next(rest) for _ in references[image]] for image in ids}
-    if not any(any(captions) for captions in truth.values()):
+    if not any(any(texts) for texts in truth.values()):
         raise MetricsError("no reference caption has a word")
-    bleu, photos = _python_scores(truth, found)
+    bleu, photos = _python_scores(truth, captions)
     official = tokenizer == "ptb"
-    meteor_all, meteor_each = (
-        _meteor(truth, found, notices) if meteor and official else (None, None)
+    corpus_meteor, meteor_counts = (
+        _meteor(truth, captions, notices) if meteor and official else (None, None)
     )
-    spice_each = _spice(truth, found, notices) if spice and official else None
+    photo_spice = _spice(truth, captions, notices) if spice and official else None
     return Scores(
         bleu_1=bleu[0],
         bleu_2=bleu[1],
         bleu_3=bleu[2],
         bleu_4=bleu[3],
-        meteor=meteor_all,
+        meteor=corpus_meteor,
         rouge_l=float(photos.rouge_l.mean()),
         cider=float(photos.cider.mean()),
-        spice=None if spice_each is None else float(spice_each.mean()),
+        spice=None if photo_spice is None else float(photo_spice.mean()),
         count=len(ids),
         tokenizer=tokenizer,
-        photos=replace(photos, meteor=meteor_each, spice=spice_each),
+        photos=replace(photos, meteor=meteor_counts, spice=photo_spice),
         notices=tuple(notices),
     )
 
@@ -139,7 +143,7 @@ def _check(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]
 def _python_scores(
     references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]
 ) -> tuple[list[float], PhotoScores]:
-    """(BLEU-1..4, all scores photo by photo) of tokenized captions, one hypothesis an image."""
+    """(BLEU-1 to 4, statistics photo by photo) of tokenized captions, one hypothesis per image."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -147,7 +151,7 @@ def _python_scores(
     scorer = BleuScorer(n=4)
     for image, captions in hypotheses.items():
         scorer += (captions[0], references[image])
-    with contextlib.redirect_stdout(io.StringIO()):  # it may print its lengths
+    with contextlib.redirect_stdout(io.StringIO()):  # the scorer may print lengths
         bleu, _ = scorer.compute_score(option="closest")
     parts = scorer.ctest
     statistics = BleuStatistics(
@@ -173,18 +177,18 @@ def _meteor(
     try:
         return meteor_score(references, hypotheses)
     except (OSError, ValueError) as error:
-        notices.append(f"no METEOR: Java fails ({reason(error)})")
+        notices.append(f"no METEOR: Java fails ({failure_reason(error)})")
         return None, None
 
 
 def _spice(
     references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]], notices: list[str]
 ) -> NDArray[np.float64] | None:
-    obstacle = spice_obstacle()
-    if obstacle is None:
+    problem = missing_spice_requirement()
+    if problem is None:
         try:
             return spice_score(references, hypotheses)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            obstacle = f"Java fails ({reason(error)})"
-    notices.append(f"no SPICE: {obstacle}")
+            problem = f"Java fails ({failure_reason(error)})"
+    notices.append(f"no SPICE: {problem}")
     return None

@@ -1,1 +1,1 @@
-"""From a decoder to captions: greedy search, beam search and sampling."""
+"""Finding captions with a decoder: greedy search, beam search and sampling."""

@@ -1,4 +1,4 @@
-"""One word at a time, without looking back: greedy captions and sampled ones."""
+"""Greedy and sampled captions: each word is chosen once, as opposed to beam search."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from train.captions.vocabulary import END, PAD
 from train.model.decoder import CaptionDecoder
 from train.search.word_choice import draw, forbid, forbid_repeats, nucleus
 
-# Steps between looks at what is finished. A look waits for the device, but lets finished captions
-# be dropped.
-_LOOK_EVERY = 3
+# Steps between checks for finished captions. A check waits for the device, but then the finished
+# captions are dropped.
+_CHECK_EVERY = 3
 
-# (rows' logits (B, W), step, rows (B,)) → the word each row goes on with, (B,)
-_Choice = Callable[[Tensor, int, Tensor], Tensor]
+# (logits (B, W) of some rows, step, numbers (B,) of these rows) → the next word of each row (B,)
+_ChooseWords = Callable[[Tensor, int, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -30,17 +30,17 @@ def sample(
 ) -> Tensor:
     """Draw `count` captions for each photo from the decoder's own distribution.
 
-    features: (N, D) on the decoder's device; generator: of that device, or None for the default
-    one. Returns (N * count, T) int64, a photo's captions in neighbouring rows: words, `<end>`, then
-    `<pad>`; T is the longest one's, at most max_length + 1. What search never says (special words,
-    no word at all) is never drawn, and `<end>` is forced after `max_length` words. The decoder's
-    mode is left as it is: in training mode, dropout takes part.
+    features: (N, D) on the decoder's device. generator: on that device, or None for the default
+    one. Returns (N * count, T) int64, the captions of a photo in adjacent rows: words, `<end>`,
+    then `<pad>`. T is that of the longest caption, at most max_length + 1. As in search, special
+    words and empty captions are never drawn, and `<end>` is forced after `max_length` words. The
+    decoder stays in its mode; in training mode there is dropout.
     """
 
     def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
-        # Drawn for every row, finished or not, so that what is dropped when changes nothing.
+        # Numbers are drawn for finished rows too, so that it does not matter when rows are dropped.
         uniform = torch.rand(len(features) * count, generator=generator, device=features.device)
-        return draw(_weights(logits, temperature), uniform[rows])
+        return draw(_probabilities(logits, temperature), uniform[rows])
 
     words, _ = _roll_out(decoder, features, count, choose, max_length=max_length, scores=False)
     return words
@@ -57,19 +57,19 @@ def sample_scored(
     max_length: int,
     no_repeat_ngram: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `sample`, from given random numbers, with (N * count, T) log-probabilities.
+    """Like `sample`, but from given random numbers, and with (N * count, T) log-probabilities.
 
-    uniform: (N, count, max_length + 1) in [0, 1). The log-probabilities are the decoder's,
-    whatever temperature and top_p made of them; 0 where there is `<pad>`.
+    uniform: (N, count, max_length + 1) in [0, 1). The log-probabilities are the decoder's own,
+    without temperature and top_p, and 0 for `<pad>`.
     """
     count = uniform.shape[1]
     uniform = uniform.flatten(0, 1).to(features.device)
 
     def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
-        weights = _weights(logits, temperature)
+        probabilities = _probabilities(logits, temperature)
         if top_p < 1:
-            weights = nucleus(weights, top_p)
-        return draw(weights, uniform[rows, step])
+            probabilities = nucleus(probabilities, top_p)
+        return draw(probabilities, uniform[rows, step])
 
     return _roll_out(
         decoder,
@@ -85,7 +85,7 @@ def sample_scored(
 def greedy(
     decoder: CaptionDecoder, features: Tensor, *, max_length: int, no_repeat_ngram: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest next word at every step: (N, T) words and their log-probabilities."""
+    """Take the likeliest word at every step: (N, T) words and their log-probabilities."""
     return _roll_out(
         decoder,
         features,
@@ -96,8 +96,8 @@ def greedy(
     )
 
 
-def _weights(logits: Tensor, temperature: float) -> Tensor:
-    """(B, W) probabilities; 0 for what is forbidden."""
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """(B, W) probabilities, 0 for forbidden words."""
     return (logits / temperature if temperature != 1 else logits).softmax(1)
 
 
@@ -105,25 +105,25 @@ def _roll_out(
     decoder: CaptionDecoder,
     features: Tensor,
     count: int,
-    choose: _Choice,
+    choose: _ChooseWords,
     *,
     max_length: int,
     no_repeat_ngram: int = 0,
     scores: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(N * count, T) words, `<pad>` after `<end>`; log-probabilities, or zeros without `scores`."""
+    """(N * count, T) words, `<pad>` after `<end>`, and log-probabilities: 0 without `scores`."""
     device = features.device
     total = len(features) * count
     words = torch.full((total, max_length + 1), PAD, dtype=torch.int64, device=device)
     log_probs = torch.zeros(total, max_length + 1, device=device)
     if not total:
         return words[:, :0], log_probs[:, :0]
-    # A photo's captions part at their first word: up to there it is read once.
+    # The captions of a photo differ from their first word on, so the photo itself is read once.
     logits, state = decoder.step(decoder.read_photo(features), None)
     logits = logits.float().repeat_interleave(count, 0)
     state = state.rows(torch.arange(len(features), device=device).repeat_interleave(count))
-    rows = torch.arange(total, device=device)  # (B,) those still going on
-    running = torch.ones(total, dtype=torch.bool, device=device)  # (B,)
+    rows = torch.arange(total, device=device)  # (B,) captions not dropped yet
+    running = torch.ones(total, dtype=torch.bool, device=device)  # (B,) not finished yet
     step = 0
     while True:
         if scores:
@@ -140,7 +140,7 @@ def _roll_out(
         step += 1
         if step > max_length:
             break
-        if step % _LOOK_EVERY == 0:
+        if step % _CHECK_EVERY == 0:
             kept = running.nonzero().squeeze(1)
             if not len(kept):
                 break

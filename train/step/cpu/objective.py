@@ -28,7 +28,7 @@ from train.captions.vocabulary import END, PAD
 from train.device import has_fast_bfloat16
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
-from train.search.word_choice import NEVER
+from train.search.word_choice import NEVER_GENERATED
 from train.step.cpu.matmul import add_product_, multiply
 from train.step.packed_batch import PackedBatch
 
@@ -119,7 +119,7 @@ class FastObjective:
         logits = self._logits(states.before_head)
         if drawn:
             # Else what a caption loses would go to words that are never drawn, and so never lose.
-            for word in NEVER:
+            for word in NEVER_GENERATED:
                 logits[:, word] = IMPOSSIBLE_LOGIT
             logits[: batch.steps[0], END] = IMPOSSIBLE_LOGIT
         loss, smoothed = self._cross_entropy(batch, logits, states.before_head, weights, smoothing)

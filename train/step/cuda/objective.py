@@ -24,7 +24,7 @@ from train import private_torch
 from train.captions.vocabulary import END
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
-from train.search.word_choice import NEVER
+from train.search.word_choice import NEVER_GENERATED
 from train.step.cpu.objective import IMPOSSIBLE_LOGIT, NO_MASKS, Masks
 from train.step.cuda.kernel_check import kernels_for
 from train.step.cuda.kernels import Kernels
@@ -112,7 +112,7 @@ class CudaObjective:
         logits = self._logits(states.before_head, buffers)
         smoothing = 0.0 if drawn else self.label_smoothing
         if drawn:
-            for word in NEVER:
+            for word in NEVER_GENERATED:
                 logits[:, word] = IMPOSSIBLE_LOGIT
             logits[: batch.steps[0], END] = IMPOSSIBLE_LOGIT
         loss = self._cross_entropy(batch, logits, weights, smoothing, buffers)

@@ -1,8 +1,8 @@
-"""Captions to the tokens that scores are computed on: lower case, punctuation dropped.
+"""The tokens that scores are computed on: in lower case, without punctuation.
 
-The official tokenizer, Stanford's PTBTokenizer, is a Java program inside pycocoevalcap. It is used
-where Java is present. Without Java, NLTK's Penn Treebank tokens, adjusted to Stanford's habits,
-stand in; `tests/train/test_metrics.py` measures what that does to the scores.
+The official tokenizer, Stanford's PTBTokenizer, is a Java program in pycocoevalcap. Without Java,
+NLTK's Penn Treebank tokens replace it, adjusted to the commonest differences from Stanford's.
+`tests/train/test_metrics.py` measures how that changes the scores.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from train.captions.vocabulary import tokenize
-from train.scores.java import has_java, package_folder, reason, run_java
+from train.captions.tokenizer import tokenize
+from train.scores.java import failure_reason, has_java, package_folder, run_java
 
-# What pycocoevalcap drops after tokenizing. Everything is lower case by then, so its upper-case
-# bracket names never match, and brackets count as words.
+# The tokens that pycocoevalcap drops. Its list also has the names of brackets, but in upper case.
+# Tokens are in lower case, so these never match, and brackets count as words.
 PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-# Where Stanford's tokens differ from NLTK's in more than a handful of captions.
+# NLTK's tokens and Stanford's, where they differ in more than a handful of captions.
 _STANFORD = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _STANFORD[".."] = "..."
+_WITHOUT_JAVA = "using NLTK's Treebank tokens instead of PTBTokenizer's, and leaving out METEOR"
 
 
 def scoring_tokens(
@@ -26,25 +27,22 @@ def scoring_tokens(
 ) -> tuple[list[str], str]:
     """(tokens of each caption, joined by spaces; name of the tokenizer, `ptb` or `treebank`).
 
-    java: whether to use it; None: if it is there and works. What stands in its way is appended to
-    `notices`.
+    java: whether to use Java; None to use it if it is there and works. If it cannot be used, the
+    reason is appended to `notices`.
     """
     if java is not False:
         if not has_java():
-            notices.append("no Java: NLTK's Treebank tokens instead of PTBTokenizer's, no METEOR")
+            notices.append(f"no Java: {_WITHOUT_JAVA}")
         else:
             try:
                 return _ptb_tokens(texts), "ptb"
             except (OSError, subprocess.SubprocessError, ValueError) as error:
-                notices.append(
-                    f"Java fails ({reason(error)}): NLTK's Treebank tokens instead of "
-                    "PTBTokenizer's, no METEOR"
-                )
+                notices.append(f"Java fails ({failure_reason(error)}): {_WITHOUT_JAVA}")
     return [treebank_line(text) for text in texts], "treebank"
 
 
 def _ptb_tokens(texts: Sequence[str]) -> list[str]:
-    # The tokenizer works by lines: nothing in a caption may begin a new one.
+    # The tokenizer reads a caption per line, so captions must not contain line breaks.
     lines = [" ".join(text.split()).replace("\0", " ") for text in texts]
     output = run_java(
         [
@@ -65,7 +63,7 @@ def _ptb_tokens(texts: Sequence[str]) -> list[str]:
 
 
 def treebank_line(text: str) -> str:
-    """The stand-in's tokens of a caption, joined by spaces."""
+    """The scoring tokens of a caption without Java, joined by spaces."""
     return _without_punctuation(
         [_STANFORD.get(token, token) for token in tokenize(text.replace("\0", " "))]
     )

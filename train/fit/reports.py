@@ -1,0 +1,149 @@
+"""What training and a sweep report while they run, and the lines that the user sees of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """What the run is about to do."""
+
+    captions: int
+    photos: int
+    val_captions: int
+    vocab_size: int
+    parameters: int
+    epoch: int  # the first epoch and step to train; not 0 in a resumed run
+    step: int
+
+    def summary(self) -> str:
+        resumed = f"from epoch {self.epoch}, step {self.step}: " if self.epoch or self.step else ""
+        return (
+            f"{resumed}{self.captions:,} captions of {self.photos:,} photos, "
+            f"{self.val_captions:,} for validation, vocabulary of {self.vocab_size:,}, "
+            f"{self.parameters:,} parameters"
+        )
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """The mean loss since the last log line; made every `log_every` steps.
+
+    The epoch counts from 0, the step from 1.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float  # mean cross-entropy per target token, or minus the mean reward
+    captions_per_s: float
+    rewarded: bool = False  # self-critical: the reward is CIDEr-D, 0 to 10
+
+    @property
+    def perplexity(self) -> float:
+        return _perplexity(self.loss)
+
+    def line(self) -> str:
+        measure = (
+            f"Reward: {-self.loss:.4f}"
+            if self.rewarded
+            else f"Loss: {self.loss:.4f}, Perplexity: {self.perplexity:.2f}"
+        )
+        return (
+            f"Epoch [{self.epoch}/{self.epochs}], Step [{self.step}/{self.steps}], "
+            f"{measure}, {self.captions_per_s:,.0f} captions/s"
+        )
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """The validation scores after an epoch, as fractions.
+
+    They are scores of greedy captions, or of beam search's captions where those choose the best
+    model.
+    """
+
+    epoch: int
+    epochs: int
+    val_loss: float
+    bleu_4: float
+    cider: float
+    distinct: float  # number of different captions, divided by the number of photos
+    best: bool  # this epoch's model is the best one so far
+    seconds: float
+
+    def line(self) -> str:
+        return (
+            f"Epoch [{self.epoch}/{self.epochs}] done in {self.seconds:.1f} s, "
+            f"Validation loss: {self.val_loss:.4f}, "
+            f"Perplexity: {_perplexity(self.val_loss):.2f}, "
+            f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}, "
+            f"{self.distinct:.0%} distinct{' (best so far)' if self.best else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model was written in the middle of an epoch."""
+
+    path: Path
+
+
+TrainReport = Started | StepLog | EpochLog | Saved
+
+
+@dataclass(frozen=True)
+class TrialLog:
+    """A trial of a sweep that has ended."""
+
+    number: int
+    folder: Path
+    state: str  # complete, stopped (for its low scores) or failed
+    cider: float | None  # of its best epoch, on the validation photos
+    epochs: int  # trained
+    seconds: float
+    settings: dict[str, Any]
+    best: bool  # so far
+    problem: str = ""  # why it failed
+
+    def line(self) -> str:
+        settings = " ".join(f"{name}={_short(value)}" for name, value in self.settings.items())
+        score = "no score" if self.cider is None else f"CIDEr {100 * self.cider:.2f}"
+        best = " (best so far)" if self.best else ""
+        ending = {"complete": "", "stopped": ", stopped early", "failed": f", {self.problem}"}
+        return (
+            f"trial {self.number}: {score}{best}{ending[self.state]}, {self.epochs} epochs "
+            f"in {self.seconds:.1f} s: {settings}"
+        )
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The best trial of a sweep, and the number of trials."""
+
+    folder: Path
+    cider: float
+    settings: dict[str, Any]
+    trials: int
+
+    def options(self) -> str:
+        """The settings as options of `cap train`."""
+        return " ".join(
+            f"--{name.replace('_', '-')} {_short(value)}" for name, value in self.settings.items()
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond 700 the exponential overflows
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,197 @@
+"""The folder of a training run: its checkpoint, its log, and what a resumed run may change.
+
+    runs/base/
+      best.cap         the model with the best validation scores
+      last.cap         the model after the last epoch, or where the run was interrupted
+      epoch-0-step-1000.cap …   a model every `save_every` steps, or at intervals if that is not set
+      metrics.jsonl    one JSON object for each log line and each epoch
+      checkpoint.pt    decoder, optimizer and position, which `--resume` reads
+
+Models and checkpoints are written to a temporary file, which is then renamed. A `.cap` file is all
+that prediction needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from cache.atomic import WriteError, write_atomically, write_text
+from cache.errors import CapError
+from cache.store import FeatureCache
+from train.config import Recipe, TrainConfig
+
+CHECKPOINT_VERSION = 3
+
+
+class TrainError(CapError):
+    """Raised when a run cannot start or continue. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to continue. In the file, the names of the fields are the keys."""
+
+    settings: dict[str, Any]  # as `run_settings` gives them
+    data: dict[str, str]  # as `data_identity` gives it
+    trainer: dict[str, Any]  # as `Trainer.state` gives it
+    epoch: int  # epoch and step of the next step to train
+    step: int
+    choice: dict[str, Any]  # as `BestEpochTracker.state` gives it
+    validated_on: str  # `ValidationPhotos.identity`
+
+
+class RunFolder:
+    """Reads and writes the files of a run. `start` or `resume` comes first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._checkpoint = path / "checkpoint.pt"
+        self._metrics = path / "metrics.jsonl"
+
+    def start(self, *, overwrite: bool) -> None:
+        """Make the folder. Raises TrainError if it holds a run and `overwrite` is off."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"{self.path}: cannot make the folder ({error.strerror})") from None
+        earlier_run = [*self.path.glob("*.cap"), *self.path.glob("checkpoint.pt")]
+        if earlier_run and not overwrite:
+            raise TrainError(
+                f"{self.path}: already holds a run; continue it with --resume, replace it with "
+                "--overwrite, or name another --out"
+            )
+        for path in [*earlier_run, self._metrics]:
+            path.unlink(missing_ok=True)
+
+    def read_checkpoint(self) -> Checkpoint:
+        """Raises TrainError if there is no checkpoint, or if it is damaged or of another format."""
+        path = self._checkpoint
+        if not path.exists():
+            raise TrainError(f"{self.path}: nothing to resume (no checkpoint.pt)")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state["version"]
+        except Exception as error:  # torch.load raises a dozen types for damaged files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TrainError(f"{path}: cannot read ({reason[:120]})") from None
+        if version != CHECKPOINT_VERSION:
+            raise TrainError(f"{path}: format {version}, this program reads {CHECKPOINT_VERSION}")
+        return Checkpoint(**{field.name: state[field.name] for field in fields(Checkpoint)})
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint. Raises WriteError."""
+        state = {"version": CHECKPOINT_VERSION, **vars(checkpoint)}
+
+        def write(temporary: Path) -> None:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:
+                # torch.save reports a full disk as its own RuntimeError, raised from the OSError.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+        write_atomically(self._checkpoint, write)
+
+    def drop_metrics_after(self, epoch: int, step: int) -> None:
+        """Remove the log lines of steps beyond this position, which will be trained again."""
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                position = (record["epoch"], record.get("step", math.inf))
+            except (ValueError, KeyError):
+                continue  # a line that was cut off when the process was killed
+            if position <= (epoch, step):
+                kept.append(line + "\n")
+        write_text(self._metrics, "".join(kept))
+
+    def open_metrics(self) -> MetricsLog:
+        """The log, to append to. Raises WriteError."""
+        return MetricsLog(self._metrics)
+
+
+class MetricsLog:
+    """Appends JSON lines to a file, each of them flushed at once. A context manager closes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Raises WriteError."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def _failure(self, error: OSError) -> WriteError:
+        return WriteError(f"{self._path}: cannot write ({error.strerror})")
+
+
+def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
+    """The settings that a model records, and that a resumed run must not change."""
+    names = ("val_share", "min_count", "max_length", "seed", "select_by", "precision", "plain")
+    return {name: getattr(config, name) for name in names} | asdict(config.recipe)
+
+
+def data_identity(cache: FeatureCache) -> dict[str, str]:
+    """Digests of the photos, the captions and the encoder's weights behind a cache."""
+    return {
+        "photos": cache.photos_sha256,
+        "captions": cache.captions_sha256,
+        "weights": cache.encoder.weights_sha256,
+    }
+
+
+def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str, str]) -> None:
+    """Raise TrainError if a run began with other settings or other data than are asked for."""
+    asked = run_settings(config)
+    for name, value in checkpoint.settings.items():
+        if asked.get(name) != value and not _may_change(name, checkpoint, config.recipe):
+            raise TrainError(
+                f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
+                "give the options it began with, or another --out"
+            )
+    for name, digest in data.items():
+        if checkpoint.data[name] != digest:
+            raise TrainError(
+                f"{config.out}: was trained on other {name} than {config.from_cache} holds"
+            )
+
+
+def _may_change(name: str, checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether a resumed run may have another value for this setting."""
+    if name == "select_by":
+        return True
+    if (checkpoint.epoch, checkpoint.step) > (checkpoint.settings["epochs"], 0):
+        return False  # in the self-critical epochs, which follow a fixed number of others
+    if name == "epochs":
+        # More can be added as long as nothing in an epoch depends on their number.
+        return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
+    return name.startswith("self_critical")
