@@ -29,7 +29,7 @@ from tests.pipeline.test_encoder import CPU, random_pixels
 def test_any_classifier_loses_its_head_and_keeps_its_features(
     name: str, feature_dim: int, tmp_path: Path
 ) -> None:
-    """Against torchvision's own network, with its last linear layer made the identity by hand."""
+    """The features are the inputs of the last linear layer of torchvision's own network."""
     torch.manual_seed(1)
     whole = models.get_model(name, weights=None).eval()
     torch.save(whole.state_dict(), tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""The stitch: what the cache holds is what prediction computes, and so are the captions."""
+"""Prediction from photos computes the features of the cache, and so the same captions."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_odd_files_end_as_a_correct_picture_or_a_reason(sample_data: Path) -> No
     upright = [
         decode((sample_data / "odd" / f"hopper_orientation_{n}.jpg").read_bytes()) for n in (3, 6)
     ]
-    # The same portrait, stored turned in two ways.
+    # The same portrait, stored in two orientations.
     assert abs(upright[0].astype(int) - upright[1].astype(int)).mean() < 12
 
 

@@ -1,4 +1,4 @@
-"""Several devices at once, here several CPUs: the code path is that of several GPUs."""
+"""Extraction on several devices, here on several CPUs: the same code as for several GPUs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.device import DeviceError, resolve_devices
 
 
 def workers_of(pid: int) -> list[int]:
-    """The worker processes that this process started and that are alive."""
+    """The living worker processes that this process has started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
     return [int(child) for child, line in lines.items() if b"device_workers" in line]
@@ -82,7 +82,10 @@ def test_workers_do_not_import_from_the_working_folder(photos: Path, tmp_path: P
 
 
 def start_command(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """An extraction on two devices in a process group of its own, and its workers, once it runs."""
+    """Start an extraction on two devices in a process group of its own.
+
+    Returns it and its workers once the first rows are written.
+    """
     for seed in range(1000):
         write_photo(folder / "photos" / f"{seed}.jpg", seed)
     command = [

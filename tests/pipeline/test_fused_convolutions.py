@@ -1,4 +1,4 @@
-"""Fused convolutions against the network as torchvision builds it."""
+"""Fused convolutions compared with the network as torchvision builds it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def images(count: int = 2, size: int = 64) -> torch.Tensor:
-    """Coarse noise, as the networks' random weights were calibrated on."""
+    """Coarse noise, like that on which BatchNorm statistics of random weights are measured."""
     coarse = torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return nn.functional.interpolate(coarse, (size, size), mode="bicubic")
 
@@ -95,7 +95,7 @@ def test_a_resnet_has_no_separate_sum_or_activation_left() -> None:
 
 
 class Awkward(nn.Module):
-    """Sums and reuse that must not be fused in place, or not at all."""
+    """Sums and shared results that must not be fused in place, or not at all."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def test_fast_features_agree_with_the_plain_network(precision: str) -> None:
 
 
 def test_resnet152_is_fast_only_where_it_agrees_with_the_plain_network(tmp_path: Path) -> None:
-    """Every precision that `auto` may take on this machine, on photo-like pictures."""
+    """Every precision that `auto` may choose on this machine, on pictures like photos."""
     write_bench_photos(tmp_path, 4, 256, 256)
     pixels = torch.cat([preprocess(path.read_bytes(), 224) for path in sorted(tmp_path.iterdir())])
     backbone = load_backbone("resnet152", "random")

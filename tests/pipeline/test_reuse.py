@@ -19,7 +19,7 @@ from tests.pipeline.test_extract import config, run
 
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of photos in each batch that is really encoded."""
+    """The number of photos in each batch that is encoded and not copied."""
     real, counts = encode_batches._encode, []
 
     def count(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:

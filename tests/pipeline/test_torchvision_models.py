@@ -1,4 +1,4 @@
-"""torchvision without torch's compiler. Each in a fresh process: what is imported stays."""
+"""torchvision without torch's compiler. Each test uses a new process, because imports persist."""
 
 from __future__ import annotations
 
