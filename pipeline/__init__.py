@@ -1,1 +1,1 @@
-"""From photos to captions: photo files, the frozen encoder, the stages, the command line."""
+"""From photos to captions: photo files, the frozen encoder, the stages and the command line."""

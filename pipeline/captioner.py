@@ -1,4 +1,4 @@
-"""The stitched model: frozen encoder and trained decoder, from photo files to captions.
+"""Captioning: frozen encoder and trained decoder together, from photo files to captions.
 
 from pipeline.captioner import Captioner
 for prediction in Captioner.load("runs/base").caption(["dog.jpg", "beach.png"]):
@@ -29,15 +29,15 @@ from train.model.bundle import Bundle, load_bundle
 from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
-_CACHE_ROWS = 1024  # whose features are in memory at once
+_CACHE_ROWS = 1024  # how many rows of a cache are captioned at once
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One of a photo's captions."""
+    """One of several captions for a photo."""
 
     caption: str
-    score: float  # length-normalized log-probability; 0 is certainty
+    score: float  # length-normalized log-probability; 0 means certainty
     log_probs: tuple[float, ...] = ()  # of each word of the caption, then of its end
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,12 +54,12 @@ class Prediction:
 
     path: str
     caption: str
-    score: float  # length-normalized log-probability; 0 is certainty
+    score: float  # length-normalized log-probability; 0 means certainty
     error: str = ""
-    captions: tuple[Caption, ...] = ()  # as many as were asked for, this one first
+    captions: tuple[Caption, ...] = ()  # as many as were asked for, the best one first
 
     def as_dict(self) -> dict[str, Any]:
-        """`captions` only where there are several."""
+        """The fields for JSON. `captions` is present only if there are several."""
         if self.error:
             return {"path": self.path, "error": self.error}
         found: dict[str, Any] = {"path": self.path, **self.captions[0].as_dict()}
@@ -69,7 +69,7 @@ class Prediction:
 
 
 class Captioner:
-    """Captions photos with a trained model. Make one with `Captioner.load`."""
+    """Captions photos with a trained model. See also `Captioner.load`."""
 
     def __init__(self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig) -> None:
         self.bundle = bundle
@@ -87,10 +87,11 @@ class Captioner:
         weights: str | None = None,
         search_config: SearchConfig | None = None,
     ) -> Captioner:
-        """Load a model file or a run folder and stitch its backbone onto it.
+        """Load a model from its file or a run folder, together with the encoder behind it.
 
-        weights: where the backbone's weights lie now, if not where the model's record says; they
-        must be the same ones. Raises BundleError, EncoderError, SearchError or ViewError.
+        weights: where the backbone's weights are now, if they are not where the model's record
+        says. They must be the same weights. Raises BundleError, EncoderError, DeviceError,
+        SearchError or ViewError.
         """
         chosen = resolve_device(device)
         bundle = load_bundle(model, chosen)
@@ -100,15 +101,15 @@ class Captioner:
         return cls(bundle, encoder, search_config)
 
     def caption(self, paths: Iterable[str | Path]) -> list[Prediction]:
-        """One prediction a path, in order. A file that is no photo has an `error`, no caption."""
+        """One prediction per path, in order. For a file that is no photo it has an `error`."""
         return list(self.stream(paths))
 
     def stream(self, paths: Iterable[str | Path]) -> Iterator[Prediction]:
-        """As `caption`, batch by batch; the next batch is decoded while one is captioned."""
+        """Like `caption`, but batch by batch: one is captioned while the next is decoded."""
         names = [str(path) for path in paths]
         size = self.encoder.record.image_size
         if len(names) == 1:
-            # A thread of its own would only compete with the encoder's for the cores.
+            # Another thread would only compete with those of the encoder for the cores.
             yield from self._caption_batch(
                 names, [read_photo(Path(names[0]), size, self._views)], 0
             )
@@ -140,7 +141,11 @@ class Captioner:
         ]
 
     def _search(self, pixels: torch.Tensor, numbers: list[int]) -> list[list[Hypothesis]]:
-        """pixels: (B * V, 3, S, S), a photo's views one after the other."""
+        """The captions found for each photo, the best first.
+
+        pixels: (B * V, 3, S, S), the views of a photo one after the other. numbers: the positions
+        of the photos among all that are captioned.
+        """
         features = self.encoder.encode(pixels).unflatten(0, (-1, len(self._views)))
         return search_several(
             self.bundle.decoder, mean_of_views(features), self.search_config, numbers=numbers
@@ -155,7 +160,7 @@ def _prediction(name: str, vocabulary: Vocabulary, found: list[Hypothesis]) -> P
 def caption_cache(
     bundle: Bundle, cache: FeatureCache, search_config: SearchConfig
 ) -> dict[str, Prediction]:
-    """Captions for every extracted photo of a cache, by image id. No photo is opened.
+    """Captions for every extracted photo of a cache, by image id. Reads no photo file.
 
     Raises SearchError or ViewError.
     """
@@ -179,9 +184,10 @@ def caption_cache(
 
 
 def find_photos(paths: Iterable[str]) -> list[str]:
-    """Files as given, folders as the photos below them, globs as what they match; sorted.
+    """The given files, the photos below the given folders, and the matches of globs.
 
-    A name that matches nothing stays in the list: captioning it says what is wrong.
+    Photos of one folder or glob are sorted, and no file is named twice. A name that matches nothing
+    stays in the list, so that captioning it tells what is wrong.
     """
     found: list[str] = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""A contact sheet: photos with captions below them, as one PNG."""
+"""A contact sheet: photos with captions below them in one PNG."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from cache.atomic import write_atomically
+from pipeline.photos.decoding import decode
 from pipeline.photos.photo_file import read_file
-from pipeline.photos.preprocessing import decode
 
 _TILE_WIDTH, _PHOTO_HEIGHT, _MARGIN = 320, 240, 10
 _FONT_SIZE, _LINE_HEIGHT = 15, 19
@@ -19,7 +19,7 @@ _INK, _FAINT, _PAPER = (24, 24, 28), (110, 110, 118), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Tile:
-    """One photo, its caption, and in fainter ink what else there is to say (the truth)."""
+    """One photo, its caption, and a note in grey, such as a true caption."""
 
     path: Path
     caption: str
@@ -29,9 +29,10 @@ class Tile:
 def write_contact_sheet(
     tiles: Sequence[Tile], path: Path, *, legend: tuple[str, str], columns: int = 4
 ) -> None:
-    """Draw the tiles row by row into a PNG, below a line that says what their two inks are.
+    """Draw the tiles row by row into a PNG, below a legend.
 
-    legend: what the captions are, what the notes are. Raises ImageError or WriteError.
+    legend: what the captions are, what the notes are. Raises OSError or ImageError if a photo
+    cannot be read, and WriteError.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     texts = [(_wrap(tile.caption, font), _wrap(tile.note, font)) for tile in tiles]
@@ -59,6 +60,7 @@ def write_contact_sheet(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Break a text into lines as wide as a tile."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,4 +1,4 @@
-"""What the words of a captions file or a cache look like."""
+"""The report of `cap build-vocab`: statistics of the words in a captions file or a cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ _SHOWN_WORDS = 12
 
 @dataclass(frozen=True)
 class VocabularyReport:
+    """A vocabulary, and the captions that it was counted in."""
+
     vocabulary: Vocabulary
     captions: int
-    tokens: int  # occurrences
-    distinct: int
+    tokens: int  # occurrences of all words
+    distinct: int  # different words
 
     @property
     def coverage(self) -> float:
-        """Share of all token occurrences that the vocabulary knows."""
+        """The share of all tokens that the vocabulary contains."""
         return sum(self.vocabulary.counts) / self.tokens
 
     def as_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from gpu_check_training import (
     measure_training,
 )
 
-from pipeline.bench.train import PHOTOS, write_synthetic_cache
+from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
 from train.machine import describe_machine
 
 LIMIT_S = 460.0  # of everything: nothing is begun after it

@@ -13,15 +13,10 @@ from typing import Any
 import torch
 
 from pipeline.bench.jpegs import write_bench_photos
-from pipeline.encoder.encoder import (
-    MEAN_COSINE,
-    MIN_COSINE,
-    Backbone,
-    Encoder,
-    encode_plain,
-    fast_precisions,
-    load_backbone,
-)
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.precision import MEAN_COSINE, MIN_COSINE, encode_plain, fast_precisions
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Progress, extract
 from pipeline.photos.preprocessing import preprocess

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.demo.scenes import COLORS, LAYOUTS, NOUNS, PLACES, draw_scene
+from pipeline.demo.painting import COLORS, NOUNS
+from pipeline.demo.scenes import LAYOUTS, PLACES, draw_scene
 from pipeline.encoder.encoder import normalizer
 from pipeline.photos.preprocessing import preprocess
 

@@ -1,1 +1,1 @@
-"""`cap bench`: how fast each part is on this machine."""
+"""`cap bench`: measures how fast each part is on this machine."""

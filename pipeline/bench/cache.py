@@ -1,4 +1,4 @@
-"""`cap bench cache`: reading a cache of COCO's size, against h5py and the machine's memory."""
+"""`cap bench cache`: writing and reading a cache, compared with h5py and with copies in memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class CacheBench:
-    """Rates of one run, each the best of some interleaved repeats."""
+    """Times and rates of one run, each the best of several rounds."""
 
     rows: int
     size_mb: float  # of the features, 10^6 bytes
-    write_rows_per_s: float  # through the writer, checksums and sync included
-    open_s: float  # seal check and metadata included
-    batch_us: float  # 128 random rows from the cache
+    write_rows_per_s: float  # by the writer, with checksums and syncing
+    open_s: float  # with the check of the seal and reading the metadata
+    batch_us: float  # 128 random rows of the cache
     h5py_batch_us: float  # the same rows by h5py's fancy indexing on a chunked file
-    load_mb_per_s: float  # all features into fresh memory
-    memcpy_mb_per_s: float  # as much, from memory into memory that is in use already
+    load_mb_per_s: float  # all features into new memory
+    memcpy_mb_per_s: float  # the same amount between arrays in memory
 
     @property
     def batch_ratio(self) -> float:
@@ -59,9 +59,9 @@ class CacheBench:
 
 
 def bench_cache(rows: int, feature_dim: int = 2048) -> CacheBench:
-    """Write a cache and a chunked HDF5 file of the same features, in a temporary folder; time both.
+    """Time a cache and a chunked HDF5 file of the same features, in a temporary folder.
 
-    The files are read from the page cache, as they are in training's second epoch.
+    The files are read from the page cache, as in the second epoch of a training run.
     """
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
         random = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def bench_cache(rows: int, feature_dim: int = 2048) -> CacheBench:
 
 
 def _write_cache(path: Path, rows: int, block: NDArray[np.float16]) -> float:
-    """Make a cache of `rows` rows; the seconds from first row to close."""
+    """Write a cache of `rows` rows; returns the seconds from the first row to the last sync."""
     names = Strings.pack(f"COCO_train2014_{row:012d}.jpg" for row in range(rows))
     encoder = EncoderRecord(
         backbone="bench",

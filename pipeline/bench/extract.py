@@ -1,4 +1,4 @@
-"""`cap bench extract`: each part of an extraction alone, and the whole, in one run."""
+"""`cap bench extract`: each part of an extraction alone, and the whole extraction, in one run."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from PIL import Image
 from cache.record import EncoderRecord
 from cache.store import open_cache
 from pipeline.bench.jpegs import write_bench_photos
-from pipeline.encoder.encoder import Encoder, load_backbone, normalizer
+from pipeline.encoder.encoder import Encoder, normalizer
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Notice, decoding_threads, extract
+from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import preprocess
-from pipeline.photos.read_ahead import PhotoLoader
 from train.allocator import keep_freed_memory
 from train.device import resolve_device
 from train.machine import peak_rss_mb
 
 _DEFAULT_PHOTOS = {"cpu": 192, "cuda": 16_384}
 _PLAIN_BATCH = 32
-_PART_S = 3.0  # of each part in each round, the whole excepted
+_PART_S = 3.0  # how long each part is measured in each round
 
 
 @dataclass(frozen=True)
 class ExtractBench:
-    """Photos per second of each part and of the whole, each the best of interleaved rounds."""
+    """Photos per second of each part and of the whole, each the best of several rounds."""
 
     backbone: str
-    precision: str  # that end to end chose, and the fast backbone ran in
+    precision: str  # of the fast backbone, as chosen by the whole extraction
     device: str
     photos: int
     width: int
     height: int
     photo_kb: float  # mean size of a JPEG, 10^3 bytes
     batch_rows: int
-    threads: int  # that decode
-    decode_per_s: float  # read, digest, decode and resize, on all cores
-    plain_loop_per_s: float  # Pillow, then float32 eager, one after the other
-    plain_backbone_per_s: float  # float32 eager, pixels resident on the device
-    backbone_per_s: float  # fused, low precision, pixels resident on the device
+    threads: int  # for decoding
+    decode_per_s: float  # reading, digesting, decoding and resizing, on all cores
+    plain_loop_per_s: float  # decoding by Pillow, then encoding in eager float32, in turns
+    plain_backbone_per_s: float  # eager float32, with pixels that are on the device already
+    backbone_per_s: float  # fused, in `precision`, with pixels that are on the device already
     end_to_end_per_s: float  # `extract`: files to a cache, from the first photo on
-    start_s: float  # before the first photo: photos listed, weights made, precision chosen
-    first_batch_s: float  # from the call to the first batch written
-    peak_rss_mb: float  # of the process after the first end to end
+    start_s: float  # until the first photo: listing photos, making weights, choosing the precision
+    first_batch_s: float  # from the start until the first batch is written
+    peak_rss_mb: float  # of the process after the first whole extraction
     peak_gpu_mb: float | None  # likewise, held by torch on the GPU
 
     @property
@@ -67,7 +68,7 @@ class ExtractBench:
 
     @property
     def slowest_share(self) -> float:
-        """How much of the slowest part's speed end to end reaches."""
+        """The speed of the whole extraction as a share of its slowest part's."""
         return self.end_to_end_per_s / min(self.decode_per_s, self.backbone_per_s)
 
     def as_dict(self) -> dict[str, object]:
@@ -106,8 +107,8 @@ def bench_extract(
 ) -> ExtractBench:
     """Measure on JPEGs made in a temporary folder, with random weights.
 
-    photos: for end to end; None: some seconds' worth. size: (width, height) of a photo.
-    The files are read from the page cache.
+    photos: of the whole extraction; None for enough to take some seconds. size: (width, height) of
+    a photo. The files are read from the page cache.
     """
     chosen = resolve_device(device)
     count = photos or _DEFAULT_PHOTOS[chosen.type]
@@ -123,7 +124,7 @@ def bench_extract(
             device=str(chosen),
             overwrite=True,
         )
-        whole = [_end_to_end(config)]  # first: the peak of memory is then its own
+        whole = [_end_to_end(config)]  # before the parts, so that the peak of memory is its own
         peak = peak_rss_mb()
         peak_gpu = torch.cuda.max_memory_reserved() / 1e6 if chosen.type == "cuda" else None
         cache = open_cache(config.out)
@@ -159,13 +160,15 @@ def bench_extract(
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _EndToEnd:
+    """One whole extraction."""
+
     photos_per_s: float
     start_s: float
     first_batch_s: float
 
 
-def _end_to_end(config: ExtractConfig) -> _Whole:
+def _end_to_end(config: ExtractConfig) -> _EndToEnd:
     begun = time.perf_counter()
     start_s = first_batch_s = 0.0
     photos_per_s = 0.0
@@ -177,11 +180,11 @@ def _end_to_end(config: ExtractConfig) -> _Whole:
             start_s = time.perf_counter() - begun
         elif not first_batch_s:
             first_batch_s = time.perf_counter() - begun
-    return _Whole(photos_per_s, start_s, first_batch_s)
+    return _EndToEnd(photos_per_s, start_s, first_batch_s)
 
 
 class _Parts:
-    """What an extraction consists of, each to be run alone. A call returns the photos it did."""
+    """The parts of an extraction, each to be run alone. A call returns its number of photos."""
 
     def __init__(
         self, paths: Sequence[Path], record: EncoderRecord, batch_rows: int, device: torch.device
@@ -202,11 +205,11 @@ class _Parts:
         return self.decode, self.plain_loop, self.plain_backbone, self.fast_backbone
 
     def decode(self) -> int:
-        """Files to pixels by the real loader; nobody encodes them."""
+        """Load photos as an extraction does, without encoding them."""
         rows = range(len(self._paths))
         batches = [rows[i : i + self._batch_rows] for i in rows[:: self._batch_rows]]
         with PhotoLoader(
-            [(batch[0], batch) for batch in batches],
+            [BatchRequest(batch[0], batch) for batch in batches],
             self._paths.__getitem__,
             batch_rows=self._batch_rows,
             image_size=self._size,
@@ -220,9 +223,9 @@ class _Parts:
 
     @torch.no_grad()
     def plain_loop(self) -> int:
-        """The tutorials' way, as torch's defaults have it: decode a batch, then encode it."""
+        """Decode a batch, then encode it, as in the tutorials and with torch's defaults."""
         photos = []
-        keep_freed_memory(False)  # as torch's defaults have that, too
+        keep_freed_memory(False)  # torch's default
         for path in self._paths[:_PLAIN_BATCH]:
             with Image.open(path) as image:
                 small = image.convert("RGB").resize((self._size,) * 2, Image.Resampling.BILINEAR)
@@ -244,10 +247,10 @@ class _Parts:
 
 
 def _rate(part: Callable[[], int], device: torch.device, at_least_s: float) -> float:
-    """Photos per second of as many calls as take `at_least_s` seconds."""
+    """Photos per second over as many calls as take `at_least_s` seconds."""
     photos, started = 0, time.perf_counter()
     while not photos or time.perf_counter() - started < at_least_s:
         photos += part()
-        if device.type == "cuda":  # else the queue runs far ahead of the clock
+        if device.type == "cuda":  # else only queueing the work is measured
             torch.cuda.synchronize(device)
     return photos / (time.perf_counter() - started)

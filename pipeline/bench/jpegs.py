@@ -1,4 +1,4 @@
-"""JPEGs to measure with: noise with a photograph's spectrum, at COCO's sizes and bytes."""
+"""JPEGs to measure with: noise with the spectrum of photographs, in COCO's sizes and bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# COCO's photos have full colour resolution (4:4:4) and, 163 kB at 640×480, half a byte a pixel.
+# COCO's photos have full colour resolution (4:4:4) and half a byte per pixel: 163 kB at 640×480.
 _BYTES_PER_PIXEL = 0.53
 _FIELD_PIXELS = 1024
 _DISTINCT = 64
@@ -19,8 +19,8 @@ _DISTINCT = 64
 def write_bench_photos(folder: Path, count: int, width: int, height: int) -> float:
     """Write `count` JPEGs, `00000000.jpg` …, into `folder`; returns their mean size in bytes.
 
-    All past the first 64 are hard links to those: decoding costs the same, and the disk, whose
-    speed is not what is measured here, holds a few megabytes.
+    Only the first 64 are files of their own, the others are hard links to them. Decoding a link
+    takes as long, and the files take a few megabytes; the speed of the disk is not measured.
     """
     random = np.random.default_rng(0)
     field = _photo_like(random, max(_FIELD_PIXELS, 2 * max(width, height)))
@@ -40,7 +40,7 @@ def write_bench_photos(folder: Path, count: int, width: int, height: int) -> flo
 
 
 def _photo_like(random: np.random.Generator, size: int) -> NDArray[np.uint8]:
-    """(size, size, 3): amplitudes fall with frequency as in photographs (Field, 1987)."""
+    """(size, size, 3): amplitudes fall with the frequency as in photographs (Field, 1987)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     frequency[0, 0] = 1.0
 
@@ -57,7 +57,7 @@ def _photo_like(random: np.random.Generator, size: int) -> NDArray[np.uint8]:
 
 
 def _quality_for(pixels: NDArray[np.uint8], size_bytes: int) -> int:
-    """The lowest JPEG quality that makes these pixels at least so many bytes; at most 98."""
+    """The lowest JPEG quality at which these pixels take at least `size_bytes`; at most 98."""
     low, high = 10, 98
     while low < high:
         middle = (low + high) // 2

@@ -1,16 +1,13 @@
-"""`cap bench predict`: how long one photo takes, from the prompt and from a loaded model, and how
-many photos of a folder a second.
+"""`cap bench predict`: the time to caption one photo, in a fresh process and with a loaded model,
+and photos per second over a folder.
 
-The model is one of COCO's size with random weights, made on the spot. Its decoder does not know
-when to end, so in the loaded model search ends every caption after COCO's mean length.
+The benchmark makes a model of COCO's size with random weights. Its decoder has not learned to end a
+caption, so with the loaded model the search ends every caption after the mean length of COCO's.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,8 +18,12 @@ import torch
 from PIL import Image
 
 from cache.errors import CapError
+from pipeline.bench.fresh_process import start_cap
 from pipeline.captioner import Captioner
-from pipeline.encoder.encoder import RANDOM, Backbone, Encoder, choose_precision, load_backbone
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.precision import choose_precision
+from pipeline.encoder.weights import RANDOM, load_backbone
 from pipeline.photos.photo_file import read_photo
 from train.captions.vocabulary import SPECIALS, Vocabulary
 from train.config import SearchConfig
@@ -35,25 +36,24 @@ BEAM_SIZES = (1, 3)
 _VOCAB_SIZE = 9_948  # COCO train2014 at minimum count 4
 _CAPTION_WORDS = 11  # the mean of COCO's captions, rounded
 _PHOTO_SIZE = (640, 480)  # pixels; most of COCO
-_WARM_UP = 3  # photos whose time does not count
-_ROOT = Path(__file__).parent.parent.parent
+_WARM_UP = 3  # photos captioned before the first measurement
 
 
 @dataclass(frozen=True)
 class Latency:
-    """One photo after the other with one beam size. Seconds where the name says nothing else."""
+    """The results for one beam size: medians and 99th percentiles."""
 
     beam_size: int
-    cold_p50_s: float  # a fresh process, from the prompt to the caption
+    cold_p50_s: float  # one photo in a fresh process, from the prompt to the caption
     cold_p99_s: float
-    warm_p50_ms: float  # a loaded model, from the path of a photo to its caption
+    warm_p50_ms: float  # one photo with a loaded model, from its path to its caption
     warm_p99_ms: float
-    photos_per_s: float  # a folder, with a loaded model
+    photos_per_s: float  # over a folder, with a loaded model
 
 
 @dataclass(frozen=True)
 class PredictBench:
-    """What was measured, and on what."""
+    """What was measured, with which model and on which machine."""
 
     backbone: str
     precision: str
@@ -89,8 +89,8 @@ def bench_predict(
 ) -> PredictBench:
     """Make a model and photos in a temporary folder and caption them.
 
-    Cold starts with each beam size take turns, and so do the photos of the loaded model.
-    Raises EncoderError, DeviceError, or CapError where a fresh process fails.
+    The beam sizes take turns, both in fresh processes and with the loaded model. Raises
+    EncoderError, DeviceError, or CapError if a fresh process fails.
     """
     chosen = resolve_device(device)
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
@@ -133,7 +133,7 @@ def bench_predict(
 
 
 def _write_photos(folder: Path, count: int) -> list[str]:
-    """JPEGs of seeded noise with structure at photo-like scales; their paths."""
+    """Write JPEGs of seeded noise with the coarse structure of photos; returns their paths."""
     folder.mkdir()
     random = np.random.default_rng(0)
     names = []
@@ -148,10 +148,13 @@ def _write_photos(folder: Path, count: int) -> list[str]:
 def _write_model(
     folder: Path, backbone: str, weights: str, photos: list[str], device: torch.device
 ) -> tuple[Path, str]:
-    """(a model file with a fresh decoder, the precision that `extract-features` would choose)."""
+    """Write a model with an untrained decoder.
+
+    Returns (its file, the precision that `cap extract-features` would choose).
+    """
     network = load_backbone(backbone, weights)
     if weights == RANDOM:
-        # As a file: what loads is then what loads for anyone, not the making of random weights.
+        # From a file, so that a start includes loading weights, as usual, and not drawing them.
         torch.save(network.network.state_dict(), folder / "weights.pth")
         network = load_backbone(backbone, str(folder / "weights.pth"))
     precision = _precision(network, photos[:8], device)
@@ -175,19 +178,16 @@ def _precision(backbone: Backbone, photos: list[str], device: torch.device) -> s
 
 
 def _caption_afresh(model: Path, photo: str, beam_size: int, device: str) -> None:
-    command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "predict", photo]
-    command += ["--model", str(model), "--beam-size", str(beam_size), "--device", device]
-    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    if result.returncode or not result.stdout.startswith(photo):
-        reason = (result.stderr.strip().splitlines() or ["no caption came"])[-1]
+    options = ("--model", model, "--beam-size", beam_size, "--device", device)
+    with start_cap("predict", photo, *options) as process:
+        out, err = process.communicate()
+    if process.returncode or not out.startswith(photo):
+        reason = (err.strip().splitlines() or ["it wrote no caption"])[-1]
         raise CapError(f"a fresh `cap predict` failed ({reason})")
 
 
 def _time_singly(captioners: dict[int, Captioner], names: list[str]) -> dict[int, list[float]]:
-    """Seconds of every photo by itself, by beam size."""
+    """Seconds for each photo captioned alone, by beam size."""
     for captioner in captioners.values():
         for name in names[:_WARM_UP]:
             captioner.caption([name])

@@ -1,6 +1,6 @@
 """The whole job on drawn scenes: draw, extract, train, evaluate, predict. Downloads nothing.
 
-It goes through the same doors as anyone's photos; every step is a command of the command line.
+The scenes are treated like any photos: every step is one that a command line command takes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _MARKER = "cap-demo.json"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """How held-out scenes are captioned; `control` scores the same captions on other scenes."""
+    """How well held-out scenes are captioned."""
 
     scores: Scores
-    control: Scores
-    objects: int
-    nouns_right: int
-    colors_right: int
+    control: Scores  # of the same captions on other scenes
+    objects: int  # in all held-out scenes
+    nouns_right: int  # objects that are named
+    colors_right: int  # objects that are named with the right colour
     examples: tuple[tuple[str, str, str], ...]  # photo, predicted, first true caption
     contact_sheet: Path
     seconds: float
@@ -61,7 +61,7 @@ class DemoResult:
             "(scores times 100)",
             f"of {self.objects} objects {self.nouns_right / self.objects:.0%} are named, "
             f"{self.colors_right / self.objects:.0%} with the right colour",
-            f"{self.contact_sheet} shows scenes and captions; all done in {self.seconds:.0f} s",
+            f"{self.contact_sheet} shows scenes and captions; the demo took {self.seconds:.0f} s",
         ]
         return "\n".join(lines)
 
@@ -78,10 +78,10 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
-    """Run it all in `config.out`, which is emptied if an earlier demo made it. Yields what to tell
-    the user, then the result.
+    """Run the demo in the folder `config.out`, which is emptied if an earlier demo made it.
 
-    Raises CapError if the folder holds something else, and whatever the steps raise.
+    Yields messages for the user, then the result. Raises CapError if the folder holds something
+    else, and the errors of the steps.
     """
     started = time.perf_counter()
     _prepare(config.out)
@@ -89,8 +89,8 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
     weights = config.weights or (str(OWN_WEIGHTS) if own else "IMAGENET1K_V1")
     if own:
         yield (
-            f"backbone: a {OWN_BACKBONE} that was trained on other drawn scenes; "
-            "networks with random weights cannot tell colours or shapes"
+            f"backbone: a {OWN_BACKBONE} that was trained on other drawn scenes, because a network "
+            "with random weights cannot tell colours or shapes"
         )
     truth: dict[str, Scene] = {}
     for split, first, count in (
@@ -151,17 +151,17 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
 
 
 def _prepare(out: Path) -> None:
-    """An empty folder of ours: made now, or by an earlier demo and emptied."""
+    """Make the folder, or empty it if an earlier demo made it, and mark it as the demo's."""
     if out.exists() and any(out.iterdir()):
         if not (out / _MARKER).exists():
-            raise CapError(f"{out}: holds something else; name another --out")
+            raise CapError(f"{out}: holds something else than a demo; name another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).write_text("{}\n")
 
 
 def _draw(folder: Path, first_seed: int, count: int) -> dict[str, Scene]:
-    """Draw scenes into JPEGs beside a Flickr-style captions file; the scenes by file name."""
+    """Draw scenes into JPEGs beside a Flickr-style captions file. Returns them by file name."""
     folder.mkdir()
     scenes = {}
     with folder.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
@@ -178,11 +178,11 @@ def _draw(folder: Path, first_seed: int, count: int) -> dict[str, Scene]:
 def _judge(
     config: DemoConfig, evaluation: Evaluation, truth: dict[str, Scene], started: float
 ) -> DemoResult:
-    """Count objects named right, score the control, caption files anew and draw the sheet."""
+    """Count the objects named right, score the control, caption some photo files and draw them."""
     names = list(truth)
     captions = {name: evaluation.predictions[name].caption for name in names}
     counts = [named_right(captions[name], truth[name]) for name in names]
-    # The control: every scene gets the caption of its neighbour in the list.
+    # The control: each scene gets the caption of the scene before it.
     shifted = {name: captions[names[i - 1]] for i, name in enumerate(names)}
     shown = names[:_SHOWN]
     captioner = Captioner.load(config.out / "run", device=config.device)

@@ -1,35 +1,22 @@
-"""Drawn scenes with true captions: the demo's photos. Seeded; the same seed, the same picture.
+"""Drawn scenes with true captions: the photos of the demo. The same seed gives the same scene.
 
-A scene is one to three objects (noun, colour, size) in a place, side by side or one above the
-other. Its five captions say so in different words, naming objects from left to right or from top
-to bottom, as people do.
+A scene has one to three objects (noun, colour, size) in a place, side by side or one above the
+other. Its five captions describe this in different words. They name objects from left to right or
+from top to bottom, as people do.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-WIDTH, HEIGHT = 320, 240  # pixels
-_SUPERSAMPLING = 2
+from pipeline.demo.painting import COLORS, HEIGHT, NOUNS, WIDTH, SceneObject, paint
 
-Color = tuple[int, int, int]
-COLORS: dict[str, Color] = {
-    "red": (214, 40, 40),
-    "yellow": (250, 208, 44),
-    "green": (34, 139, 60),
-    "blue": (38, 84, 208),
-    "purple": (140, 60, 170),
-    "white": (246, 246, 246),
-}
-NOUNS = ("ball", "house", "tree", "car", "boat", "star", "kite", "fish")
-# Each place with the words for it; the first ones are the usual ones.
+# The places with the words for them, the most usual words first.
 PLACES: dict[str, tuple[str, ...]] = {
     "meadow": ("in a green meadow", "on the grass"),
     "beach": ("on the beach", "on a sandy beach"),
@@ -38,24 +25,11 @@ PLACES: dict[str, tuple[str, ...]] = {
     "night": ("under the night sky", "at night"),
 }
 LAYOUTS = ("one", "side by side", "above", "three")
-_OUTLINE = (40, 36, 48)
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object; x and y are its centre and radius its half size, in pixels."""
-
-    noun: str
-    color: str
-    size: str  # small or large
-    x: float
-    y: float
-    radius: float
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its truth; objects stand in the order in which captions name them."""
+    """A picture and what it shows. The objects are in the order in which captions name them."""
 
     image: Image.Image
     captions: tuple[str, ...]  # five
@@ -65,24 +39,19 @@ class Scene:
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of a seed: an RGB picture of WIDTH x HEIGHT pixels and its truth."""
+    """The scene of a seed, with an RGB picture of WIDTH x HEIGHT pixels."""
     chance = random.Random(seed)
     layout = chance.choices(LAYOUTS, weights=(2, 4, 2, 2))[0]
     place = chance.choice(tuple(PLACES))
     objects = _place_objects(chance, layout)
-    canvas = Image.new("RGB", (WIDTH * _SUPERSAMPLING, HEIGHT * _SUPERSAMPLING))
-    draw = ImageDraw.Draw(canvas)
-    _PLACE_PAINTERS[place](draw, chance)
-    for thing in sorted(objects, key=lambda thing: thing.y):
-        _draw_object(draw, thing, chance)
-    image = canvas.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+    image = paint(place, objects, chance)
     return Scene(image, _captions(chance, objects, place, layout), objects, place, layout)
 
 
 def named_right(caption: str, scene: Scene) -> tuple[int, int, int]:
-    """(objects in the scene, those whose noun a caption names, those with the right colour too).
+    """How many objects (the scene has, the caption names, it names with the right colour).
 
-    A colour belongs to the noun right after it. Naming one ball does not count for two.
+    A colour belongs to the noun right after it. Each mention counts for one object.
     """
     words = caption.lower().replace(".", " ").replace(",", " ").split()
     nouns = Counter(word for word in words if word in NOUNS)
@@ -126,7 +95,7 @@ def _place_objects(chance: random.Random, layout: str) -> tuple[SceneObject, ...
 def _captions(
     chance: random.Random, objects: tuple[SceneObject, ...], place: str, layout: str
 ) -> tuple[str, ...]:
-    """Two usual wordings that every scene has, and three others."""
+    """Two captions in the wordings that every scene has, and three in others."""
     usual, other = PLACES[place][0], PLACES[place][1]
     where = chance.choice((usual, other))
     plain = [f"a {thing.color} {thing.noun}" for thing in objects]
@@ -168,175 +137,3 @@ def _captions(
             f"two things {where}: {plain[0]} and {plain[1]}.",
         ]
     return tuple(always + chance.sample(others, 3))
-
-
-# Painting. All coordinates below are in supersampled pixels.
-
-_W, _H = WIDTH * _SUPERSAMPLING, HEIGHT * _SUPERSAMPLING
-
-
-def _shade(color: Color, chance: random.Random, spread: int = 14) -> Color:
-    shift = chance.randint(-spread, spread)
-    red, green, blue = (
-        max(0, min(255, part + shift + chance.randint(-spread // 2, spread // 2))) for part in color
-    )
-    return red, green, blue
-
-
-def _gradient(draw: ImageDraw.ImageDraw, top: Color, bottom: Color, start: int, stop: int) -> None:
-    for y in range(start, stop):
-        part = (y - start) / max(1, stop - start - 1)
-        mixed = [round(a + (b - a) * part) for a, b in zip(top, bottom, strict=True)]
-        draw.line((0, y, _W, y), fill=(mixed[0], mixed[1], mixed[2]))
-
-
-def _clouds(draw: ImageDraw.ImageDraw, chance: random.Random, color: Color) -> None:
-    for _ in range(chance.randint(1, 3)):
-        x, y = chance.uniform(0, _W), chance.uniform(0.04, 0.2) * _H
-        for _ in range(4):
-            dx, dy = chance.uniform(-40, 40), chance.uniform(-8, 8)
-            draw.ellipse((x + dx - 34, y + dy - 14, x + dx + 34, y + dy + 14), fill=color)
-
-
-def _horizon(chance: random.Random) -> int:
-    return round(chance.uniform(0.36, 0.46) * _H)
-
-
-def _meadow(draw: ImageDraw.ImageDraw, chance: random.Random) -> None:
-    horizon = _horizon(chance)
-    _gradient(draw, _shade((120, 180, 235), chance), (200, 225, 245), 0, horizon)
-    _clouds(draw, chance, (250, 250, 252))
-    _gradient(draw, _shade((140, 200, 90), chance), _shade((110, 178, 70), chance), horizon, _H)
-    for _ in range(70):
-        x, y = chance.uniform(0, _W), chance.uniform(horizon, _H)
-        draw.line((x, y, x + chance.uniform(-4, 4), y - 12), fill=(84, 150, 56), width=2)
-
-
-def _beach(draw: ImageDraw.ImageDraw, chance: random.Random) -> None:
-    horizon = _horizon(chance)
-    sea = horizon + round(chance.uniform(0.08, 0.14) * _H)
-    _gradient(draw, _shade((110, 190, 240), chance), (215, 235, 245), 0, horizon)
-    _gradient(draw, _shade((40, 130, 180), chance), (90, 190, 205), horizon, sea)
-    _gradient(draw, _shade((238, 214, 160), chance), _shade((226, 196, 140), chance), sea, _H)
-    for _ in range(6):
-        x, y = chance.uniform(0, _W), chance.uniform(horizon + 6, sea - 4)
-        draw.line((x, y, x + 50, y), fill=(210, 235, 240), width=3)
-    for _ in range(60):
-        x, y = chance.uniform(0, _W), chance.uniform(sea, _H)
-        draw.ellipse((x, y, x + 4, y + 3), fill=(206, 176, 120))
-
-
-def _snow(draw: ImageDraw.ImageDraw, chance: random.Random) -> None:
-    horizon = _horizon(chance)
-    _gradient(draw, _shade((168, 184, 204), chance), (214, 222, 232), 0, horizon)
-    _gradient(draw, _shade((226, 232, 240), chance, 6), (236, 240, 246), horizon, _H)
-    for _ in range(90):
-        x, y = chance.uniform(0, _W), chance.uniform(0, _H)
-        draw.ellipse((x, y, x + 6, y + 6), fill=(255, 255, 255))
-
-
-def _street(draw: ImageDraw.ImageDraw, chance: random.Random) -> None:
-    horizon = _horizon(chance)
-    _gradient(draw, _shade((176, 190, 204), chance), (206, 210, 214), 0, horizon)
-    x = chance.uniform(-40, 0)
-    while x < _W:
-        width, top = chance.uniform(50, 100), chance.uniform(0.06, 0.26) * _H
-        draw.rectangle((x, top, x + width, horizon), fill=_shade((150, 140, 132), chance, 24))
-        for row in range(int(top) + 10, horizon - 14, 26):
-            for column in range(int(x) + 8, int(x + width) - 14, 22):
-                draw.rectangle((column, row, column + 9, row + 12), fill=(104, 112, 122))
-        x += width + chance.uniform(2, 12)
-    _gradient(draw, _shade((112, 112, 116), chance), _shade((92, 92, 96), chance), horizon, _H)
-    middle = round(chance.uniform(0.84, 0.92) * _H)
-    for x in range(chance.randint(-60, 0), _W, 90):
-        draw.rectangle((x, middle, x + 50, middle + 7), fill=(226, 222, 190))
-
-
-def _night(draw: ImageDraw.ImageDraw, chance: random.Random) -> None:
-    horizon = round(chance.uniform(0.8, 0.88) * _H)
-    _gradient(draw, _shade((12, 16, 46), chance, 6), _shade((40, 46, 92), chance, 8), 0, horizon)
-    _gradient(draw, (26, 30, 40), (18, 20, 28), horizon, _H)
-    for _ in range(60):
-        x, y = chance.uniform(0, _W), chance.uniform(0, horizon)
-        draw.ellipse((x, y, x + 3, y + 3), fill=(226, 226, 240))
-    x, y = chance.uniform(0.05, 0.95) * _W, chance.uniform(0.06, 0.12) * _H
-    draw.ellipse((x - 20, y - 20, x + 20, y + 20), fill=(236, 236, 214))
-
-
-_PLACE_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, random.Random], None]] = {
-    "meadow": _meadow,
-    "beach": _beach,
-    "snow": _snow,
-    "street": _street,
-    "night": _night,
-}
-
-
-def _draw_object(draw: ImageDraw.ImageDraw, thing: SceneObject, chance: random.Random) -> None:
-    """Paint one object about its centre, in units of its radius."""
-    fill = _shade(COLORS[thing.color], chance, 8)
-    dark = (fill[0] * 2 // 3, fill[1] * 2 // 3, fill[2] * 2 // 3)
-    cx, cy = thing.x * _SUPERSAMPLING, thing.y * _SUPERSAMPLING
-    scale = thing.radius * _SUPERSAMPLING
-    line = max(3, round(scale * 0.05))
-
-    def at(*points: tuple[float, float]) -> list[tuple[float, float]]:
-        return [(cx + x * scale, cy + y * scale) for x, y in points]
-
-    def polygon(*points: tuple[float, float], color: Color = fill) -> None:
-        draw.polygon(at(*points), fill=color, outline=_OUTLINE, width=line)
-
-    def ellipse(x: float, y: float, rx: float, ry: float, color: Color = fill) -> None:
-        (left, top), (right, bottom) = at((x - rx, y - ry), (x + rx, y + ry))
-        draw.ellipse((left, top, right, bottom), fill=color, outline=_OUTLINE, width=line)
-
-    match thing.noun:
-        case "ball":
-            ellipse(0, 0, 0.85, 0.85)
-            (left, top), (right, bottom) = at((-0.85, -0.35), (0.85, 0.35))
-            draw.arc((left, top, right, bottom), 0, 180, fill=_OUTLINE, width=line)
-            ellipse(-0.32, -0.4, 0.16, 0.12, (255, 255, 255))
-        case "house":
-            polygon((-0.75, -0.15), (0.75, -0.15), (0.75, 0.9), (-0.75, 0.9))
-            polygon((-0.95, -0.15), (0, -0.95), (0.95, -0.15), color=dark)
-            polygon((-0.18, 0.9), (-0.18, 0.3), (0.18, 0.3), (0.18, 0.9), color=(110, 76, 50))
-            for x in (-0.5, 0.5):
-                polygon(
-                    (x - 0.15, 0.05), (x + 0.15, 0.05), (x + 0.15, 0.32), (x - 0.15, 0.32),
-                    color=(190, 224, 240),
-                )  # fmt: skip
-        case "tree":
-            polygon((-0.14, 0.95), (-0.14, 0.1), (0.14, 0.1), (0.14, 0.95), color=(120, 82, 50))
-            for x, y in ((-0.4, 0.0), (0.4, 0.0), (0, -0.45), (0, -0.05)):
-                ellipse(x, y, 0.48, 0.46)
-        case "car":
-            polygon((-0.5, -0.1), (-0.3, -0.55), (0.35, -0.55), (0.6, -0.1), color=(190, 224, 240))
-            polygon((-1, -0.1), (0.9, -0.1), (1, 0.15), (1, 0.4), (-1, 0.4))
-            for x in (-0.55, 0.55):
-                ellipse(x, 0.42, 0.25, 0.25, (50, 50, 54))
-                ellipse(x, 0.42, 0.1, 0.1, (200, 200, 204))
-        case "boat":
-            polygon((-0.95, 0.3), (0.95, 0.3), (0.55, 0.8), (-0.55, 0.8), color=(120, 82, 50))
-            polygon((-0.05, 0.2), (-0.05, -0.95), (0.8, 0.2))
-            polygon((-0.15, 0.2), (-0.15, -0.7), (-0.7, 0.2))
-        case "star":
-            points = []
-            for i in range(10):
-                reach = 1.0 if i % 2 == 0 else 0.42
-                angle = math.pi * i / 5 - math.pi / 2
-                points.append((reach * math.cos(angle), reach * math.sin(angle)))
-            polygon(*points)
-        case "kite":
-            polygon((0, -0.95), (0.62, -0.25), (0, 0.55), (-0.62, -0.25))
-            draw.line(at((0, -0.95), (0, 0.55)), fill=_OUTLINE, width=line)
-            draw.line(at((-0.62, -0.25), (0.62, -0.25)), fill=_OUTLINE, width=line)
-            tail = [(0.12 * math.sin(i * 1.3), 0.55 + i * 0.06) for i in range(8)]
-            draw.line(at(*tail), fill=_OUTLINE, width=line)
-            for i in (3, 6):
-                ellipse(tail[i][0], tail[i][1], 0.12, 0.06)
-        case "fish":
-            polygon((0.45, 0), (1, -0.45), (0.9, 0), (1, 0.45), color=dark)
-            ellipse(-0.15, 0, 0.78, 0.5)
-            polygon((-0.2, -0.1), (0.2, 0.05), (-0.2, 0.2), color=dark)
-            ellipse(-0.58, -0.12, 0.1, 0.1, (255, 255, 255))
-            ellipse(-0.58, -0.12, 0.04, 0.04, _OUTLINE)

@@ -1,1 +1,1 @@
-"""The frozen backbone: its weights, and how it runs fast and reproducibly."""
+"""The frozen backbone: its weights, its precision, and how it runs fast and reproducibly."""

@@ -1,7 +1,7 @@
-"""A function of fixed shapes as one CUDA graph: the GPU runs on without waiting for Python.
+"""CUDA graphs: a function of fixed shapes is launched as a whole, not kernel by kernel.
 
-A ResNet-152 is some three hundred kernels; launched one by one from Python they take longer than
-the GPU needs for a small batch in low precision. A graph is launched once.
+A ResNet-152 has some three hundred kernels. Launching them one by one from Python takes longer than
+the GPU needs to compute a small batch in low precision.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class _Captured:
 
 
 class CapturedGraphs:
-    """Calls `function` directly for a shape seen once, and as a captured graph from then on.
+    """Calls `function` directly at the first input of a shape, and as a captured graph afterwards.
 
-    function: one tensor to one tensor, on a GPU, without synchronisation or data-dependent shapes;
-    its result may depend on nothing else.
+    function: one tensor to one tensor, on a GPU, without synchronization or data-dependent shapes.
+    Its result may depend on nothing but its input.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device) -> None:
@@ -34,15 +34,17 @@ class CapturedGraphs:
         self._device = device
         self._seen: set[tuple[int, ...]] = set()
         self._captured: dict[tuple[int, ...], _Captured] = {}
-        self._copies = torch.cuda.Stream(device)  # so that copies overlap with the work before
-        # Of these graphs alone: dropping one frees what PyTorch's libraries keep for its stream.
+        self._copies = torch.cuda.Stream(device)  # so that a copy overlaps with the work before it
+        # A stream for these graphs alone. When it is freed, PyTorch frees the workspaces that its
+        # libraries keep for it.
         self._captures = torch.cuda.Stream(device)
-        self.failure = ""  # why no graph could be captured; everything is called directly then
+        self.failure = ""  # why no graph could be captured; then everything is called directly
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """inputs: on any device, copied without waiting where they are pinned: they must stay as
-        they are until the result is there. The result is a tensor of its own on the GPU; the work
-        is queued on the current stream.
+        """The function's result for `inputs`: a new tensor on the GPU.
+
+        inputs: on any device. The work is queued on the current stream. Pinned inputs are copied
+        without waiting, so they must not change until the result has been computed.
         """
         shape = tuple(inputs.shape)
         with torch.cuda.device(self._device):
@@ -56,12 +58,12 @@ class CapturedGraphs:
                 if captured is None:
                     return self._function(on_device)
                 self._captured[shape] = captured
-            captured.inputs.copy_(on_device)  # after the last replay, which is on the same stream
+            captured.inputs.copy_(on_device)  # on the stream of the last replay, so after it
             captured.graph.replay()
             return captured.outputs.clone()
 
     def clear(self) -> None:
-        """Let go of the memory that the graphs hold."""
+        """Free the memory that the graphs hold."""
         self._captured.clear()
         self._seen.clear()
 
@@ -72,28 +74,32 @@ class CapturedGraphs:
             copied = inputs.to(self._device, non_blocking=True)
         current = torch.cuda.current_stream()
         current.wait_stream(self._copies)
-        copied.record_stream(current)  # its memory is the other stream's
+        copied.record_stream(current)  # else the other stream might reuse its memory too early
         return copied
 
     def _capture(self, example: Tensor) -> _Captured | None:
-        """None, and `failure` says why, if it cannot be done. Raises where memory is too small."""
+        """Capture a graph. If that fails, sets `failure` and returns None.
+
+        Raises OutOfMemoryError if the memory is too small.
+        """
         inputs = example.clone()
         side, current = self._captures, torch.cuda.current_stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries allocate their workspaces outside the graph
+        with torch.cuda.stream(side):  # libraries allocate workspaces here, before the capture
             for _ in range(_WARM_UP_RUNS):
                 self._function(inputs)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
+            # thread_local, so that calls of CUDA in other threads do not disturb the capture.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 outputs = self._function(inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # What broke it off, not that the capture then could not end.
+            # The context is the error in the function; the error itself only says that the capture
+            # could not be ended.
             self.failure = str(error.__context__ or error).splitlines()[0]
-            torch.cuda.set_stream(current)  # PyTorch leaves the capture's stream the current one
+            torch.cuda.set_stream(current)  # PyTorch leaves the stream of the capture current
             return None
         return _Captured(graph, inputs, outputs)

@@ -1,25 +1,25 @@
-"""The backbone's convolutions with what follows them in one kernel.
+"""Fusing each convolution of the backbone with the operations that follow it.
 
-An eager network writes each convolution's result to memory and reads it again for BatchNorm, for
-the sum with the shortcut and for ReLU. Here BatchNorm goes into the weights, and sum and activation
-into the convolution's own kernel: oneDNN's fused convolutions on a CPU, with the weights laid out
-for them once, cuDNN's on a GPU. A compiler would choose the same kernels, after half a minute.
+An eager network writes the result of each convolution to memory and reads it again for BatchNorm,
+for the sum with the shortcut and for ReLU. Here BatchNorm is folded into the weights (`batchnorm`),
+and sum and activation are computed by the kernel of the convolution: by oneDNN's fused convolutions
+on a CPU, with weights whose memory layout is converted once, and by cuDNN's on a GPU. PyTorch's
+compiler would choose the same kernels, but takes half a minute.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from pipeline.encoder.batchnorm import called_module
 from train import private_torch
 
-# What oneDNN can apply to a convolution's result: its name for it, and its parameters.
+# The activations that oneDNN can apply to the result of a convolution: its name and parameters.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
@@ -32,44 +32,7 @@ _ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     torch.relu: nn.ReLU,
     functional.relu6: nn.ReLU6,
 }
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (operator.add, operator.iadd, torch.add)
-
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def has_batchnorm(network: nn.Module) -> bool:
-    return any(isinstance(m, BATCHNORMS) for m in network.modules())
-
-
-def meta_twin(network: Network) -> Network:
-    """A copy on the meta device: shapes without numbers. Costs no copy of the weights."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in network.parameters()}
-    memo.update((id(buffer), buffer.to("meta")) for buffer in network.buffers())
-    return copy.deepcopy(network, memo)
-
-
-def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """A traced copy with each BatchNorm folded into the convolution before it, if there is one.
-
-    What is not folded shares its memory with `network`, until it is moved or converted. A network
-    that torch.fx cannot trace is copied as it is: it runs, only slower.
-    """
-    from torch.fx.experimental.optimization import fuse
-
-    try:
-        folded: nn.Module = fuse(_sharing_copy(network), inplace=True)
-    except Exception:
-        folded = _sharing_copy(network)
-    return folded.eval().requires_grad_(False)
-
-
-def _sharing_copy(network: Network) -> Network:
-    """A copy with parameters and buffers of its own that lie in the same memory."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in network.parameters()}
-    memo.update((id(buffer), buffer.detach()) for buffer in network.buffers())
-    return copy.deepcopy(network, memo)
 
 
 def fuse_convolutions(
@@ -77,9 +40,10 @@ def fuse_convolutions(
 ) -> nn.Module:
     """The network with fused convolutions, on `device` in `dtype`, channels last in memory.
 
-    network: from `fold_batchnorm`, taken over and changed; if it could not be traced it is moved
-    and otherwise left as it is. On a CPU the weights are laid out in memory when it first runs, for
-    the sizes of those photos and a typical batch (others work too).
+    network: from `fold_batchnorm`; it is changed and must not be used any more. A network that
+    could not be traced is moved and converted, but not fused. On a CPU, the weights get their
+    memory layout when the network first runs: for photos of that size and `typical_batch` of them.
+    Other sizes and batches work, too.
     """
     network = network.to(device, dtype).to(memory_format=torch.channels_last)
     if device.type == "cpu":
@@ -89,9 +53,10 @@ def fuse_convolutions(
     make = _OneDnnConvolution if device.type == "cpu" else _CudnnConvolution
     modules = dict(network.named_modules())
     network.graph.eliminate_dead_code()
-    # The sum that ends a block comes after both its inputs: replacing in order keeps it so.
+    # Going through the nodes in order, and putting a fused node where the last of its nodes was,
+    # keeps every sum behind both of its inputs.
     for node in list(network.graph.nodes):
-        convolution = modules.get(node.target) if node.op == "call_module" else None
+        convolution = called_module(node, modules)
         if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution):
             continue
         replaced = _match(node, modules, make)
@@ -120,21 +85,22 @@ def fuse_convolutions(
 class _MaxPool3(nn.Module):
     """3×3 maxima at stride 2, padding 1, channels last: three times as fast as torch's on a CPU.
 
-    torch's also finds where the maxima are, converting every bfloat16 on the way.
+    torch's max-pooling also finds the positions of the maxima, and converts every bfloat16.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, ⌈H/2⌉, ⌈W/2⌉). One photo at a time stays in the CPU's cache."""
+        """(B, C, H, W) → (B, C, ⌈H/2⌉, ⌈W/2⌉)."""
+        # One photo after the other, because one photo fits into the CPU's cache.
         return torch.cat([_max3(_max3(photo, 3), 2) for photo in x.split(1)])
 
 
 def _max3(x: Tensor, dim: int) -> Tensor:
-    """Maxima of elements 2i - 1, 2i and 2i + 1 along a dimension."""
+    """Maxima of the elements 2i - 1, 2i and 2i + 1 along a dimension."""
     before: tuple[slice, ...] = (slice(None),) * dim
     even, odd = x[(*before, slice(0, None, 2))], x[(*before, slice(1, None, 2))]
     if even.shape == odd.shape:
         maxima = torch.maximum(even, odd)
-    else:  # the last element has nobody to its right
+    else:  # the last element has no right neighbour
         maxima = even.clone()
         left = maxima.narrow(dim, 0, odd.shape[dim])
         torch.maximum(left, odd, out=left)
@@ -157,8 +123,11 @@ def _replace_max_pools(network: nn.Module) -> None:
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """oneDNN has bfloat16 convolutions only for CPUs with instructions for them; cuDNN's fused
-    kernels are made for half precision, and nobody waits for float32 on a GPU."""
+    """Whether there are fused kernels for this device and precision.
+
+    oneDNN has bfloat16 convolutions only for CPUs with instructions for them. cuDNN's fused kernels
+    are made for half precision; float32 on a GPU is a reference, its speed does not matter.
+    """
     if device.type != "cpu":
         return dtype is not torch.float32
     if dtype is torch.float32:
@@ -185,7 +154,7 @@ class _OneDnnConvolution(nn.Module):
         self.name, self.parameters_ = _ACTIVATIONS[activation] if activation else ("none", [])
         self.in_place = in_place
         self.typical_batch = typical_batch
-        # Plain attributes: oneDNN's own layout cannot be moved, copied or saved.
+        # Plain attributes, because tensors in oneDNN's own layout cannot be moved, copied or saved.
         self.weight = convolution.weight.detach()
         self.laid_out = False
         self.bias = None if convolution.bias is None else convolution.bias.detach()
@@ -253,9 +222,9 @@ def _geometry(convolution: nn.Conv2d) -> private_torch.Geometry:
 def _match(
     node: fx.Node, modules: dict[str, nn.Module], make: _Fused
 ) -> tuple[fx.Node, fx.Node | None, type[nn.Module] | None] | None:
-    """What follows a convolution and can be fused: (its last node, the other summand, activation).
+    """What can be fused with the convolution at `node`: (last node, other summand, activation).
 
-    None if nothing can and the kernel has no use for a lone convolution.
+    None if there is nothing and the kernel of `make` does not compute lone convolutions.
     """
     after = _only_user(node)
     activation = _activation(after, modules)
@@ -279,25 +248,25 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> type[nn.Module] | None:
+    """The activation that this node computes; None if it computes something else."""
     if node is None:
         return None
-    if node.op == "call_module":
-        kind = type(modules[str(node.target)])
-        return kind if kind in _ACTIVATIONS else None
-    if node.op == "call_function" and not callable(node.target):
-        return None
-    return _ACTIVATION_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    if node.op == "call_function":
+        return _ACTIVATION_FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    kind = type(called_module(node, modules))
+    return kind if kind in _ACTIVATIONS else None
 
 
 def _is_sum(node: fx.Node) -> bool:
-    plain = len(node.args) == 2 and not node.kwargs  # torch.add knows an `alpha`
+    plain = len(node.args) == 2 and not node.kwargs  # torch.add may have an `alpha`
     return node.op == "call_function" and node.target in _SUMS and plain
 
 
 def _is_free_after(other: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the sum may be written over `other`: a fresh tensor that nobody reads later."""
-    makes_fresh = (nn.Conv2d, nn.MaxPool2d, _MaxPool3, _OneDnnConvolution)
-    if other.op != "call_module" or not isinstance(modules[str(other.target)], makes_fresh):
+    """Whether the sum may overwrite `other`: a new tensor that nothing reads after `last`."""
+    # Modules that return a new tensor, and no view of another.
+    makes_new = (nn.Conv2d, nn.MaxPool2d, _MaxPool3, _OneDnnConvolution)
+    if not isinstance(called_module(other, modules), makes_new):
         return False
     order = {node: position for position, node in enumerate(last.graph.nodes)}
     return all(order[user] <= order[last] for user in other.users)

@@ -13,7 +13,8 @@ from train.private_torch import without_compiler
 def classifiers() -> ModuleType:
     """`torchvision.models`."""
     if "torchvision" not in sys.modules:
-        # A later torchvision may want more than functions of it: then the next line imports both.
+        # A later torchvision may need more of the compiler than functions. The import then fails
+        # here, and succeeds below together with the compiler.
         with contextlib.suppress(ImportError), without_compiler():
             importlib.import_module("torchvision")
     return importlib.import_module("torchvision.models")

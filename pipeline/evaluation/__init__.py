@@ -1,1 +1,1 @@
-"""Captions of a model, a file or people, scored against references."""
+"""Scoring captions of a model, of a file or of people against references."""

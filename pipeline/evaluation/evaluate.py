@@ -1,4 +1,4 @@
-"""Scores of a model over a cache, of a file of predictions, and of people themselves."""
+"""Evaluation: scores of a model on a cache, of a file of predictions, and of people's captions."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from train.scores.metrics import Scores, score
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of some captions, how sure they are, and how much the captions differ."""
+    """The scores of captions, with intervals, and how much the captions differ."""
 
     scores: Scores
-    intervals: dict[str, tuple[float, float]]  # by score; 95%, of resampled photos
+    intervals: dict[str, tuple[float, float]]  # by name of the score: 95%, from resampled photos
     diversity: Diversity
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Result:
         }
 
     def summary(self) -> str:
-        """The scores, one a line, times 100 as papers print them."""
+        """The scores, one per line, times 100 as in papers."""
         lines = []
         for name, value in self.scores.as_dict().items():
             if isinstance(value, float):
@@ -55,14 +55,14 @@ class Result:
                 lines.append(line)
         lines.append(
             f"{self.scores.count:,} photos, {self.scores.tokenizer} tokens, scores times 100; "
-            f"{LEVEL:.0%} intervals of {RESAMPLINGS:,} resamplings of the photos"
+            f"{LEVEL:.0%} intervals from {RESAMPLINGS:,} resamplings of the photos"
         )
         return "\n".join([*lines, self.diversity.summary()])
 
 
 @dataclass(frozen=True)
 class Evaluation(Result):
-    """What `evaluate` found and where it wrote it."""
+    """The result of `evaluate`, the captions behind it, and the files it was written to."""
 
     predictions: dict[str, Prediction]  # by image id
     references: dict[str, list[str]]  # by image id
@@ -79,19 +79,21 @@ def evaluate(
     meteor: bool = True,
     spice: bool = True,
 ) -> Evaluation:
-    """Caption every photo of a cache and score the captions against the cache's own.
+    """Caption every photo of a cache and score the captions against those in the cache.
 
-    meteor, spice: False leaves these out; they take most of the time.
-    Writes `NAME.scores.json` and `NAME.predictions.json` beside the model, NAME being the cache's.
-    Raises BundleError, CacheError (no captions, or features of another encoder), SearchError,
-    ViewError, MetricsError or WriteError.
+    meteor, spice: False to leave these scores out; they take most of the time. Writes
+    `NAME.scores.json` and `NAME.predictions.json` beside the model, where NAME is the cache's.
+    Raises BundleError, CacheError (no captions, or features of another encoder), DeviceError,
+    SearchError, ViewError, MetricsError or WriteError.
     """
     check_search(search_config)
     bundle = load_bundle(model, resolve_device(device))
     cache = open_cache(cache_path)
     difference = cache.encoder.difference(bundle.encoder)
     if difference is not None:
-        raise CacheError(f"{cache_path}: made with {difference} as the model was trained on")
+        raise CacheError(
+            f"{cache_path}: made with {difference} as the features that the model was trained on"
+        )
     references = {image: texts for image, texts in cache_references(cache).items() if texts}
     predictions = caption_cache(bundle, cache, search_config)
     captions = {image: prediction.caption for image, prediction in predictions.items()}
@@ -136,9 +138,10 @@ def evaluate_predictions(
     meteor: bool = True,
     spice: bool = True,
 ) -> Result:
-    """Score a file in COCO's results format against a cache's captions or a captions file's.
+    """Score a file in COCO's results format against the captions of a cache or of a captions file.
 
-    Raises PredictionsError, CacheError, DatasetError or MetricsError.
+    split, only: as for `read_photos`. Raises PredictionsError, CacheError, DatasetError or
+    MetricsError.
     """
     found = read_predictions(predictions)
     references = references_of(cache=cache, captions=captions, split=split, only=only)
@@ -157,9 +160,9 @@ def evaluate_people(
     meteor: bool = True,
     spice: bool = True,
 ) -> Agreement:
-    """`human_agreement` of a cache's captions or a captions file's.
+    """`human_agreement` of the captions of a cache or of a captions file.
 
-    Raises CacheError, DatasetError or MetricsError.
+    split, only: as for `read_photos`. Raises CacheError, DatasetError or MetricsError.
     """
     references = references_of(cache=cache, captions=captions, split=split, only=only)
     return human_agreement(references, meteor=meteor, spice=spice)

@@ -1,4 +1,4 @@
-"""What captions are scored against, and captions in COCO's results format."""
+"""Reading the references that captions are scored against, and predictions as COCO writes them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from pipeline.photos.captions_files import DatasetError, keep_listed, read_capti
 
 
 class PredictionsError(CapError):
-    """A file of predictions cannot be used. One line, file first."""
+    """Raised when a file of predictions cannot be used.
+
+    The message is one line that starts with the file.
+    """
 
 
 def cache_references(cache: FeatureCache) -> dict[str, list[str]]:
-    """The captions of a cache's extracted photos, by image id; a photo may have none.
+    """The captions of a cache's extracted photos, by image id. A photo may have no captions.
 
-    Raises CacheError where no photo has any.
+    Raises CacheError if no photo has captions.
     """
     captions = cache.captions.by_row(len(cache))
     if not any(captions):
@@ -34,7 +37,7 @@ def cache_references(cache: FeatureCache) -> dict[str, list[str]]:
 def read_references(
     source: Path, *, split: str | None = None, only: Path | None = None
 ) -> dict[str, list[str]]:
-    """The captions of a captions file in any known format, by image id; a photo may have none.
+    """The captions of a captions file in any of the formats, by image id. A photo may have none.
 
     split, only: as for `read_photos`. Raises DatasetError.
     """
@@ -62,7 +65,7 @@ def references_of(
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """Captions by image id from a file in COCO's results format, of this program or another.
+    """Captions by image id from a file in COCO's results format.
 
     Raises PredictionsError.
     """
@@ -99,10 +102,11 @@ def _fields(entry: object) -> tuple[object, object]:
 def match(
     predictions: Mapping[str, str], references: Mapping[str, list[str]], path: Path, source: Path
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """(captions, references) of the photos that have both, in the references' order.
+    """(captions, references) of the photos that have references, in the order of these.
 
-    Photos without references are left out. Raises PredictionsError where a photo is not among the
-    references at all, or one that has references has no prediction: half a set has other scores.
+    path, source: files of the predictions and of the references, for messages. Raises
+    PredictionsError if a predicted photo is not in `source`, or if a photo with references has no
+    prediction, because the scores of a part of the photos cannot be compared with others.
     """
     unknown = [image for image in predictions if image not in references]
     if unknown:
@@ -121,7 +125,7 @@ def match(
 
 
 def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`, ids as numbers."""
+    """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`, with numbers as ids."""
     return [
         {"image_id": int(image_id) if image_id.isdecimal() else image_id, "caption": caption}
         for image_id, caption in captions.items()

@@ -1,1 +1,1 @@
-"""Photos through the encoder into a feature cache, and the check of one."""
+"""Extraction: photos through the encoder into a feature cache, and checks of such a cache."""

@@ -1,4 +1,8 @@
-"""Photos to a feature cache: known rows are copied, the rest encoded, all written as they come."""
+"""Extraction: from photos to a feature cache, or on with a cache that was begun.
+
+Rows of known photos are copied from an older cache; the others are encoded and written as they
+come.
+"""
 
 from __future__ import annotations
 
@@ -16,49 +20,45 @@ from cache.errors import CapError
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
-from pipeline.encoder.encoder import (
-    Backbone,
-    Encoder,
-    choose_precision,
-    encoder_record,
-    fast_precisions,
-    load_backbone,
-)
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.encoder import Encoder, encoder_record
+from pipeline.encoder.precision import choose_precision, fast_precisions
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.devices import encode_on_devices
-from pipeline.extraction.encode_rows import EncodedRows, encode_batches, pending_batches
+from pipeline.extraction.device_workers import encode_on_devices
+from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
 from pipeline.extraction.shards import shard_of
 from pipeline.photos.captions_files import Photo, read_photos
-from pipeline.photos.read_ahead import PhotoLoader
+from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
 
-# A CPU is at its best with a few megabytes of activations a layer, a GPU with many.
+# A CPU is fastest with a few megabytes of activations per layer, a GPU with many.
 _BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
 _FLUSH_INTERVAL_S = 2.0
 _PRECISION_CHECK_PHOTOS = 8
 
 
 class ExtractError(CapError):
-    """An extraction cannot go on. One line."""
+    """Raised when an extraction cannot continue. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know; one line."""
+    """A message for the user, one line."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an extraction is, over all runs of the command so far."""
+    """How far an extraction is, counting all runs of the command so far."""
 
     done: int
     unreadable: int
     total: int
-    new: int  # photos handled by this run
+    new: int  # photos that this run has encoded, copied or found unreadable
     elapsed_s: float  # of this run, from its first photo
 
     @property
@@ -71,10 +71,11 @@ def library_versions() -> dict[str, str]:
 
 
 def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
-    """Make the cache, or finish one that was begun. Yields notices and progress; the last item is
-    the final progress. Closing the generator keeps what is done.
+    """Make a cache, or finish one that was begun.
 
-    Raises DatasetError, DeviceError, EncoderError, CacheError or ExtractError.
+    Yields notices and progress; the last item is the final progress. Closing the generator keeps
+    what is done. Raises DatasetError, ShardError, DeviceError, EncoderError, CacheError,
+    StalledError, WorkerError or ExtractError.
     """
     check_place(config.out)
     photos = read_photos(
@@ -86,26 +87,27 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     )
     devices = resolve_devices(config.device)
     backbone = load_backbone(config.backbone, config.weights)
-    precision, notices = _precision(config, backbone, photos, devices[0])
+    precision, notices = _choose_precision(config, backbone, photos, devices[0])
     yield from (Notice(text) for text in notices)
     record = encoder_record(backbone, config.image_size, config.views, precision)
     skeleton = _skeleton(config, photos, record, devices[0])
-    del photos  # the skeleton has it all, in a third of the memory
-    known = _known_photos(config, record)
+    del photos  # the skeleton holds the same in a third of the memory
+    known = _open_known_photos(config, record)
     with open_writer(
         config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
     ) as writer:
         if writer.cache.batch_rows != skeleton.batch_rows:
-            yield Notice(f"going on with the cache's own batch size, {writer.cache.batch_rows}")
-        del skeleton  # the cache has it all, mapped
+            yield Notice(f"continuing with the cache's own batch size, {writer.cache.batch_rows}")
+        del skeleton  # the cache holds the same, memory-mapped
         if config.retry_unreadable:
             yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
-        yield from _Filling(writer, config).run(backbone, devices, known)
+        yield from _CacheFiller(writer, config).fill(backbone, devices, known)
 
 
 def _skeleton(
     config: ExtractConfig, photos: Sequence[Photo], record: EncoderRecord, device: torch.device
 ) -> Skeleton:
+    """All that a cache of these photos, or of the shard asked for, holds besides its rows."""
     batch_rows = min(config.batch_size or _BATCH_PHOTOS[device.type], len(photos))
     shard = None
     if config.shard is not None:
@@ -132,27 +134,27 @@ def _skeleton(
     )
 
 
-def _known_photos(config: ExtractConfig, record: EncoderRecord) -> KnownPhotos | None:
+def _open_known_photos(config: ExtractConfig, record: EncoderRecord) -> KnownPhotos | None:
     if config.reuse is None:
         return None
     known = open_known(config.reuse, record)
     if config.out.exists() and config.out.samefile(config.reuse):
-        raise CacheError(f"{config.reuse}: cannot be reused for itself; name another --out")
+        raise CacheError(f"{config.reuse}: cannot be both --reuse and --out; name another --out")
     return known
 
 
 def decoding_threads(workers: int | None) -> int:
-    """As many as the cores this process may use, unless told otherwise."""
+    """`workers`, or else one thread per core that this process may use."""
     return workers or len(os.sched_getaffinity(0))
 
 
-def _precision(
+def _choose_precision(
     config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
 ) -> tuple[str, list[str]]:
-    """(precision, notices). Shards judge by the first photos of the whole set, so they agree."""
+    """(precision, notices). Shards test the first photos of the whole set, so that they agree."""
     if config.precision != "auto":
         return config.precision, []
-    if config.out.is_file() and not config.overwrite:  # as the rows that are there already
+    if config.out.is_file() and not config.overwrite:  # the precision of the rows already there
         return FeatureCache(config.out).encoder.precision, []
     if config.reuse is not None:
         return FeatureCache(config.reuse).encoder.precision, []
@@ -162,7 +164,7 @@ def _precision(
     first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
     loader = PhotoLoader(
         [
-            (row, first[row : row + _PRECISION_CHECK_PHOTOS])
+            BatchRequest(row, first[row : row + _PRECISION_CHECK_PHOTOS])
             for row in first[::_PRECISION_CHECK_PHOTOS]
         ],
         lambda row: config.images / photos[row].path,
@@ -178,12 +180,11 @@ def _precision(
                 break
     if not pixels:
         return "float32", ["none of the first photos can be decoded; computing in float32"]
-    checked = torch.cat(pixels[:_PRECISION_CHECK_PHOTOS])
-    return choose_precision(backbone, checked, device=device)
+    return choose_precision(backbone, torch.cat(pixels[:_PRECISION_CHECK_PHOTOS]), device=device)
 
 
-class _Filling:
-    """One run over the pending rows of a cache."""
+class _CacheFiller:
+    """Fills the pending rows of a cache, and counts and times this run."""
 
     def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
         self._writer, self._config = writer, config
@@ -193,7 +194,7 @@ class _Filling:
         self._before = self._done + self._unreadable
         self._start = self._last_flush = time.perf_counter()
 
-    def run(
+    def fill(
         self, backbone: Backbone, devices: Sequence[torch.device], known: KnownPhotos | None
     ) -> Generator[Notice | Progress, None, None]:
         writer = self._writer
@@ -220,7 +221,8 @@ class _Filling:
 
     def _encoded(
         self, backbone: Backbone, devices: Sequence[torch.device], order: NDArray[np.int64]
-    ) -> Iterator[EncodedRows | str]:
+    ) -> Iterator[EncodedBatch | str]:
+        """The pending rows of `order`, batch by batch, as they are ready; a str is a notice."""
         cache, config = self._writer.cache, self._config
         batches = pending_batches(order, self._writer.status, cache.batch_rows)
         if not batches:
@@ -252,13 +254,13 @@ class _Filling:
             threads=self._threads,
         )
 
-    def _store(self, encoded: EncodedRows) -> None:
+    def _store(self, encoded: EncodedBatch) -> None:
         writer, rows = self._writer, encoded.rows
-        # A folder that vanished, as a drive does, is not the fault of each of its photos.
+        # If the folder is gone, as when a drive is unplugged, its photos are not unreadable.
         if encoded.unreadable and not os.path.isdir(self._config.images):
             raise ExtractError(
                 f"{self._config.images}: the folder is gone; what is done is kept, run the same "
-                "command again to go on"
+                "command again to continue"
             )
         for row, reason, digest in encoded.unreadable:
             writer.set_unreadable(row, reason, digest)

@@ -1,7 +1,7 @@
-"""Rows of unchanged photos from an older cache, so that only new photos cost an encoding.
+"""Reusing the rows of an older cache: photos that it knows are not encoded again.
 
-A photo is unchanged if its bytes are: every file is read and digested, whatever its name, size or
-date say. That costs a read, a hundredth of an encoding.
+A photo is known if the bytes of its file are. Every file is read and digested, whatever its name,
+size or date; this takes about a hundredth of the time of encoding it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from cache.record import CacheError, EncoderRecord
 from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter
+from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file
-from pipeline.photos.preprocessing import ImageError
-from pipeline.photos.read_ahead import STALL_S, StalledError
+from pipeline.photos.photo_loader import STALL_S, StalledError
 
 _TASK_PHOTOS = 32
 _Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]
@@ -33,10 +33,10 @@ class KnownPhotos:
         rows = cache.rows_with(DONE)
         keys = np.ascontiguousarray(cache.digests[rows]).view(np.uint64)[:, 0]
         order = np.argsort(keys, kind="stable")
-        self._keys, self._rows = keys[order], rows[order]  # by the first half of the digest
+        self._keys, self._rows = keys[order], rows[order]  # keys: first halves of the digests
 
     def row(self, digest: NDArray[np.uint8]) -> int | None:
-        """The row of the photo with this (16,) digest whose checksum is right; None without one."""
+        """The row with this (16,) digest and a correct checksum; None if there is none."""
         key = np.ascontiguousarray(digest).view(np.uint64)[0]
         start, stop = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
         for row in self._rows[start:stop].tolist():
@@ -46,7 +46,7 @@ class KnownPhotos:
 
 
 def open_known(path: Path, encoder: EncoderRecord) -> KnownPhotos:
-    """Raises CacheError where the cache's features are not this encoder's."""
+    """Open an older cache. Raises CacheError if another encoder made its features."""
     cache = FeatureCache(path)
     difference = cache.encoder.difference(encoder)
     if difference is not None:
@@ -57,9 +57,9 @@ def open_known(path: Path, encoder: EncoderRecord) -> KnownPhotos:
 def copy_known(
     writer: CacheWriter, known: KnownPhotos, images: Path, threads: int
 ) -> Iterator[int]:
-    """Write the pending rows that are known; yields how many, again and again.
+    """Copy the known rows among the pending ones, in parts; yields how many each part had.
 
-    Photos that cannot be read stay pending. Raises StalledError or CacheError.
+    Rows whose photos cannot be read stay pending. Raises StalledError or CacheError.
     """
     rows = np.flatnonzero(writer.status == PENDING)
     for part, digests in _digests(writer.cache, rows, images, threads):
@@ -72,9 +72,10 @@ def copy_known(
 
 
 def new_rows(writer: CacheWriter, known: KnownPhotos) -> NDArray[np.int64]:
-    """The rows that are not the older cache's, in order: they fill the batches one after the other.
+    """The rows that the older cache does not know, in the order in which they fill the batches.
 
-    It does not matter how many of them are done, so an interrupted run cuts the same batches.
+    Rows that are already encoded count as well, so that a run after an interruption has the same
+    batches.
     """
     status, digests = writer.status, writer.cache.digests
     is_new = np.ones(len(status), bool)
@@ -86,7 +87,7 @@ def new_rows(writer: CacheWriter, known: KnownPhotos) -> NDArray[np.int64]:
 def _digests(
     cache: FeatureCache, rows: NDArray[np.int64], images: Path, threads: int
 ) -> Iterator[_Digested]:
-    """(rows, (B, 16) digests) of the photos that can be read, some at a time, in any order."""
+    """(rows, (B, 16) digests) of the photos that can be read, in parts that come in any order."""
     parts = np.array_split(rows, -(-len(rows) // _TASK_PHOTOS)) if len(rows) else []
     tasks: queue.SimpleQueue[NDArray[np.int64]] = queue.SimpleQueue()
     for part in parts:
@@ -102,14 +103,14 @@ def _digests(
                 return
             try:
                 digests = [_digest(images / cache.paths[row]) for row in part.tolist()]
-            except BaseException as error:  # ours, not the photo's: let the caller have it
+            except BaseException as error:  # our bug, not the photo's: the caller raises it
                 finished.put(error)
                 return
             readable = np.array([digest is not None for digest in digests], bool)
             read = [digest for digest in digests if digest is not None]
             finished.put((part[readable], np.array(read, np.uint8).reshape(-1, DIGEST_BYTES)))
 
-    # Daemons: a thread that hangs in a dead network drive must not keep the process alive.
+    # Daemons, because a thread that hangs in a dead network drive must not keep the process alive.
     for number in range(threads):
         threading.Thread(target=work, name=f"digests-{number}", daemon=True).start()
     try:
@@ -120,8 +121,8 @@ def _digests(
             yield result
     except queue.Empty:
         raise StalledError(
-            f"{images}: the disk has given no photo for {STALL_S:.0f} s; what is done is kept, "
-            "run the same command again to go on"
+            f"{images}: nothing came from the disk for {STALL_S:.0f} s; what is done is kept, run "
+            "the same command again to continue"
         ) from None
     finally:
         stopped.set()

@@ -1,4 +1,4 @@
-"""One share of a set of photos: `--shard 2/8`."""
+"""One shard of a set of photos, as in `--shard 2/8`: which rows it has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cache.record import Shard
 
 
 class ShardError(CapError):
-    """A set of photos cannot be shared out like this. One line."""
+    """Raised when a set of photos cannot be split into so many shards. The message is one line."""
 
 
 def shard_of(
@@ -19,11 +19,11 @@ def shard_of(
     all_photos_sha256: str,
     all_captions_sha256: str,
 ) -> tuple[Shard, slice]:
-    """Share `number` of `count` of so many rows, and which rows these are.
+    """Shard `number` of `count` of a set of `rows` photos, and the slice of rows that it has.
 
-    Shares are runs of whole batches, as even as that allows: every photo keeps its place in its
-    batch, so the shards, merged, are the bytes of one extraction. Raises ShardError where there are
-    fewer batches than shards.
+    Each shard is a run of whole batches; their sizes differ by one batch at most. Every photo keeps
+    its place in its batch, so the merged shards have the bytes of one extraction. Raises ShardError
+    if there are fewer batches than shards.
     """
     batches = -(-rows // batch_rows)
     if count > batches:

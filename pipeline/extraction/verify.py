@@ -1,4 +1,4 @@
-"""`cap verify`: a cache against its own checksums, its photos, and the encoder's output today."""
+"""`cap verify`: compare a cache with its checksums, its photos, and features computed again."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from numpy.typing import NDArray
 
 from cache.store import FeatureCache, open_cache
 from cache.verify import VerifyReport, verify
-from pipeline.encoder.encoder import Encoder, EncoderError
+from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.encoder import Encoder
+from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file, read_photo
-from pipeline.photos.preprocessing import ImageError
 from train.device import resolve_device
 
-# The same pixels through the same network: anything below this is another photo or network.
+# The same pixels through the same network give at least this cosine, whatever the machine.
 MIN_COSINE = 0.9999
 _BATCH_PHOTOS = 32
 
 
 @dataclass(frozen=True)
 class Verification:
-    """`worst_cosine` compares stored features with features computed now; None: not computed."""
+    """What was compared, and what was wrong."""
 
     rows: int
     pending: int
-    sampled: int
-    encoded: int
-    worst_cosine: float | None
+    sampled: int  # photos whose files were compared with their digests
+    encoded: int  # photos encoded again
+    worst_cosine: float | None  # of stored to recomputed features; None if none was encoded again
     problems: list[str]
 
     @property
@@ -44,7 +45,7 @@ class Verification:
         if self.worst_cosine is not None:
             lines.append(f"worst cosine of stored to recomputed features: {self.worst_cosine:.6f}")
         count = len(self.problems)
-        good = "all good" if self.sampled else "the cache is whole; no photo was looked at"
+        good = "all good" if self.sampled else "the cache is intact; no photo was looked at"
         lines.append(good if self.ok else f"{count:,} problem{'s' if count > 1 else ''}")
         return "\n".join(lines)
 
@@ -57,14 +58,14 @@ def verify_cache(
     weights: str | None = None,
     device: str = "auto",
 ) -> Verification:
-    """Check a cache, and a seeded sample of its photos if their folder is given.
+    """Check a cache and, if the folder of its photos is given, a seeded sample of them.
 
-    Raises CacheError if the cache cannot be opened at all (its seal covers all but the rows).
+    Raises CacheError if the cache cannot be opened at all: its seal covers all but the rows.
     """
     cache = open_cache(cache_path, allow_pending=True)
     report, unchanged = verify(cache, _digest, images, sample=sample)
     problems = [*report.damaged, *report.changed]
-    if report.pending:  # a status byte that was flipped to "pending" looks like this, too
+    if report.pending:  # by an unfinished run, or by damage to a status byte
         problems.append(
             f"{cache_path}: {report.pending:,} of {report.rows:,} photos are not extracted yet; "
             "run the same `cap extract-features` again to finish it"
@@ -112,7 +113,7 @@ def _cosines(
     cosines: list[float] = []
     for chunk in np.array_split(rows, -(-len(rows) // _BATCH_PHOTOS)):
         photos = [read_photo(images / cache.paths[row], size, views).pixels for row in chunk]
-        # Their digests are unchanged, so they decode as they did.
+        # All of them decode, because their digests are unchanged.
         pixels = torch.cat([photo for photo in photos if photo is not None])
         now = encoder.encode(pixels).float().cpu().unflatten(0, (len(chunk), len(views)))
         stored = torch.from_numpy(cache.features[chunk]).float()

@@ -1,1 +1,1 @@
-"""What people bring: captions files, and photo files from bytes to pixels."""
+"""The user's files: captions files, and photo files from bytes to pixels."""

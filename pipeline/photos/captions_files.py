@@ -1,16 +1,15 @@
-"""Photos and their captions, from the formats people have: COCO, Karpathy, Flickr, a plain folder.
+"""Reading photos and their captions: COCO, Karpathy and Flickr files, CSV files, plain folders.
 
 Every reader returns `Photo` records in a fixed order. A photo is identified by its own id (COCO's
-number, otherwise its path), never by its place in a list.
+number, otherwise its path), never by its position in a list.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,12 +25,15 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class DatasetError(CapError):
-    """A photo folder or captions file cannot be used. One line, file first."""
+    """Raised when a photo folder or a captions file cannot be used.
+
+    The message is one line that starts with the file.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One photo: `path` is relative to the image folder, with `/` between its parts."""
+    """One photo and its captions. `path` is relative to the image folder, with `/` as separator."""
 
     image_id: str
     path: str
@@ -46,13 +48,15 @@ def read_photos(
     only: Path | None = None,
     limit: int | None = None,
 ) -> list[Photo]:
-    """The photos to work on, in the captions file's order, or sorted by path without one.
+    """The photos to work on, in the order of the captions file, or else sorted by path.
 
     captions: COCO captions JSON, Karpathy JSON, Flickr8k `captions.txt` (CSV), Flickr `token.txt`
-    or Flickr30k `results.csv`; None takes every photo below `images`. split: comma-separated
-    splits of a Karpathy file. only: a file of photo names, one a line. limit: the first so many.
+    or Flickr30k `results.csv`; None for every photo below `images`. split: comma-separated splits
+    of a Karpathy file. only: a file with one photo name per line; other photos are left out.
+    limit: how many photos to return at most.
 
-    Raises DatasetError if nothing can be read, nothing is left, or the arguments do not fit.
+    Raises DatasetError if a file cannot be read, no photo is left, or the arguments contradict each
+    other.
     """
     if not images.is_dir():
         wrong = "is a file; name a folder" if images.is_file() else "no such folder"
@@ -79,9 +83,10 @@ def read_photos(
 def read_captions(
     captions: Path, *, split: str | None = None, images: Path | None = None
 ) -> list[Photo]:
-    """The photos of a captions file, whatever its format. `images` helps to find COCO's subfolders.
+    """The photos of a captions file in any of the formats.
 
-    Raises DatasetError if the file is none of the known formats or names no photo.
+    images: the image folder; it decides whether the subfolders that a Karpathy file names are part
+    of the paths. Raises DatasetError if the format is unknown or the file names no photo.
     """
     try:
         with captions.open("rb") as file:
@@ -116,9 +121,9 @@ def _folder_photos(images: Path) -> list[Photo]:
 
 
 def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
-    """The photos that the file `only` names, one a line, with or without folders.
+    """The photos that the file `only` names, one per line, with or without folders.
 
-    Raises DatasetError if it names others.
+    Raises DatasetError if it names a photo that is not among `photos`.
     """
     try:
         lines = only.read_text(encoding="utf-8").splitlines()
@@ -163,7 +168,7 @@ def _karpathy_photos(
 ) -> list[Photo]:
     wanted = {name.strip() for name in split.split(",")} if split else None
     photos, splits = [], set()
-    # One listing decides whether the file's subfolders (val2014/…) exist below the image folder.
+    # Listing the image folder once tells which of the file's subfolders (val2014/…) exist in it.
     subfolders = {entry.name for entry in images.iterdir() if entry.is_dir()} if images else set()
     for entry in entries:
         splits.add(str(entry["split"]))
@@ -183,24 +188,20 @@ def _karpathy_photos(
 def _coco_photos(captions: Path, record: Mapping[str, Any]) -> list[Photo]:
     if "annotations" not in record:
         raise DatasetError(f"{captions}: has images but no annotations; is it a captions file?")
-    # pycocotools reports to stdout, which belongs to results.
-    with contextlib.redirect_stdout(io.StringIO()):
-        from pycocotools.coco import COCO
-
-        coco = COCO()
-        coco.dataset = dict(record)
-        coco.createIndex()
-    photos = []
-    for image_id, image in coco.imgs.items():
-        texts = tuple(_clean(note["caption"]) for note in coco.imgToAnns.get(image_id, []))
-        photos.append(Photo(str(image_id), str(image["file_name"]), tuple(filter(None, texts))))
-    return photos
+    captions_of: dict[Any, list[str]] = defaultdict(list)
+    for note in record["annotations"]:
+        captions_of[note["image_id"]].append(_clean(note["caption"]))
+    paths = {image["id"]: str(image["file_name"]) for image in record["images"]}
+    return [
+        Photo(str(image_id), path, tuple(filter(None, captions_of[image_id])))
+        for image_id, path in paths.items()
+    ]
 
 
 def _flickr_photos(captions: Path) -> list[Photo]:
     grouped: dict[str, list[str]] = {}
     try:
-        # Line by line: the file as a whole, and its lines as a list, would double the memory.
+        # Line by line, because a list of all lines would double the memory.
         with captions.open(encoding="utf-8-sig") as file:
             for name, caption in _named_captions(captions, file):
                 grouped.setdefault(name, []).extend([caption] if caption else [])
@@ -214,7 +215,7 @@ def _flickr_photos(captions: Path) -> list[Photo]:
 
 
 def _named_captions(captions: Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(photo's name, one caption) of every entry of Flickr's formats."""
+    """(photo name, one caption) for each entry of a file in one of Flickr's formats."""
     lines = iter(lines)
     line = next(lines, "")
     first = line.lower()
@@ -236,6 +237,7 @@ _Line = TypeVar("_Line", str, list[str])
 def _pairs(
     captions: Path, lines: Iterable[_Line], split: Callable[[_Line], Sequence[str]]
 ) -> Iterator[tuple[str, str]]:
+    """(photo name, one caption) for each line that is not empty. split: line → the two parts."""
     for number, line in enumerate(lines, 1):
         if not line or not any(part.strip() for part in line):
             continue
@@ -246,7 +248,7 @@ def _pairs(
         yield name, _clean(parts[1])
 
 
-@lru_cache(maxsize=8)  # a photo's captions follow one another
+@lru_cache(maxsize=8)  # a photo's captions follow one another, so names repeat
 def _names_image(name: str) -> bool:
     return PurePosixPath(name.strip().split("#")[0]).suffix.lower() in IMAGE_SUFFIXES
 

@@ -1,4 +1,4 @@
-"""Reading one photo file: whatever is wrong with it ends as a reason, not as an exception."""
+"""Reading one photo file. Whatever is wrong with the file becomes a reason, not an exception."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.store import DIGEST_BYTES
-from pipeline.photos.preprocessing import ImageError, preprocess
+from pipeline.photos.decoding import ImageError
+from pipeline.photos.preprocessing import preprocess
 
-# A file larger than this is not a photo; reading it would only take memory.
+# A larger file is not a photo, and reading it would only take memory.
 MAX_FILE_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
 class ReadPhoto:
-    """One photo after reading and decoding; `error` says why there are no pixels."""
+    """One photo after reading and decoding. `error` says why there are no pixels."""
 
     pixels: Tensor | None  # (V, 3, S, S) uint8, channels last in memory
     digest: NDArray[np.uint8]  # (16,), zeros if the file could not be read
@@ -31,9 +32,9 @@ class ReadPhoto:
 def read_photo(
     path: Path, size: int, views: tuple[str, ...], out: Tensor | None = None
 ) -> ReadPhoto:
-    """Read, digest and decode one file. Whatever is wrong with it is in `error`, not raised.
+    """Read, digest and decode one file. An error with the file is returned, not raised.
 
-    out: where the pixels go; see `preprocess`. It may hold anything if there is an error.
+    out: where the pixels go; see `preprocess`. Its content is undefined if there is an error.
     """
     digest = np.zeros(DIGEST_BYTES, np.uint8)
     try:
@@ -53,8 +54,8 @@ def read_photo(
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file. Raises OSError, or ImageError if it can be no photo."""
-    # O_NONBLOCK: opening a named pipe must not wait for somebody to write into it.
+    """The bytes of a file. Raises OSError, or ImageError if it is no regular file or too large."""
+    # O_NONBLOCK, because opening a named pipe would otherwise wait until somebody writes into it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -65,5 +66,5 @@ def read_file(path: Path) -> bytes:
 
 
 def file_digest(data: bytes) -> NDArray[np.uint8]:
-    """BLAKE2b-128 of a file's bytes: says which file a row came from. (16,) uint8."""
+    """BLAKE2b-128 of a file's bytes, (16,) uint8. It tells which file a row was made from."""
     return np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), np.uint8)

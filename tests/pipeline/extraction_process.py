@@ -1,4 +1,4 @@
-"""An extraction to be killed, for a fork server (`extraction_server`) to load once."""
+"""An extraction that a test kills. A fork server (`extraction_server`) loads this module once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline.encoder.encoder import Encoder, encoder_record, load_backbone
-from pipeline.extraction import encode_rows
+from pipeline.encoder.encoder import Encoder, encoder_record
+from pipeline.encoder.weights import load_backbone
+from pipeline.extraction import encode_batches
 from pipeline.extraction import extract as module
 from pipeline.extraction.config import ExtractConfig
-from pipeline.photos.read_ahead import LoadedBatch
+from pipeline.photos.photo_loader import LoadedBatch
 
 
 @cache
 def prepare() -> None:
-    """Do what writes nothing (loading weights, building the network) before the fork, so that a
-    killed process lives for a fraction of a second and most kills come while it writes.
+    """Do everything that writes nothing (loading weights, building the network) before the fork.
+
+    A process then lives for a fraction of a second, and most kills come while it writes.
     """
     torch.set_num_threads(1)  # threads would not survive the fork
     backbone = load_backbone("resnet18", "random")
@@ -30,15 +32,15 @@ def prepare() -> None:
         image_size=32,
         views=("full",),
     )
-    encoder.encode(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))  # makes the kernels
-    encode = encode_rows._encode
+    encoder.encode(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))  # oneDNN compiles its kernels
+    encode = encode_batches._encode
 
     def encode_slowly(encoder: Encoder, batch: LoadedBatch) -> object:
-        time.sleep(0.002)  # more moments to be killed in
+        time.sleep(0.002)  # more time in which the process can be killed
         return encode(encoder, batch)
 
-    module._FLUSH_INTERVAL_S = 0.0  # every batch is safe at once
-    vars(encode_rows).update(_encode=encode_slowly)
+    module._FLUSH_INTERVAL_S = 0.0  # every batch is flushed at once
+    vars(encode_batches).update(_encode=encode_slowly)
     vars(module).update(
         load_backbone=lambda *_: backbone,
         encoder_record=lambda *_: record,

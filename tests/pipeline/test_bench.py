@@ -1,4 +1,4 @@
-"""The benchmarks run and measure what they say; how fast anything is, is not a test's business."""
+"""The benchmarks run and report what they measure. How fast anything is, is not tested."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_bench_predict_times_fresh_and_loaded_models() -> None:
     assert [row["beam_size"] for row in result["latencies"]] == [1, 3]
     for row in result["latencies"]:
         assert 0 < row["warm_p50_ms"] <= row["warm_p99_ms"]
-        # A fresh process does all that a loaded model does, and loads it first.
+        # A fresh process does the same work as a loaded model, and loads it first.
         assert row["warm_p50_ms"] / 1000 < row["cold_p50_s"] <= row["cold_p99_s"]
         assert row["photos_per_s"] > 0
     assert result["precision"] in ("float32", "bfloat16")
@@ -62,7 +62,7 @@ def test_bench_predict_names_what_a_fresh_process_could_not_do(
 ) -> None:
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     _, err = cap("bench", "predict", "--backbone", "shufflenet_v2_x0_5", "--photos", 8, code=1)
-    assert "a fresh `cap predict` failed (no caption came)" in err
+    assert "a fresh `cap predict` failed (it wrote no caption)" in err
 
 
 def test_bench_extract_measures_every_part_and_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

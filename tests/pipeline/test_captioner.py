@@ -1,4 +1,4 @@
-"""The stitch: what the cache holds is what prediction computes, and so are the captions."""
+"""Prediction from photos computes the features of the cache, and so the same captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.captioner import Captioner, caption_cache, find_photos
-from pipeline.encoder.encoder import EncoderError
+from pipeline.encoder.backbone import EncoderError
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.photos.photo_file import read_photo
@@ -177,7 +177,7 @@ def test_predictions_do_not_depend_on_the_batch(
 def test_a_model_with_other_weights_at_hand_is_refused(
     photos: Path, tmp_path: Path, stitched: tuple[FeatureCache, Path]
 ) -> None:
-    from pipeline.encoder.encoder import load_backbone
+    from pipeline.encoder.weights import load_backbone
 
     state = load_backbone("resnet18", "random").network.state_dict()
     state["conv1.weight"] = state["conv1.weight"] + 1

@@ -1,4 +1,4 @@
-"""What runs as a CUDA graph against the same called directly. Needs a GPU."""
+"""CUDA graphs compared with the same functions called directly. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.encoder.cuda_graph import CapturedGraphs
-from pipeline.encoder.encoder import Encoder, QueuedFeatures, load_backbone
+from pipeline.encoder.encoder import Encoder, QueuedFeatures
+from pipeline.encoder.weights import load_backbone
 from tests.pipeline.test_encoder import random_pixels
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +31,7 @@ def test_a_graph_computes_what_the_function_does_from_pinned_and_other_memory() 
 
 
 def test_results_are_their_own_and_pinned_buffers_can_be_used_again() -> None:
-    """Batches queued one behind the other, each buffer refilled as soon as its features came."""
+    """Batches are queued one after the other; a buffer is refilled once its features are there."""
     device = torch.device("cuda", 0)
     encoder = Encoder(
         load_backbone("resnet50", "random"), device=device, precision="float16", image_size=64

@@ -6,7 +6,7 @@ import pytest
 from cache.errors import CapError
 from pipeline.demo.config import DemoConfig
 from pipeline.demo.run import DemoResult, run_demo
-from pipeline.photos.preprocessing import decode
+from pipeline.photos.decoding import decode
 
 
 def test_a_small_demo_goes_all_the_way_and_may_be_repeated(tmp_path: Path) -> None:

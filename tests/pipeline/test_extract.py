@@ -12,7 +12,7 @@ import pytest
 
 from cache.record import CacheError
 from cache.store import DONE, PENDING, open_cache
-from pipeline.encoder.encoder import EncoderError
+from pipeline.encoder.backbone import EncoderError
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Notice, Progress, extract
 from tests.conftest import write_photo
@@ -74,7 +74,7 @@ def test_going_on_keeps_the_batch_size_and_so_the_bytes(photos: Path, tmp_path: 
     next(reports)
     reports.close()
     _, notices = run(photos, tmp_path / "x.h5", batch_size=3)
-    assert notices == ["going on with the cache's own batch size, 4"]
+    assert notices == ["continuing with the cache's own batch size, 4"]
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
@@ -82,7 +82,7 @@ def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL at 50 random moments, from before the file exists to its last row."""
     for seed in range(160):
         write_photo(tmp_path / "photos" / f"{seed:03d}.jpg", seed)
-    # The fork server has everything imported and loaded; its children start at once.
+    # The fork server has everything imported and loaded, so its children start at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pipeline.extraction_server"])
 
@@ -104,10 +104,10 @@ def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     attempts = kills = partly = 0
     while kills < 50:
         attempts += 1
-        assert attempts < 300  # they were done before they could be killed
+        assert attempts < 300  # else most runs ended before they were killed
         process = start(tmp_path / "x.h5")
-        # One in five comes before or while the file is made, the others while it is filled.
-        # A run that goes on has less to do than the measured one.
+        # One kill in five comes before or while the file is made, the others while it is filled.
+        # Runs that continue have less to do than the measured one.
         latest_s = until_file_s + 0.6 * (whole_s - until_file_s)
         time.sleep(chance.uniform(until_file_s if attempts % 5 else 0, latest_s))
         process.kill()

@@ -1,4 +1,4 @@
-"""Fused convolutions against the network as torchvision builds it."""
+"""Fused convolutions compared with the network as torchvision builds it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import torch
 from torch import fx, nn
 from torchvision import models
 
-from pipeline.encoder.encoder import load_backbone
+from pipeline.encoder.batchnorm import fold_batchnorm
 from pipeline.encoder.fused_convolutions import (
     _CudnnConvolution,
     _MaxPool3,
     _OneDnnConvolution,
     _replace_max_pools,
-    fold_batchnorm,
     fuse_convolutions,
-    has_batchnorm,
-    meta_twin,
 )
+from pipeline.encoder.weights import load_backbone
 
 CPU = torch.device("cpu")
 
 
 def images(count: int = 2, size: int = 64) -> torch.Tensor:
-    """Coarse noise, as the networks' random weights were calibrated on."""
+    """Coarse noise, like that on which BatchNorm statistics of random weights are measured."""
     coarse = torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return nn.functional.interpolate(coarse, (size, size), mode="bicubic")
 
@@ -37,14 +35,6 @@ def fused_on_cpu(network: nn.Module, example: torch.Tensor) -> nn.Module:
         return fuse_convolutions(
             fold_batchnorm(network), CPU, torch.float32, typical_batch=len(example)
         )
-
-
-def test_folding_keeps_the_network_and_leaves_the_original_alone() -> None:
-    network = load_backbone("resnet18", "random").network
-    folded = fold_batchnorm(network)
-    assert not has_batchnorm(folded)
-    assert has_batchnorm(network)
-    torch.testing.assert_close(folded(images()), network(images()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])  # in the second not all is folded
@@ -105,7 +95,7 @@ def test_a_resnet_has_no_separate_sum_or_activation_left() -> None:
 
 
 class Awkward(nn.Module):
-    """Sums and reuse that must not be fused in place, or not at all."""
+    """Sums and shared results that must not be fused in place, or not at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,14 +159,6 @@ def test_only_max_pools_of_that_kind_are_replaced() -> None:
     )  # fmt: skip
     _replace_max_pools(network)
     assert [isinstance(pool, _MaxPool3) for pool in network] == [True, False, True, False, False]
-
-
-def test_a_twin_has_shapes_and_no_numbers() -> None:
-    network = load_backbone("resnet18", "random").network
-    twin = meta_twin(network)
-    assert {p.device.type for p in twin.parameters()} == {"meta"}
-    assert twin(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 512)
-    assert {p.device.type for p in network.parameters()} == {"cpu"}
 
 
 @pytest.mark.gpu

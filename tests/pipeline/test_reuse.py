@@ -10,23 +10,23 @@ import pytest
 from cache.record import CacheError
 from cache.store import DONE, open_cache
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
-from pipeline.extraction import encode_rows
+from pipeline.extraction import encode_batches
 from pipeline.extraction.extract import Progress, extract
-from pipeline.photos.read_ahead import LoadedBatch
+from pipeline.photos.photo_loader import LoadedBatch
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
 
 
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of photos in each batch that is really encoded."""
-    real, counts = encode_rows._encode, []
+    """The number of photos in each batch that is encoded and not copied."""
+    real, counts = encode_batches._encode, []
 
     def count(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
         counts.append(len(batch.decoded))
         return real(encoder, batch)
 
-    monkeypatch.setattr(encode_rows, "_encode", count)
+    monkeypatch.setattr(encode_batches, "_encode", count)
     return counts
 
 
@@ -102,7 +102,7 @@ def test_damaged_and_unreadable_rows_are_not_reused(
 def test_another_encoders_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"old\.h5: made with image_size 64, not 96; its rows"):
         run(folder, tmp_path / "x.h5", captions=None, image_size=96, reuse=tmp_path / "old.h5")
-    with pytest.raises(CacheError, match=r"old\.h5: cannot be reused for itself"):
+    with pytest.raises(CacheError, match=r"old\.h5: cannot be both --reuse and --out"):
         run(
             folder,
             tmp_path / "old.h5",

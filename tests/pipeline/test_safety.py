@@ -1,4 +1,4 @@
-"""What disks, drives and other processes do to an extraction: one clear line, nothing lost."""
+"""Trouble with disks, drives and other processes: one clear line, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cache.record import CacheError
 from cache.store import open_cache
 from cache.verify import verify
 from cache.writer import open_writer
-from pipeline.extraction import encode_rows, reuse
+from pipeline.extraction import encode_batches, reuse
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import ExtractError, Progress, extract
-from pipeline.photos import photo_file, read_ahead
+from pipeline.photos import photo_file, photo_loader
+from pipeline.photos.decoding import MAX_PIXELS
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
-from pipeline.photos.preprocessing import MAX_PIXELS
-from pipeline.photos.read_ahead import PhotoLoader, StalledError
+from pipeline.photos.photo_loader import PhotoLoader, StalledError
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
 from train.config import Recipe, TrainConfig
@@ -60,7 +60,7 @@ def test_a_full_disk_shows_before_the_first_photo(small_disk: Path, make_cache: 
 
 
 def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:
-    """Whatever others then put on the disk, the rows fit."""
+    """The rows fit, whatever else is then written to the disk."""
     made = skeleton([[]] * 40, feature_dim=8_000)
     with open_writer(small_disk / "x.h5", made, library_versions={}) as writer:
         with pytest.raises(OSError, match="No space left"), (small_disk / "big").open("wb") as big:
@@ -76,7 +76,7 @@ def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:
 def test_a_disk_that_fills_up_during_training_is_one_line(
     share: float, of: str, small_disk: Path, make_cache: MakeCache
 ) -> None:
-    """Room is left for a share of a file; the run can be resumed from where it was saved."""
+    """The disk has room for a share of a file. The run can be resumed from its last checkpoint."""
     cache = make_cache([["a dog runs", "a cat"], ["the dog", "a bird"]] * 3, feature_dim=8)
     recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=2)
     asked = TrainConfig(
@@ -105,7 +105,7 @@ def test_a_read_only_folder_is_one_line(small_disk: Path, photos: Path) -> None:
 
 
 def test_a_write_that_fails_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
-    """The limit on file sizes stands for a quota: rows from some point on cannot be written."""
+    """A limit on file sizes stands for a quota: rows behind it cannot be written."""
     code = """
 import resource, sys
 import numpy as np
@@ -205,10 +205,10 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
             back.wait()
         return real(path, size, views, out)
 
-    monkeypatch.setattr(read_ahead, "read_photo", read_photo)
-    monkeypatch.setattr(encode_rows, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
+    monkeypatch.setattr(photo_loader, "read_photo", read_photo)
+    monkeypatch.setattr(encode_batches, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
     started = time.monotonic()
-    with pytest.raises(StalledError, match=r"2\d\.jpg: the disk has given no photo for 2 s; what"):
+    with pytest.raises(StalledError, match=r"2\d\.jpg: nothing came from the disk for 2 s; what"):
         run(folder, tmp_path / "x.h5", captions=None)
     assert time.monotonic() - started >= 2
     back.set()
@@ -217,11 +217,11 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
     assert not done.errors()
     run(folder, tmp_path / "x.h5", captions=None)
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
-    # The same when an older cache's rows are looked for.
+    # The same while photos are looked up in an older cache.
     back.clear()
     monkeypatch.setattr(reuse, "_digest", lambda path: [None, back.wait()][0])
     monkeypatch.setattr(reuse, "STALL_S", 0.2)
-    with pytest.raises(StalledError, match=r"photos: the disk has given no photo for 0 s; what"):
+    with pytest.raises(StalledError, match=r"photos: nothing came from the disk for 0 s; what"):
         run(folder, tmp_path / "y.h5", captions=None, reuse=tmp_path / "x.h5")
     back.set()
 
@@ -230,17 +230,17 @@ def test_a_drive_that_stalls_from_the_start_leaves_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
-    monkeypatch.setattr(read_ahead, "read_photo", lambda *_, **__: [None, back.wait()][0])
+    monkeypatch.setattr(photo_loader, "read_photo", lambda *_, **__: [None, back.wait()][0])
     monkeypatch.setattr(extraction, "PhotoLoader", partial(PhotoLoader, stall_s=0.2))
     monkeypatch.setattr(extraction, "fast_precisions", lambda device: ("bfloat16", "float32"))
-    with pytest.raises(StalledError, match=r"a\.jpg: the disk has given no photo for"):
+    with pytest.raises(StalledError, match=r"a\.jpg: nothing came from the disk for"):
         run(photos, tmp_path / "x.h5")
     back.set()
     assert not list(tmp_path.iterdir())
 
 
 def png_of(width: int, height: int) -> bytes:
-    """The start of a PNG that declares this size: its header is all a bomb needs."""
+    """The start of a PNG that declares this size. A bomb needs no more than this header."""
     import struct
     import zlib
 
@@ -254,14 +254,14 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def test_decompression_bombs_are_refused_before_they_take_memory(tmp_path: Path) -> None:
-    """In a process that may take 100 MB more than it has; the pictures would take 537 MB and up."""
+    """In a process that may take 100 MB more; the pictures would take 537 MB or more."""
     side = int(MAX_PIXELS**0.5) + 1
     for name, size in (("a.png", (side, side)), ("b.png", (65_000, 65_000))):
         (tmp_path / name).write_bytes(png_of(*size))
     code = """
 import resource, sys
 from pathlib import Path
-from pipeline.photos import photo_file, read_ahead
+from pipeline.photos import photo_file, photo_loader
 from pipeline.photos.photo_file import read_photo
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 100_000_000

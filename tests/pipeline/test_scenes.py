@@ -1,27 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from PIL import ImageChops
 from torchvision import models
 
+from pipeline.demo.painting import COLORS, HEIGHT, NOUNS, WIDTH, SceneObject
 from pipeline.demo.run import OWN_BACKBONE, OWN_WEIGHTS
-from pipeline.demo.scenes import (
-    COLORS,
-    HEIGHT,
-    NOUNS,
-    PLACES,
-    WIDTH,
-    Scene,
-    SceneObject,
-    draw_scene,
-    named_right,
-)
-from pipeline.gallery import Tile, write_contact_sheet
-from pipeline.photos.preprocessing import decode
-from tests.conftest import write_photo
+from pipeline.demo.scenes import PLACES, Scene, draw_scene, named_right
 
 
 def test_a_seed_is_a_scene() -> None:
@@ -87,14 +72,3 @@ def test_the_demos_weights_are_small_and_fit_their_network() -> None:
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert missing == ["fc.weight", "fc.bias"]
     assert unexpected == []
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_a_contact_sheet_holds_every_photo(tmp_path: Path, count: int) -> None:
-    for seed in range(count):
-        write_photo(tmp_path / f"{seed}.jpg", seed, (640, 300))
-    tiles = [Tile(tmp_path / f"{s}.jpg", "a caption " * 12, "truth") for s in range(count)]
-    write_contact_sheet(tiles, tmp_path / "sheet.png", legend=("black", "grey"), columns=3)
-    sheet = decode((tmp_path / "sheet.png").read_bytes())
-    assert sheet.shape[1] > 3 * 320
-    assert sheet.std() > 20

@@ -57,7 +57,7 @@ def test_shards_of_other_captions_or_photos_are_refused(photos: Path, tmp_path: 
         run(photos, tmp_path / "2.h5", shard=(2, 2), captions=captions, overwrite=True)
         with pytest.raises(CacheError, match=rf"2\.h5: a shard of other {what} than .*1\.h5"):
             merge([tmp_path / "1.h5", tmp_path / "2.h5"], tmp_path / "merged.h5")
-    # The remedy that the message names: the same captions, and no photo is encoded twice.
+    # The remedy in the message: extract again with the same captions, reusing all encoded photos.
     _, notices = run(
         photos, tmp_path / "3.h5", shard=(2, 2), captions=photos / "captions.txt",
         reuse=tmp_path / "2.h5",

@@ -1,4 +1,4 @@
-"""torchvision without torch's compiler. Each in a fresh process: what is imported stays."""
+"""torchvision without torch's compiler. Each test uses a new process, because imports persist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def test_a_backbone_is_made_ready_without_torchs_compiler(name: str, tmp_path: P
     weights = tmp_path / "w.pth"
     found = run(
         "import sys, torch\n"
-        "from pipeline.encoder.encoder import Encoder, load_backbone\n"
+        "from pipeline.encoder.encoder import Encoder\n"
+        "from pipeline.encoder.weights import load_backbone\n"
         f"drawn = load_backbone({name!r}, 'random')\n"
         f"torch.save(drawn.network.state_dict(), {str(weights)!r})\n"
         f"backbone = load_backbone({name!r}, {str(weights)!r})\n"

@@ -1,8 +1,8 @@
-"""Rows of a cache through an encoder: batches loaded ahead, encoded, and handed on as arrays.
+"""Encoding the pending rows of a cache, batch by batch, while the next photos are loaded.
 
-Every photo is encoded at its own place of a batch of one shape, with black where a row is done
-already or unreadable: features may depend in the last bit on both, and with both fixed an
-interrupted run computes what an unbroken one does, and several devices what one would.
+All batches have one shape, and every photo has a fixed place in its batch; rows that are done or
+unreadable are black. The last bits of a feature may depend on both. With both fixed, a run that was
+interrupted computes the same bytes as an unbroken one, and several devices the same as one.
 """
 
 from __future__ import annotations
@@ -17,35 +17,29 @@ from numpy.typing import NDArray
 from cache.record import Strings
 from cache.store import DIGEST_BYTES, PENDING
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
-from pipeline.photos.read_ahead import LoadedBatch, PhotoLoader
+from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 
 
 @dataclass(frozen=True)
-class EncodedRows:
-    """What became of a batch's pending rows."""
+class EncodedBatch:
+    """The results for the rows of a batch that were pending."""
 
     rows: NDArray[np.int64]  # (R,) ascending
     features: NDArray[np.float16]  # (R, V, D)
     digests: NDArray[np.uint8]  # (R, 16)
     unreadable: list[tuple[int, str, NDArray[np.uint8]]]  # row, reason, digest
 
-    def __len__(self) -> int:
-        return len(self.rows) + len(self.unreadable)
-
-
-Batches = Sequence[tuple[int, Sequence[int]]]
-
 
 def pending_batches(
     order: NDArray[np.int64], status: NDArray[np.uint8], batch_rows: int
-) -> Batches:
-    """(first position, positions of pending rows) of every batch that has one.
+) -> list[BatchRequest]:
+    """The batches that contain pending rows, with the positions of those rows.
 
-    order: rows as they fill the batches, one after the other; a position is an index into it.
+    order: the rows in the order in which they fill the batches. A position is an index into it.
     """
     in_order = status[order]
     return [
-        (first, (first + np.flatnonzero(part == PENDING)).tolist())
+        BatchRequest(first, (first + np.flatnonzero(part == PENDING)).tolist())
         for first in range(0, len(order), batch_rows)
         if (part := in_order[first : first + batch_rows]).min() == PENDING
     ]
@@ -54,17 +48,17 @@ def pending_batches(
 def encode_batches(
     encoder: Encoder,
     order: NDArray[np.int64],
-    batches: Batches,
+    batches: Sequence[BatchRequest],
     *,
     images: Path,
     paths: Strings,
     batch_rows: int,
     threads: int,
-) -> Iterator[EncodedRows | str]:
-    """Encode `pending_batches`, one after the other; a str is a notice for the user.
+) -> Iterator[EncodedBatch | str]:
+    """Encode `pending_batches` one after the other. A str is a notice for the user.
 
-    On a GPU a batch is still being computed while the next one is copied. Raises StalledError or
-    EncoderError.
+    paths: of each row's photo below `images`. threads: that load photos. A GPU computes one batch
+    while the next one is copied to it. Raises StalledError or EncoderError.
     """
     loader = PhotoLoader(
         batches,
@@ -80,26 +74,26 @@ def encode_batches(
         for batch in loader:
             queued = _encode(encoder, batch), batch
             if running is not None:
-                yield _encoded_rows(*running, order)
+                yield _encoded_batch(*running, order)
                 loader.release(running[1])
             running = queued
             while encoder.notices:
                 yield encoder.notices.pop(0)
         if running is not None:
-            yield _encoded_rows(*running, order)
+            yield _encoded_batch(*running, order)
 
 
 def _encode(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
-    """The features of every place; None if none of them holds a photo."""
+    """The features of every place of the batch; None if no place holds a photo."""
     return encoder.queue(batch.pixels.flatten(0, 1)) if batch.decoded else None
 
 
-def _encoded_rows(
+def _encoded_batch(
     features: QueuedFeatures | None, batch: LoadedBatch, order: NDArray[np.int64]
-) -> EncodedRows:
+) -> EncodedBatch:
     positions = np.array(sorted(batch.decoded), np.int64)
     digests = [batch.reads[position].digest for position in positions.tolist()]
-    return EncodedRows(
+    return EncodedBatch(
         rows=order[positions],
         features=(
             np.zeros((0, 0, 0), np.float16)

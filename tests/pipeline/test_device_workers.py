@@ -1,4 +1,4 @@
-"""Several devices at once, here several CPUs: the code path is that of several GPUs."""
+"""Extraction on several devices, here on several CPUs: the same code as for several GPUs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cache.store import open_cache
-from pipeline.encoder.encoder import load_backbone
-from pipeline.extraction.devices import WorkerError
+from pipeline.encoder.weights import load_backbone
+from pipeline.extraction.device_workers import WorkerError
 from pipeline.extraction.extract import Progress, extract
 from tests.conftest import ROOT, write_photo
 from tests.pipeline.test_extract import config, run
@@ -22,10 +22,10 @@ from train.device import DeviceError, resolve_devices
 
 
 def workers_of(pid: int) -> list[int]:
-    """The worker processes that this process started and that are alive."""
+    """The living worker processes that this process has started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return [int(child) for child, line in lines.items() if b"pipeline.extraction.devices" in line]
+    return [int(child) for child, line in lines.items() if b"device_workers" in line]
 
 
 def test_two_processes_make_the_bytes_of_one(photos: Path, tmp_path: Path) -> None:
@@ -62,8 +62,30 @@ def test_closing_ends_the_processes_at_once(photos: Path, tmp_path: Path) -> Non
     assert not workers_of(os.getpid())
 
 
+def test_workers_do_not_import_from_the_working_folder(photos: Path, tmp_path: Path) -> None:
+    for floor in ("cache", "train", "pipeline"):
+        (tmp_path / f"{floor}.py").write_text("raise SystemExit('imported')")
+    command = [
+        sys.executable, "-P", "-c", "from pipeline.cli.app import app; app()", "extract-features",
+        "--images", photos, "--out", tmp_path / "x.h5", "--backbone", "resnet18",
+        "--weights", "random", "--image-size", 64, "--batch-size", 4, "--device", "cpu,cpu",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(part) for part in command],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def start_command(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """An extraction on two devices in a process group of its own, and its workers, once it runs."""
+    """Start an extraction on two devices in a process group of its own.
+
+    Returns it and its workers once the first rows are written.
+    """
     for seed in range(1000):
         write_photo(folder / "photos" / f"{seed}.jpg", seed)
     command = [

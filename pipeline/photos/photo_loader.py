@@ -1,8 +1,9 @@
-"""Photos ahead of the encoder: read, digested, decoded and resized by threads, batch after batch.
+"""Loading photos ahead of the encoder: threads read, digest, decode and resize batch after batch.
 
-The threads do their work in libraries that release Python's lock (file reads, BLAKE2b,
-libjpeg-turbo, torch's resize), so they scale with the cores. A few batch-sized buffers go round
-between them and the encoder; on a GPU machine they are pinned, so that copies overlap with work.
+Most of the work is done in libraries that release Python's lock (file reads, BLAKE2b,
+libjpeg-turbo, torch's resize), so the threads scale with the cores. A few batch-sized buffers
+circulate between the threads and the encoder. For a GPU they are pinned, so that copies to it
+overlap with its work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -24,23 +25,32 @@ from cache.errors import CapError
 from pipeline.photos.photo_file import ReadPhoto, read_photo
 from pipeline.photos.preprocessing import empty_pixels
 
-# Photos that a thread takes at once: fewer hand-overs, still a fine grain.
+# How many photos a thread takes at once: few enough to keep all threads busy to the end, enough to
+# make handing them over cheap.
 _TASK_PHOTOS = 4
 _BATCHES_AHEAD = 3
-# A disk or network drive that finishes no photo for so long is taken to be gone.
+# A disk or network drive that delivers no photo for this long is assumed to be gone.
 STALL_S = 60.0
 
 
 class StalledError(CapError):
-    """Photos are not coming from the disk any more. One line."""
+    """Raised when the disk has stopped delivering photos. The message is one line."""
+
+
+class BatchRequest(NamedTuple):
+    """A batch to load: the row of its first place, and the rows whose photos are wanted."""
+
+    first: int
+    rows: Sequence[int]  # at least `first`, ascending
 
 
 @dataclass
 class LoadedBatch:
-    """Photos of rows `first` … `first + len(pixels)`; those that were not asked for are black.
+    """The photos of rows `first` … `first + len(pixels) - 1`. Rows not requested are black.
 
-    pixels: (R, V, 3, S, S) uint8, channels last in memory, valid until `release`. reads: what
-    became of each row asked for; their own pixels are gone.
+    pixels: (R, V, 3, S, S) uint8, channels last in memory, valid until `PhotoLoader.release`.
+    reads: digest and error of each requested row, without its pixels. decoded: the requested rows
+    that have pixels.
     """
 
     first: int
@@ -50,15 +60,16 @@ class LoadedBatch:
 
 
 class PhotoLoader:
-    """Iterates over loaded batches in order. A context manager; leaving it stops the threads.
+    """Iterates over loaded batches in order. A context manager: leaving it stops the threads.
 
-    paths: the photo of a row. batches: (first row, rows wanted) of each. Raises StalledError
-    where nothing comes for `stall_s` seconds; whatever is wrong with one photo is in its `reads`.
+    path_of: the photo of a row. batch_rows: the places of every batch, however few rows are
+    requested. Iteration raises StalledError if no photo arrives for `stall_s` seconds. An error
+    with one photo is in the `reads` of its batch.
     """
 
     def __init__(
         self,
-        batches: Sequence[tuple[int, Sequence[int]]],
+        batches: Sequence[BatchRequest],
         path_of: Callable[[int], Path],
         *,
         batch_rows: int,
@@ -79,10 +90,11 @@ class PhotoLoader:
         self._finished = threading.Condition()
         self._last_photo = time.monotonic()
         self._stopped = False
-        # Daemons: a thread that hangs in a dead network drive must not keep the process alive.
+        # Daemons, because a thread that hangs in a dead network drive must not keep the process
+        # alive.
         self._threads = [
             threading.Thread(target=self._work, name=f"photos-{i}", daemon=True)
-            for i in range(min(threads, sum(len(rows) for _, rows in batches)))
+            for i in range(min(threads, sum(len(batch.rows) for batch in batches)))
         ]
 
     def __enter__(self) -> Self:
@@ -104,7 +116,7 @@ class PhotoLoader:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        submitted = map(self._submit, self._batches)  # lazy: submitted when taken
+        submitted = map(self._submit, self._batches)  # lazy: each is submitted when taken
         ahead = deque(islice(submitted, _BATCHES_AHEAD))
         while ahead:
             loading = ahead.popleft()
@@ -113,11 +125,11 @@ class PhotoLoader:
             yield loading.batch
 
     def release(self, batch: LoadedBatch) -> None:
-        """Give a batch's buffer back; nothing may read it any more, on any device."""
+        """Return a batch's buffer for reuse. No device may still be reading it."""
         self._free.append(batch.pixels)
 
-    def _submit(self, wanted: tuple[int, Sequence[int]]) -> _Loading:
-        first, rows = wanted
+    def _submit(self, request: BatchRequest) -> _Loading:
+        first, rows = request
         pixels = self._free.pop() if self._free else None
         if pixels is None:
             count = self._batch_rows * len(self._views)
@@ -139,8 +151,8 @@ class PhotoLoader:
                 if silent_s > self._stall_s:
                     row = min(loading.left)
                     raise StalledError(
-                        f"{self._path_of(row)}: the disk has given no photo for {silent_s:.0f} s; "
-                        "what is done is kept, run the same command again to go on"
+                        f"{self._path_of(row)}: nothing came from the disk for {silent_s:.0f} s; "
+                        "what is done is kept, run the same command again to continue"
                     )
         if loading.failure is not None:
             raise loading.failure
@@ -153,7 +165,7 @@ class PhotoLoader:
                     return
                 try:
                     self._load(batch, row)
-                except BaseException as error:  # ours, not the photo's: let the caller have it
+                except BaseException as error:  # our bug, not the photo's: the caller raises it
                     task.loading.failure = error
                 self._last_photo = time.monotonic()
             with self._finished:
@@ -173,13 +185,17 @@ class PhotoLoader:
 
 @dataclass
 class _Loading:
+    """A batch that threads are working on."""
+
     batch: LoadedBatch
-    left: set[int]
+    left: set[int]  # rows not finished
     failure: BaseException | None = None
     since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class _Task:
+    """Rows of a batch that one thread loads."""
+
     loading: _Loading
     rows: Sequence[int]

@@ -1,0 +1,153 @@
+"""The frozen backbone: any torchvision classifier without its last linear layer.
+
+The network as torchvision builds it, in float32, is the reference. What runs is the same network
+with its convolutions fused (`fused_convolutions`), channels last in memory, in a chosen precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cache.errors import CapError
+from pipeline.encoder.batchnorm import fold_batchnorm
+from pipeline.encoder.fused_convolutions import fuse_convolutions
+from pipeline.encoder.torchvision_models import classifiers
+
+# The batch size for which the weights are laid out in memory. Any other size works, too.
+_TYPICAL_BATCH = 16
+
+
+class EncoderError(CapError):
+    """Raised when a backbone, its weights or its device cannot be used. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network without its head: (B, 3, S, S) normalized floats → (B, feature_dim)."""
+
+    name: str
+    weights: str
+    weights_sha256: str
+    feature_dim: int
+    network: nn.Module  # float32, on the CPU, in eval mode, frozen
+    # The latest fast network, by (device, dtype, image size). It is kept so that the network that
+    # was compared with float32 is the one that is then used.
+    _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def fast_network(self, device: torch.device, dtype: torch.dtype, image_size: int) -> nn.Module:
+        """The network with fused convolutions, on `device` in `dtype`; see `fused_convolutions`.
+
+        Raises EncoderError unless images of this size give one vector each.
+        """
+        key = (device, dtype, image_size)
+        if key not in self._fast:
+            if device.type != "cpu":
+                self.check_image_size(image_size)
+            self._fast.clear()  # frees the old network's memory before the new one needs it
+            network = fuse_convolutions(
+                fold_batchnorm(self.network), device, dtype, typical_batch=_TYPICAL_BATCH
+            )
+            if device.type == "cpu":  # encoding one photo takes less time than `check_image_size`
+                photo = torch.zeros(1, 3, image_size, image_size, dtype=dtype)
+                self._check_output(network, photo.to(memory_format=torch.channels_last))
+            self._fast[key] = network
+        return self._fast[key]
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raise EncoderError unless images of this size give one vector each.
+
+        Computes shapes only.
+        """
+        pixels = torch.empty(2, 3, image_size, image_size, device="meta")
+        self._check_output(_meta_twin(self.network), pixels)
+
+    @torch.inference_mode()
+    def _check_output(self, network: nn.Module, pixels: Tensor) -> None:
+        """Run `network` on pixels (B, 3, S, S). Raises EncoderError unless it returns (B, D)."""
+        image_size = pixels.shape[-1]
+        try:
+            shape = tuple(network(pixels).shape)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise EncoderError(
+                f"{self.name} cannot take {image_size}×{image_size} pixels ({reason})"
+            ) from None
+        except AttributeError:  # the output is no tensor
+            shape = ()
+        if shape != (len(pixels), self.feature_dim):
+            raise EncoderError(
+                f"{self.name} has no pooled vector before its last layer; choose another backbone"
+            )
+
+
+def _meta_twin(network: nn.Module) -> nn.Module:
+    """A copy on the meta device: shapes without numbers. The weights are not copied."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in network.parameters()}
+    memo.update((id(buffer), buffer.to("meta")) for buffer in network.buffers())
+    return copy.deepcopy(network, memo)
+
+
+def headless_network(name: str, device: str) -> tuple[nn.Module, int]:
+    """A torchvision classifier with its last linear layer replaced by the identity, and the number
+    of features that layer takes.
+
+    device: `meta` for shapes without numbers, `cpu` for random weights from the global generator.
+    Raises EncoderError.
+    """
+    try:
+        with torch.device(device), _SkipInitialization(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some constructors announce changes of their defaults
+            network: nn.Module = classifiers().get_model(name, weights=None)
+    except NotImplementedError:  # RegNets compute their widths with tensors
+        if device == "cpu":
+            raise
+        return headless_network(name, "cpu")
+    except ValueError:
+        raise EncoderError(
+            f"torchvision has no backbone {name!r}; examples are resnet152, resnet50, mobilenet_v2"
+        ) from None
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise EncoderError(f"{name} does not end in a linear layer; choose another backbone")
+    head = network.get_submodule(linear[-1])
+    assert isinstance(head, nn.Linear)
+    network.set_submodule(linear[-1], nn.Identity())
+    return network, head.in_features
+
+
+# The functions that draw initial weights, as far as a mode sees them: it sees a call of a function
+# of torch.nn.init, but not what this function calls.
+_DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Skips the drawing of weights on the meta device, where they have no numbers.
+
+    Otherwise PyTorch would import its compiler to draw nothing.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._skips = device == "meta"
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._skips and func in _DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

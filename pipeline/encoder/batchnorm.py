@@ -1,0 +1,58 @@
+"""Folding BatchNorm into the convolutions before it, in a traced copy of the network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    return any(isinstance(m, BATCHNORMS) for m in network.modules())
+
+
+def fold_batchnorm(network: nn.Module) -> nn.Module:
+    """A traced copy with each BatchNorm folded into the convolution before it, if there is one.
+
+    What is not folded shares its memory with `network`, until it is moved or converted. A network
+    that torch.fx cannot trace is copied as it is: it runs, only slower.
+    """
+    copied = _sharing_copy(network)
+    try:
+        traced = fx.symbolic_trace(copied)
+    except Exception:  # whatever the network's code raises when it is given symbols
+        return copied.eval().requires_grad_(False)
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or len(before.users) > 1:
+            continue
+        convolution, batchnorm = called_module(before, modules), called_module(node, modules)
+        if type(convolution) is not nn.Conv2d or type(batchnorm) is not nn.BatchNorm2d:
+            continue
+        if not batchnorm.track_running_stats:
+            continue
+        before.target = f"folded_{before.name}"
+        modules[before.target] = fuse_conv_bn_eval(convolution, batchnorm)
+        traced.add_module(before.target, modules[before.target])
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.eval().requires_grad_(False)
+
+
+def called_module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """The module that this node of a graph calls; None if it calls a function or nothing."""
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def _sharing_copy(network: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are its own, but share the memory of the originals."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in network.parameters()}
+    memo.update((id(buffer), buffer.detach()) for buffer in network.buffers())
+    return copy.deepcopy(network, memo)

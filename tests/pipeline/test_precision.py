@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.bench.jpegs import write_bench_photos
+from pipeline.encoder import precision as precision_module
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.precision import choose_precision, encode_plain, fast_precisions
+from pipeline.encoder.weights import load_backbone
+from pipeline.photos.photo_file import read_file
+from pipeline.photos.preprocessing import preprocess
+from tests.pipeline.test_encoder import CPU, random_pixels
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_fast_features_agree_with_the_plain_network(precision: str) -> None:
+    backbone = load_backbone("resnet18", "random")
+    encoder = Encoder(backbone, device=CPU, precision=precision, image_size=64)
+    fast = encoder.encode(random_pixels(8)).float()
+    cosine = torch.cosine_similarity(fast, encode_plain(backbone, random_pixels(8), CPU))
+    assert float(cosine.min()) > (0.99999 if precision == "float32" else 0.999)
+
+
+def test_resnet152_is_fast_only_where_it_agrees_with_the_plain_network(tmp_path: Path) -> None:
+    """Every precision that `auto` may choose on this machine, on pictures like photos."""
+    write_bench_photos(tmp_path, 4, 256, 256)
+    pixels = torch.cat([preprocess(path.read_bytes(), 224) for path in sorted(tmp_path.iterdir())])
+    backbone = load_backbone("resnet152", "random")
+    plain = encode_plain(backbone, pixels, CPU)
+    for precision in fast_precisions(CPU):
+        fast = Encoder(backbone, device=CPU, precision=precision).encode(pixels).float()
+        cosines = torch.cosine_similarity(fast, plain)
+        assert float(cosines.min()) >= 0.999
+        assert float(cosines.mean()) >= 0.9999
+    assert float(torch.cosine_similarity(plain[:1], plain[1:]).max()) < 0.999  # photos differ
+
+
+def test_the_mean_cosine_can_reject_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("resnet18", "random")
+    monkeypatch.setattr(precision_module, "MEAN_COSINE", 0.9999999)
+    chosen = choose_precision(
+        backbone, random_pixels(4), device=CPU, candidates=("bfloat16", "float32")
+    )
+    assert chosen[0] == "float32"
+
+
+def test_the_network_that_was_compared_is_the_one_used() -> None:
+    backbone = load_backbone("resnet18", "random")
+    pixels = random_pixels(4)
+    choose_precision(backbone, pixels, device=CPU, candidates=("bfloat16", "float32"))
+    compared = backbone.fast_network(CPU, torch.bfloat16, 64)
+    used = Encoder(backbone, device=CPU, precision="bfloat16", image_size=64)
+    assert used._network is compared
+    assert backbone.fast_network(CPU, torch.float32, 64) is not compared
+
+
+def test_a_precision_that_differs_too_much_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("resnet18", "random")
+    pixels = random_pixels(4)
+    candidates = ("bfloat16", "float32")
+    assert choose_precision(backbone, pixels, device=CPU, candidates=candidates) == ("bfloat16", [])
+    monkeypatch.setattr(precision_module, "MIN_COSINE", 0.999999999)
+    precision, notices = choose_precision(backbone, pixels, device=CPU, candidates=candidates)
+    assert precision == "float32"
+    assert len(notices) == 1
+    assert "resnet18 in bfloat16 differs too much from float32" in notices[0]
+
+
+def test_mobilenet_in_bfloat16_differs_too_much_on_real_photos(sample_data: Path) -> None:
+    weights = sample_data / "weights" / "mobilenet_v2_imagenet.pth"
+    photos = sorted((sample_data / "coco" / "val2017").iterdir())[:16]
+    pixels = torch.cat([preprocess(read_file(path), 224) for path in photos])
+    precision, notices = choose_precision(
+        load_backbone("mobilenet_v2", str(weights)),
+        pixels,
+        device=CPU,
+        candidates=("bfloat16", "float32"),
+    )
+    assert precision == "float32"
+    assert "differs too much from float32" in notices[0]
