@@ -6,10 +6,11 @@ number, otherwise its path), never by its position in a list.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -188,13 +189,19 @@ def _karpathy_photos(
 def _coco_photos(captions: Path, record: Mapping[str, Any]) -> list[Photo]:
     if "annotations" not in record:
         raise DatasetError(f"{captions}: has images but no annotations; is it a captions file?")
-    captions_of: dict[Any, list[str]] = defaultdict(list)
-    for note in record["annotations"]:
-        captions_of[note["image_id"]].append(_clean(note["caption"]))
-    paths = {image["id"]: str(image["file_name"]) for image in record["images"]}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports to stdout
+        from pycocotools.coco import COCO
+
+        coco = COCO()
+        coco.dataset = dict(record)
+        coco.createIndex()
     return [
-        Photo(str(image_id), path, tuple(filter(None, captions_of[image_id])))
-        for image_id, path in paths.items()
+        Photo(
+            str(image_id),
+            str(image["file_name"]),
+            tuple(filter(None, (_clean(note["caption"]) for note in coco.imgToAnns[image_id]))),
+        )
+        for image_id, image in coco.imgs.items()
     ]
 
 
