@@ -22,10 +22,10 @@ from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
 from train.step.cpu.objective import FastObjective, Masks
 from train.step.cuda.graphs import GraphedSteps, StepInputs, graph_length
-from train.step.cuda.torch_kernels import TorchKernels
 from train.step.dropout import draw_masks
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.scheduled_sampling import with_own_words
+from train.step.torch_kernels import TorchKernels
 
 FEATURES, WORDS = 20, 70
 # Cosine distance and relative length of each gradient from autograd's in float32.

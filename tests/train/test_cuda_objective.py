@@ -39,15 +39,15 @@ from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
 from train.step.cpu.objective import FastObjective, Masks
+from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels, Kernels
 from train.step.cuda.graphs import GraphedSteps
 from train.step.cuda.kernel_check import check_kernels, kernels_for
-from train.step.cuda.kernels import NAMES, SOURCE, CompiledKernels, Kernels
 from train.step.cuda.nvrtc import Function, KernelError, compile_source
 from train.step.cuda.objective import CudaObjective
-from train.step.cuda.torch_kernels import TorchKernels
 from train.step.dropout import draw_masks
 from train.step.optimizer import FlatAdamW, WeightAverage
 from train.step.packed_batch import PackedBatch, gather_packed, pack
+from train.step.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
 LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from train.config import Recipe
 from train.model.flat_parameters import FlatParameters
-from train.step.cuda.kernels import Kernels
-from train.step.cuda.torch_kernels import TorchKernels
+from train.step.cuda.compiled_kernels import Kernels
+from train.step.torch_kernels import TorchKernels
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

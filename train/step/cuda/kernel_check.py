@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from train.captions.vocabulary import PAD
-from train.step.cuda.kernels import Kernels, compile_kernels
+from train.step.cuda.compiled_kernels import Kernels, compile_kernels
 from train.step.cuda.nvrtc import KernelError
-from train.step.cuda.torch_kernels import TorchKernels
+from train.step.torch_kernels import TorchKernels
 
 _log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 // What a training step does between its matrix products, on an NVIDIA GPU: one kernel where PyTorch
-// has ten. train/step/cuda/nvrtc.py compiles it at run time, without headers; train/step/cuda/kernels.py calls it and
+// has ten. train/step/cuda/nvrtc.py compiles it at run time, without headers; train/step/cuda/compiled_kernels.py calls it and
 // says what every argument is. With -DBFLOAT16 `low_t` is bfloat16, else float.
 //
 // Matrices are contiguous, rows first. Pointers that the flags beside them declare unused are not

@@ -26,8 +26,8 @@ from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
 from train.search.word_choice import NEVER
 from train.step.cpu.objective import IMPOSSIBLE_LOGIT, NO_MASKS, Masks
+from train.step.cuda.compiled_kernels import Kernels
 from train.step.cuda.kernel_check import kernels_for
-from train.step.cuda.kernels import Kernels
 from train.step.packed_batch import PackedBatch
 
 
