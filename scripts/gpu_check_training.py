@@ -26,11 +26,12 @@ from train.fit.run import train
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective, Masks
+from train.step.cpu.objective import FastObjective
 from train.step.cuda.compiled_kernels import compile_kernels
-from train.step.cuda.kernel_check import check_kernels, kernels_for
+from train.step.cuda.kernel_check import check_kernels
+from train.step.cuda.kernel_choice import kernels_for
 from train.step.cuda.objective import CudaObjective
-from train.step.dropout import draw_masks
+from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import pack
 from train.step.torch_kernels import TorchKernels
 

@@ -20,9 +20,10 @@ from train.config import Recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective, Masks
-from train.step.cuda.graphs import GraphedSteps, StepInputs, graph_length
-from train.step.dropout import draw_masks
+from train.step.cpu.objective import FastObjective
+from train.step.cuda.graphs import GraphedSteps, graph_length
+from train.step.cuda.step_inputs import StepInputs
+from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.scheduled_sampling import with_own_words
 from train.step.torch_kernels import TorchKernels

@@ -38,16 +38,19 @@ from train.config import BEST, CLASSIC, Recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective, Masks
-from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels, Kernels
+from train.step.cpu.objective import FastObjective
+from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.graphs import GraphedSteps
-from train.step.cuda.kernel_check import check_kernels, kernels_for
+from train.step.cuda.kernel_check import check_kernels
+from train.step.cuda.kernel_choice import kernels_for
 from train.step.cuda.nvrtc import Function, KernelError, compile_source
 from train.step.cuda.objective import CudaObjective
-from train.step.dropout import draw_masks
-from train.step.optimizer import FlatAdamW, WeightAverage
+from train.step.dropout import Masks, draw_masks
+from train.step.kernels import Kernels
+from train.step.optimizer import FlatAdamW
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.torch_kernels import TorchKernels
+from train.step.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
 LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -371,7 +374,7 @@ def test_a_gpu_whose_kernels_cannot_be_had_is_told_of(
     def compile_kernels(device: torch.device, dtype: torch.dtype) -> CompiledKernels:
         raise KernelError("no compiler")
 
-    monkeypatch.setattr("train.step.cuda.kernel_check.compile_kernels", compile_kernels)
+    monkeypatch.setattr("train.step.cuda.kernel_choice.compile_kernels", compile_kernels)
     assert kernels_for.__wrapped__(torch.device("cuda", 99), torch.float32).name == "torch"
     assert caplog.messages == [
         "cuda:99: training with PyTorch's operations, slower than compiled kernels (no compiler)"

@@ -10,7 +10,8 @@ from torch import nn
 from train.config import Recipe
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.optimizer import FlatAdamW, WeightAverage, learning_rate
+from train.step.optimizer import FlatAdamW, learning_rate
+from train.step.weight_average import WeightAverage
 
 
 def decoder() -> CaptionDecoder:

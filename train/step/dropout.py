@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from train.model.decoder import DecoderConfig
-from train.step.cpu.objective import NO_MASKS, Masks
 from train.step.packed_batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Dropout of one step: 0 where a number is dropped, 1 / (1 - p) where it stays; in the
+    objective's dtype. None: nothing is dropped there.
+    """
+
+    features: Tensor | None  # (B, D)
+    inputs: Tensor | None  # (R, E)
+    layers: tuple[Tensor, ...]  # (R, H) for the outputs of each LSTM layer; or none of them
+
+
+NO_MASKS = Masks(None, None, ())
 
 
 def draw_masks(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train.captions.caption_set import Batch, CaptionSet
 from train.captions.vocabulary import PAD
-from train.step.cuda.compiled_kernels import Kernels
+from train.step.kernels import Kernels
 
 _STEP_MULTIPLE = 16
 _TOTAL_MULTIPLE = 64

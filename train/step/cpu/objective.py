@@ -25,39 +25,17 @@ from torch import Tensor
 
 from train import private_torch
 from train.captions.vocabulary import END, PAD
-from train.device import has_fast_bfloat16
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
 from train.search.word_choice import NEVER
 from train.step.cpu.matmul import add_product_, multiply
+from train.step.dropout import NO_MASKS, Masks
 from train.step.packed_batch import PackedBatch
 
 # Rows of logits in float32 at a time: some megabytes, so that they stay in a CPU's cache.
 _SOFTMAX_ROWS = 128
 _SAMPLED_ROWS_MULTIPLE = 64
 IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other logit finite
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Dropout of one step: 0 where a number is dropped, 1 / (1 - p) where it stays; in the
-    objective's dtype. None: nothing is dropped there.
-    """
-
-    features: Tensor | None  # (B, D)
-    inputs: Tensor | None  # (R, E)
-    layers: tuple[Tensor, ...]  # (R, H) for the outputs of each LSTM layer; or none of them
-
-
-NO_MASKS = Masks(None, None, ())
 
 
 class FastObjective:

@@ -1,39 +1,14 @@
-"""Whether compiled kernels compute what PyTorch's operations do, tried before any training step."""
+"""Whether compiled kernels compute what PyTorch's operations do."""
 
 from __future__ import annotations
-
-import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from train.captions.vocabulary import PAD
-from train.step.cuda.compiled_kernels import Kernels, compile_kernels
 from train.step.cuda.nvrtc import KernelError
+from train.step.kernels import Kernels
 from train.step.torch_kernels import TorchKernels
-
-_log = logging.getLogger(__name__)
-
-
-@functools.cache
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The compiled kernels where the device has them and they pass the check, else PyTorch's.
-
-    dtype: of the products, float32 or bfloat16. A process decides once for each device and dtype.
-    """
-    if device.type != "cuda":
-        return TorchKernels(device, dtype)
-    try:
-        compiled = compile_kernels(device, dtype)
-        check_kernels(compiled, device, dtype)
-    except (RuntimeError, OSError, AttributeError) as error:
-        _log.warning(
-            "%s: training with PyTorch's operations, slower than compiled kernels (%s)",
-            device, error,
-        )  # fmt: skip
-        return TorchKernels(device, dtype)
-    return compiled
 
 
 def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:

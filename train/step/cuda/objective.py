@@ -25,9 +25,10 @@ from train.captions.vocabulary import END
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
 from train.search.word_choice import NEVER
-from train.step.cpu.objective import IMPOSSIBLE_LOGIT, NO_MASKS, Masks
-from train.step.cuda.compiled_kernels import Kernels
-from train.step.cuda.kernel_check import kernels_for
+from train.step.cpu.objective import IMPOSSIBLE_LOGIT
+from train.step.cuda.kernel_choice import kernels_for
+from train.step.dropout import NO_MASKS, Masks
+from train.step.kernels import Kernels
 from train.step.packed_batch import PackedBatch
 
 
