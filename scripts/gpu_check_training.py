@@ -26,7 +26,7 @@ from train.fit.run import train
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective
+from train.step.cpu.objective import CpuObjective
 from train.step.cuda.compiled_kernels import compile_kernels
 from train.step.cuda.kernel_check import check_kernels
 from train.step.cuda.kernel_choice import kernels_for
@@ -92,7 +92,7 @@ def steps_compute_the_plain_loss_and_gradients(device: torch.device, work: Path)
         objective.parameters.gradients.div_(packed.count())
         _compare(worst, f"{name}: plain", dtype, loss, expected, mine, plain)
 
-        reference = FastObjective(
+        reference = CpuObjective(
             theirs,
             FlatParameters(theirs, transposed=True),
             dtype=torch.float32,

@@ -1,4 +1,4 @@
-// Just enough of CUDA to run train/kernels.cu on a CPU, thread after thread: the threads of a block
+// Just enough of CUDA to run train/step/cuda/kernels.cu on a CPU, thread after thread: the threads of a block
 // take turns at every barrier, as coroutines. Stands in for the driver's cuLaunchKernel.
 #include <math.h>
 #include <string.h>

@@ -20,7 +20,7 @@ from train.config import Recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective
+from train.step.cpu.objective import CpuObjective
 from train.step.cuda.graphs import GraphedSteps, graph_length
 from train.step.cuda.step_inputs import StepInputs
 from train.step.dropout import Masks, draw_masks
@@ -80,9 +80,9 @@ class GivenMasks(nn.Module):
         return values * padded
 
 
-def fast(model: CaptionDecoder, dtype: torch.dtype, smoothing: float = 0.0) -> FastObjective:
+def fast(model: CaptionDecoder, dtype: torch.dtype, smoothing: float = 0.0) -> CpuObjective:
     parameters = FlatParameters(model, transposed=True)
-    return FastObjective(model, parameters, dtype=dtype, label_smoothing=smoothing)
+    return CpuObjective(model, parameters, dtype=dtype, label_smoothing=smoothing)
 
 
 def assert_same_gradients(model: CaptionDecoder, plain: CaptionDecoder, bound: float) -> None:

@@ -38,7 +38,7 @@ from train.config import BEST, CLASSIC, Recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective
+from train.step.cpu.objective import CpuObjective
 from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.graphs import GraphedSteps
 from train.step.cuda.kernel_check import check_kernels
@@ -182,7 +182,7 @@ def test_what_tests_of_the_cpus_objective_hold_is_the_same_here(
     theirs = decoder(num_layers=2, dropout=0.4, feature_dropout=0.2, tie_embeddings=True)
     mine = copy.deepcopy(theirs)
     parameters = FlatParameters(theirs, transposed=True)
-    reference = FastObjective(theirs, parameters, dtype=torch.float32, label_smoothing=0.1)
+    reference = CpuObjective(theirs, parameters, dtype=torch.float32, label_smoothing=0.1)
     objective = objective_of(mine, kernels[dtype], dtype, 0.1)
     packed = pack(ragged([9, 7, 7, 4, 3, 1, 1]), round_up=False)
     masks = draw_masks(mine.config, packed, torch.float32, 3)

@@ -16,6 +16,7 @@ from train.model.decoder import CaptionDecoder
 
 # oneDNN's kernels are at their best with a number of words that fills their registers.
 _WORDS_MULTIPLE = 16
+IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other logit finite
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class FlatParameters:
         self.values = torch.zeros(start, device=device)
         self.gradients = torch.zeros(start, device=device)
         if "head.bias" in named:
-            self.memory("head.bias", self.values).fill_(-1e4)
+            self.memory("head.bias", self.values).fill_(IMPOSSIBLE_LOGIT)
         for name, parameter in named.items():
             view = self.view(name, self.values)
             view.copy_(parameter.detach())

@@ -7,10 +7,10 @@ import torch
 from train.device import has_fast_bfloat16
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective
+from train.step.cpu.objective import CpuObjective
 from train.step.cuda.objective import CudaObjective
 
-Objective = FastObjective | CudaObjective
+Objective = CpuObjective | CudaObjective
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -35,5 +35,5 @@ def objective_for(
     label_smoothing: float,
 ) -> Objective:
     """parameters: from `flat_parameters`."""
-    kind = CudaObjective if parameters.values.device.type == "cuda" else FastObjective
+    kind = CudaObjective if parameters.values.device.type == "cuda" else CpuObjective
     return kind(decoder, parameters, dtype=dtype, label_smoothing=label_smoothing)

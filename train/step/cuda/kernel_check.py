@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from train.captions.vocabulary import PAD
+from train.model.flat_parameters import IMPOSSIBLE_LOGIT
 from train.step.cuda.nvrtc import KernelError
 from train.step.kernels import Kernels
 from train.step.torch_kernels import TorchKernels
@@ -115,7 +116,7 @@ class _Check:
         """With weights and smoothing, or without."""
         rows, padded = 3 * captions, -(-vocabulary // 16) * 16
         logits = self._low(rows, padded).mul_(3)
-        logits[:, vocabulary:] = -1e4
+        logits[:, vocabulary:] = IMPOSSIBLE_LOGIT
         targets = torch.randint(vocabulary, (rows,), generator=self._generator)
         targets[::4] = PAD
         targets = targets.to(self._device)
