@@ -25,7 +25,7 @@ from train.step.cuda.graphs import GraphedSteps, graph_length
 from train.step.cuda.step_inputs import StepInputs
 from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import PackedBatch, gather_packed, pack
-from train.step.scheduled_sampling import with_own_words
+from train.step.scheduled_sampling import with_sampled_words
 from train.step.torch_kernels import TorchKernels
 
 FEATURES, WORDS = 20, 70
@@ -234,15 +234,15 @@ def test_own_words_come_from_the_models_distribution() -> None:
     model.head.bias.data[42] = 50.0
     batch = ragged([9] * 40)
     objective = fast(model, torch.float32)
-    mixed = with_own_words(objective, batch, 0.25, seed=0)
+    mixed = with_sampled_words(objective, batch, 0.25, seed=0)
     changed = mixed.inputs != batch.inputs
     assert set(mixed.inputs[changed].tolist()) == {42}
     assert 0.15 < float(changed.float().mean()) < 0.35
     assert torch.equal(mixed.targets, batch.targets)
-    assert torch.equal(with_own_words(objective, batch, 0.25, seed=0).inputs, mixed.inputs)
-    assert not torch.equal(with_own_words(objective, batch, 0.25, seed=1).inputs, mixed.inputs)
+    assert torch.equal(with_sampled_words(objective, batch, 0.25, seed=0).inputs, mixed.inputs)
+    assert not torch.equal(with_sampled_words(objective, batch, 0.25, seed=1).inputs, mixed.inputs)
     short = ragged([5, 2, 1, 0])  # a caption's padding stays padding
-    mixed = with_own_words(objective, short, 1.0, seed=0)
+    mixed = with_sampled_words(objective, short, 1.0, seed=0)
     assert torch.equal(mixed.inputs != PAD, short.inputs != PAD)
 
 

@@ -29,7 +29,7 @@ from train.step.dropout import draw_masks
 from train.step.objective import flat_parameters, objective_for, product_dtype
 from train.step.optimizer import FlatAdamW, learning_rate
 from train.step.packed_batch import PackedBatch, gather_packed, pack
-from train.step.scheduled_sampling import with_own_words
+from train.step.scheduled_sampling import with_sampled_words
 from train.step.weight_average import WeightAverage
 
 # For BatchNorm's statistics under averaged weights; a tenth of a second.
@@ -170,7 +170,7 @@ class Trainer:
         batch = self.captions.batch(chosen, views)
         share = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
         if share:
-            batch = with_own_words(self.objective, batch, share, seed)
+            batch = with_sampled_words(self.objective, batch, share, seed)
         if self._plain:
             return self._plain_update(batch, seed)
         if self.captions.device.type == "cuda":  # where masks are drawn on the device

@@ -1,4 +1,4 @@
-"""What a training step on a GPU does between its matrix products, one kernel each."""
+"""The operations of a training step around its matrix products, one kernel each on a GPU."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from torch import Tensor
 
 
 class Kernels(Protocol):
-    """Shapes: B captions, R rows (T steps of B), sizes E of an input and H of the LSTM, W words.
+    """Sizes: B captions, R rows (T steps of B rows), E an input, H the LSTM's state, W words, P
+    parameters.
 
-    «low» is the dtype of the products, float32 or bfloat16; what is not called so is float32, words
-    and targets are int64. All tensors are contiguous, but for the operands of `product`.
+    "Low" tensors have the dtype of the products, float32 or bfloat16. All others are float32, but
+    words and targets are int64. All are contiguous, except the operands of `product`.
     """
 
     name: str
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """left @ right of low matrices, summed and written in float32."""
+        """Write left @ right to `out`. The operands are low; sums and `out` are float32."""
 
     def gather_words(
         self,
@@ -28,10 +29,11 @@ class Kernels(Protocol):
         words: Tensor,
         targets: Tensor,
     ) -> None:
-        """Write the word that each row reads and the one it should say: `words`, `targets` (R,).
+        """Write the word that each row reads to `words` (R,) and its target to `targets` (R,).
 
-        captions: (B,); starts, lengths: (M,) int64, of every caption's tokens and of its targets,
-        one more; tokens: int32.
+        captions: (B,) int64. starts: (M,) int64, the place of every caption's first token in
+        `tokens`. lengths: (M,) int64, the number of every caption's targets, one more than its
+        tokens. tokens: int32.
         """
 
     def read_inputs(
@@ -44,9 +46,9 @@ class Kernels(Protocol):
         *,
         photo_every_step: bool,
     ) -> None:
-        """Write what the first layer reads: low `inputs` (R, E), photos in the first B rows.
+        """Write the first layer's inputs to `inputs` (R, E), low. The first B rows read the photos.
 
-        words: (R,); embeddings: (W, E); photos: (B, E); mask: low, (R, E).
+        words: (R,). embeddings: (W, E). photos: (B, E). mask: (R, E), low.
         """
 
     def cell_forward(
@@ -60,11 +62,12 @@ class Kernels(Protocol):
         hidden: Tensor,
         dropped: Tensor,
     ) -> None:
-        """One step of a layer: writes `cells` and low `hidden` and, with a mask, `dropped`, all
-        (B, H). `gates` (B, 4H) come in as the inputs' part and go out as i, f, g, o.
+        """Compute one step of a layer. Writes `cells` (B, H) and `hidden` (B, H), low, and with a
+        mask `dropped` (B, H), low: hidden times mask.
 
-        recurrent: (B, 4H), the hidden state's part; None at the first step, as is `before`: the
-        cells (B, H) of the step before.
+        gates: (B, 4H), holds the inputs' part of the sums without biases; becomes i, f, g, o.
+        recurrent: (B, 4H), the hidden state's part. before: (B, H), the cells of the step before.
+        recurrent and before are None at the first step.
         """
 
     def cell_backward(
@@ -78,11 +81,12 @@ class Kernels(Protocol):
         before: Tensor | None,
         d_gates: Tensor,
     ) -> None:
-        """The gradients of that step: writes low `d_gates` (B, 4H).
+        """Compute the gradients of that step. Writes `d_gates` (B, 4H), low.
 
-        d_outputs: low, (B, H), of the outputs after the mask; d_recurrent: (B, H), of the hidden
-        state, from the step after, None at the last one; d_cells: (B, H), from there likewise, not
-        read at the last one; becomes that of the step before.
+        d_outputs: (B, H), low, the gradient of the outputs after the mask. d_recurrent: (B, H), the
+        gradient of the hidden state from the step after; None at the last step. d_cells: (B, H),
+        the gradient of the cells from the step after, not read at the last step; becomes that of
+        the cells of the step before.
         """
 
     def cross_entropy(
@@ -95,8 +99,10 @@ class Kernels(Protocol):
         words: int,
         smoothing: float,
     ) -> None:
-        """Write each row's `losses` (R,), times its weight; low `logits` (R, padded W) become their
-        gradient. Rows whose target is <pad> have none. The first `words` columns are words.
+        """Write each row's loss times its weight to `losses` (R,), and its gradient to `logits`.
+
+        logits: (R, padded W), low; the first `words` columns are words. weights: (R,), None: all
+        are 1. The loss and the gradient are zero in rows whose target is <pad>.
         """
 
     def adamw(
@@ -116,10 +122,12 @@ class Kernels(Protocol):
         decay: float,
         clip_norm: float,
     ) -> None:
-        """AdamW, β 0.9 and 0.999, on all parameters (P,); the first `matrices` of them decay.
+        """Update all parameters `values` (P,) by AdamW with β 0.9 and 0.999.
 
-        gradients: sums over `tokens`, of this `norm`; divided by the tokens they are clipped to
-        `clip_norm`. moments: of the gradient and its square. steps: how many, with this one.
-        average: a moving average that then takes in the parameters with this `weight`. low: gets
-        them in the products' dtype. All but P are scalars; the gradients may be changed.
+        gradients: (P,), sums over `tokens` tokens, with the norm `norm`. Divided by the tokens,
+        they are clipped to `clip_norm`. They may be changed. moments: (P,) each, the moving
+        averages of the gradient and of its square. steps: the number of steps, with this one.
+        average: (P,), a moving average, then moves towards the parameters by `weight`. low: (P,),
+        receives them in the products' dtype. Only the first `matrices` parameters decay. All other
+        tensors are scalars.
         """

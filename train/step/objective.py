@@ -1,4 +1,4 @@
-"""The written-out objective that suits a device."""
+"""Which objective, parameter layout and precision suit a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Objective = CpuObjective | CudaObjective
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32."""
+    """The dtype of matrix products: bfloat16 where the device multiplies it faster than float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
@@ -22,7 +22,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 
 def flat_parameters(decoder: CaptionDecoder) -> FlatParameters:
-    """A decoder's parameters, laid out as the objective of its device needs them."""
+    """Move a decoder's parameters into the layout that the objective of its device needs."""
     device = next(decoder.parameters()).device
     return FlatParameters(decoder, transposed=device.type == "cpu")
 
@@ -34,6 +34,6 @@ def objective_for(
     dtype: torch.dtype,
     label_smoothing: float,
 ) -> Objective:
-    """parameters: from `flat_parameters`."""
-    kind = CudaObjective if parameters.values.device.type == "cuda" else CpuObjective
-    return kind(decoder, parameters, dtype=dtype, label_smoothing=label_smoothing)
+    """The objective for the device of `parameters`, which come from `flat_parameters`."""
+    objective = CudaObjective if parameters.values.device.type == "cuda" else CpuObjective
+    return objective(decoder, parameters, dtype=dtype, label_smoothing=label_smoothing)

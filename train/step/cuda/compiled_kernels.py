@@ -1,8 +1,4 @@
-"""What a training step on a GPU does between its matrix products, one kernel each.
-
-`CompiledKernels` are those of `kernels.cu`, compiled when training starts; `TorchKernels` do the
-same in PyTorch's operations. `train.step.cuda.kernel_choice` chooses between them.
-"""
+"""The kernels of `kernels.cu`, compiled when training starts."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ class Launched(Protocol):
 
 
 class CompiledKernels:
-    """The functions of `kernels.cu`."""
+    """Implements `train.step.kernels.Kernels` by the functions of `kernels.cu`."""
 
     name = "compiled"
 

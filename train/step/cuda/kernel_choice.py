@@ -1,4 +1,4 @@
-"""Which kernels a GPU trains with: the compiled ones, once they are tried, or PyTorch's."""
+"""Chooses between the compiled kernels and PyTorch's operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The compiled kernels where the device has them and they pass the check, else PyTorch's.
+    """The compiled kernels if they can be compiled and pass their check, else PyTorch's operations.
 
     dtype: of the products, float32 or bfloat16. A process decides once for each device and dtype.
     """

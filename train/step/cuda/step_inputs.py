@@ -1,4 +1,4 @@
-"""What one training step needs of the host, sent to the device in one copy."""
+"""The inputs of one training step, sent from the host to the device in one copy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Batches in flight to the device. The host may be so many steps ahead, then it waits.
+# How many steps the host may be ahead of the device before it waits.
 _SLOTS = 32
 
 
 class StepInputs:
-    """What changes from step to step, on the device: one copy brings all of it.
+    """Everything that changes from step to step, on the device.
 
-    numbers: (4,) float32: the tokens of the batch, the learning rate, the weight of the moving
-    average; one is free. They and the captions stay where they are, for graphs to read.
+    numbers: (4,) float32: the number of tokens of the batch, the learning rate, the weight of the
+    moving average, and one unused. The addresses of these numbers and of the captions never change,
+    because captured graphs read them.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
@@ -38,11 +39,14 @@ class StepInputs:
         rate: float,
         average_weight: float,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the captions (B,) and their views (B,) as they will be on the device."""
+        """Queue the copy. Returns the captions (B,) and their views (B,) on the device.
+
+        captions: (B,). views: (B,), or one view for all.
+        """
         slot = self._next
         self._next = (slot + 1) % len(self._slots)
         if self._copied:
-            self._copied[slot].synchronize()  # its last copy has read it; true for long, mostly
+            self._copied[slot].synchronize()  # the last copy from this slot; seldom has to wait
         count = len(captions)
         values = self._slots[slot].numpy()
         values[:2].view(np.float32)[:3] = tokens, rate, average_weight
