@@ -269,6 +269,7 @@ def curves(make_cache: MakeCache, **changes: object) -> dict[str, list[float]]:
     cache = make_cache(captions)
     vocabulary = build_vocabulary(cache.captions, 1)
     device = torch.device("cpu")
+    torch.set_num_threads(1)  # a second one slows these small products down
     recipe = Recipe(embedding_size=16, hidden_size=32, batch_size=16, learning_rate=0.01, epochs=40)
     found = {}
     for name, plain, precision in (
