@@ -1,4 +1,4 @@
-"""`scripts/gpu_check.sh` where there is no GPU: it says so, and its checks run on the CPU too."""
+"""`scripts/gpu_check.sh` without a GPU says so, and its checks also run on a CPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_the_checks_themselves_run_on_a_cpu(tmp_path: Path) -> None:
 def test_training_is_checked_without_the_packages_that_decode_photos() -> None:
     code = (
         "import sys, gpu_check; "
-        "print([m for m in ('simplejpeg', 'torchvision', 'nltk', 'PIL') if m in sys.modules])"
+        "print([m for m in ('simplejpeg', 'torchvision', 'nltk', 'PIL', 'pycocotools') "
+        "if m in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs, without a GPU: when they are captured, replayed and dropped."""
+"""Training steps as CUDA graphs: when they are captured and dropped, and that losses agree."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import MakeCache
+from train.captions.caption_set import caption_set
+from train.captions.vocabulary import build_vocabulary
+from train.config import Recipe
+from train.fit.trainer import Trainer
+from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.step.cuda.graphs import GraphedSteps, graph_length
 from train.step.cuda.step_inputs import StepInputs
 
 
 class StubGraph:
-    """Instead of a CUDA graph: says when it is captured and replayed."""
+    """Stands in for a CUDA graph, and logs when it is captured and replayed."""
 
     log: list[str]
 
@@ -44,9 +50,9 @@ def test_graphs_are_forgotten_when_their_buffers_move(monkeypatch: pytest.Monkey
     for _ in range(4):
         steps.run(chosen, chosen, 3)
     assert log == ["step", "step", "capture", "replay", "replay"]
-    steps.run(chosen, chosen, 4)  # of another length
+    steps.run(chosen, chosen, 4)  # another length
     assert log[5:] == ["step"]
-    generation[0] += 1  # as a longer batch does
+    generation[0] += 1  # as when a longer batch moves the buffers
     steps.run(chosen, chosen, 3)
     assert log[6:] == ["capture", "replay"]
 
@@ -68,7 +74,7 @@ def test_steps_go_on_directly_where_no_graph_can_be_captured(
 def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Dropping some of a stream's graphs would take cuBLAS's workspace from the others."""
+    """Dropping some graphs of a stream would take cuBLAS's workspace from the others."""
     log: list[str] = []
     seen: list[tuple[object, object]] = []
 
@@ -114,15 +120,15 @@ def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
     assert "capture is off" in caplog.text
     assert log[-5:] == ["capture", "wait", "capture", "recover", "usual stream True"]
     steps.run(chosen, chosen, 1)
-    assert log[-1] == "usual stream True"  # directly, not by a graph
+    assert log[-1] == "usual stream True"  # the step ran directly, not as a graph
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_random_numbers_are_drawn_on_after_a_capture_that_failed() -> None:
+def test_random_numbers_can_be_drawn_after_a_failed_capture() -> None:
     def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
         drawn = torch.rand(4, device="cuda")
-        return torch.tensor(float(drawn.sum()))  # waits, which a capture forbids
+        return torch.tensor(float(drawn.sum()))  # waits for the device, which a capture forbids
 
     steps, chosen = GraphedSteps(step, lambda: 0), torch.tensor([0], device="cuda")
     usual = torch.cuda.current_stream()
@@ -132,9 +138,9 @@ def test_random_numbers_are_drawn_on_after_a_capture_that_failed() -> None:
     assert torch.cuda.current_stream() == usual
 
 
-def test_step_inputs_bring_everything_in_the_order_of_the_steps() -> None:
+def test_step_inputs_arrive_in_the_order_of_the_steps() -> None:
     inputs = StepInputs(4, torch.device("cpu"))
-    for n in range(100):  # more than there are slots
+    for n in range(100):  # more steps than slots
         chosen = np.arange(n, n + 3 + n % 2)
         captions, views = inputs.send(
             chosen, chosen % 2, tokens=n, rate=0.5 * n, average_weight=0.25
@@ -146,6 +152,69 @@ def test_step_inputs_bring_everything_in_the_order_of_the_steps() -> None:
     assert (captions.tolist(), views.tolist()) == ([5], [1])
 
 
-def test_graphs_are_shared_by_the_few_long_lengths() -> None:
+def test_long_captions_of_similar_length_share_a_graph() -> None:
     assert [graph_length(n) for n in range(1, 21)] == list(range(1, 21))
     assert [graph_length(n) for n in (21, 24, 25, 51)] == [24, 24, 32, 56]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_graphed_run_on_a_gpu_follows_an_eager_one(make_cache: MakeCache, name: str) -> None:
+    """With captions of different lengths, dropout, averaging, and validation on longer captions."""
+    random = np.random.default_rng(0)
+    words = [f"w{n}" for n in range(12)]
+    texts = [
+        [" ".join(random.choice(words, random.integers(1, 9))) for _ in range(3)] for _ in range(64)
+    ]
+    texts[-4:] = [[" ".join(random.choice(words, 20))] for _ in range(4)]
+    cache = make_cache(texts)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    device = torch.device(name)
+    recipe = Recipe(
+        embedding_size=16, hidden_size=32, batch_size=16, epochs=6, learning_rate=0.01,
+        dropout=0.2, feature_dropout=0.2, average_decay=0.9, label_smoothing=0.1,
+        photo_every_step=True, tie_embeddings=True, decay="cosine",
+    )  # fmt: skip
+    losses: dict[bool, list[float]] = {}
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        model = CaptionDecoder(
+            DecoderConfig(
+                8, len(vocabulary), 16, 32, dropout=0.2, feature_dropout=0.2,
+                photo_every_step=True, tie_embeddings=True,
+            )
+        ).to(device)  # fmt: skip
+        training, longer = (
+            caption_set(cache, vocabulary, rows=np.array(rows), device=device, max_length=50)
+            for rows in (range(60), range(60, 64))
+        )
+        trainer = Trainer(model, training, recipe, seed=0, precision="float32")
+        assert trainer.graphs is not None
+        if not graphed:
+            trainer.graphs.failure = "to compare"
+        losses[graphed] = []
+        for epoch in range(6):
+            losses[graphed] += [float(step.loss) for step in trainer.epoch(epoch)]
+            with trainer.best_weights():
+                losses[graphed].append(trainer.validation_loss(longer))
+    np.testing.assert_allclose(losses[True], losses[False], atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graphed_run_on_a_gpu_follows_the_plain_one(
+    make_cache: MakeCache,
+) -> None:
+    cache = make_cache([[f"w{n % 7} w{n % 5} w{n % 3}" for _ in range(3)] for n in range(64)])
+    vocabulary = build_vocabulary(cache.captions, 1)
+    device = torch.device("cuda")
+    recipe = Recipe(embedding_size=16, hidden_size=32, batch_size=16, epochs=10, learning_rate=0.01)
+    losses = {}
+    for plain in (True, False):
+        torch.manual_seed(0)
+        model = CaptionDecoder(DecoderConfig(8, len(vocabulary), 16, 32)).to(device)
+        captions = caption_set(cache, vocabulary, device=device, max_length=50)
+        trainer = Trainer(model, captions, recipe, seed=0, plain=plain, precision="float32")
+        losses[plain] = [float(s.loss) for epoch in range(10) for s in trainer.epoch(epoch)]
+    np.testing.assert_allclose(losses[True], losses[False], atol=0.02)
