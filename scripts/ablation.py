@@ -1,11 +1,11 @@
-"""What each ingredient of the best recipe brings: it is left out, one at a time.
+"""Measure what each ingredient of the best recipe contributes by leaving it out.
 
     python scripts/ablation.py --from-cache train.h5 --test-cache dev.h5 --out runs/ablation
 
-Every variant is trained with each seed, its best epoch chosen by photos held out of the training
-cache, and scored on the test cache, which chooses nothing. Both need two views or more.
-Interrupted, the same command goes on. Prints a table in Markdown: the mean over the seeds, and the
-smallest and the largest value.
+Every variant is trained once per seed. Photos held out of the training cache choose its best epoch;
+the test cache is used only to score that epoch. Both caches need two views or more. After an
+interruption, the same command continues. Prints a Markdown table of the mean over the seeds with
+the smallest and the largest value.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ _SHOWN = ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider")
 
 def main(
     from_cache: Annotated[Path, typer.Option(help="Cache of the training photos.")],
-    test_cache: Annotated[Path, typer.Option(help="Cache to score on.")],
-    out: Annotated[Path, typer.Option(help="Folder of the runs and their scores.")],
-    seeds: Annotated[int, typer.Option(min=1, help="0 to this, less one.")] = 1,
+    test_cache: Annotated[Path, typer.Option(help="Cache of the photos to score on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and their scores.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 1,
     only: Annotated[
-        str | None, typer.Option(help="Comma-separated variants; without: all of them.")
+        str | None, typer.Option(help="Comma-separated variants. Default: all.")
     ] = None,
 ) -> None:
     names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
@@ -101,7 +101,11 @@ def _score(name: str, seed: int, from_cache: Path, test_cache: Path, out: Path) 
 
 
 def _trained(recipe: Recipe, seed: int, from_cache: Path, out: Path) -> Path:
-    """The folder of a finished run. Variants of the search alone share one."""
+    """Train a recipe, unless that is done, and return its run folder.
+
+    Variants that differ only in their search share a run. A recipe with self-critical epochs
+    continues a copy of the run without them.
+    """
     name = next(n for n, variant in VARIANTS.items() if variant.recipe == recipe)
     run = out / f"{_file_name(name)}-{seed}"
     if (run / "done").exists():

@@ -1,9 +1,9 @@
-"""Check on a GPU what can be checked nowhere else, then run the benchmarks; one JSON file of both.
+"""Run the checks that need a GPU, then the benchmarks, and write the results to one JSON file.
 
-A check is a function that returns figures and raises AssertionError where something is wrong:
-those of training are in `gpu_check_training.py`, with its benchmarks, those of extraction in
-`gpu_check_extraction.py`, which needs what decodes photos. Another benchmark is the arguments of a
-`cap bench` command; add it to BENCHES.
+A check is a function that returns figures and raises AssertionError if something is wrong. The
+checks and benchmarks of training are in `gpu_check_training.py`. The checks of extraction are in
+`gpu_check_extraction.py`, which imports the packages that decode photos. The other benchmarks are
+arguments of `cap bench`, in BENCHES.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from typing import Any
 
 import torch
 from gpu_check_training import (
+    FULL,
+    SMALL,
     TRAINING_BENCHES,
     TRAINING_CHECKS,
+    TrainingSetting,
     measure_prompt_to_model,
     measure_training,
 )
@@ -32,12 +35,12 @@ from gpu_check_training import (
 from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
 from train.machine import describe_machine
 
-LIMIT_S = 460.0  # of everything: nothing is begun after it
-_HUNG_S = 570.0  # then it says where it stands, and ends
+LIMIT_S = 460.0  # no benchmark starts later than this
+_HUNG_S = 570.0  # a run that takes longer prints where it is, and ends
 Figures = dict[str, Any]
 
 
-# The first word is the command: one that this version lacks is left out.
+# The first word is the command. Commands that this version lacks are left out.
 BENCHES: tuple[str, ...] = (
     "extract --size 640x480 --rounds 2",
     "extract --size 256x256 --rounds 2",
@@ -51,7 +54,7 @@ def run_check(check: Callable[[], Figures]) -> Figures:
     started = time.perf_counter()
     try:
         result: Figures = {"ok": True, **check()}
-    except Exception as error:  # whatever it is, the other checks are still worth running
+    except Exception as error:  # the other checks are still worth running
         result = {
             "ok": False,
             "error": f"{type(error).__name__}: {error}",
@@ -85,7 +88,7 @@ def measure_all_training(
     left_s: Callable[[], float],
     record: Callable[[str, str, Figures], None],
 ) -> None:
-    """On one cache of COCO's size."""
+    """Run the benchmarks of training on a cache of COCO's size."""
     cache = work / "train.h5"
     write_synthetic_cache(cache, photos)
     measures: dict[str, Callable[[Path, torch.device, Path], Figures]] = {
@@ -109,8 +112,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--checks-only", action="store_true")
-    parser.add_argument("--only", choices=("train", "extract"), help="one half of everything")
-    parser.add_argument("--photos", type=int, default=PHOTOS, help="of the training benchmarks")
+    parser.add_argument("--only", choices=("train", "extract"), help="run one half")
+    parser.add_argument("--photos", type=int, default=PHOTOS, help="for the training benchmarks")
     parser.add_argument("--device", default="cuda", help="cpu: only to try this script")
     parser.add_argument("--backbone", default="resnet152")
     options = parser.parse_args()
@@ -122,7 +125,7 @@ def main() -> int:
     def left_s() -> float:
         return LIMIT_S - (time.perf_counter() - started)
 
-    # As PyTorch names the tensors' device: with a number.
+    # With a number, as PyTorch names the device of a tensor.
     device = torch.empty(0, device=options.device).device
     if device.type == "cuda":
         faulthandler.dump_traceback_later(_HUNG_S, exit=True)
@@ -143,14 +146,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cap-check-") as name:
         work = Path(name)
         if options.only != "extract":
+            sizes = SMALL if device.type == "cpu" else FULL
+            training_setting = TrainingSetting(device, work, sizes)
             for training_check in TRAINING_CHECKS:
-                figures = run_check(partial(training_check, device, work))
+                figures = run_check(partial(training_check, training_setting))
                 record("checks", training_check.__name__, figures)
         if options.only != "train":
-            # Only here: a machine may lack what decodes photos, and train all the same.
+            # Imported only here, because training works without the packages that decode photos.
             import gpu_check_extraction as extraction
 
-            setting = extraction.make_setting(work, device, options.backbone)
+            photos, batch_size = (32, 8) if device.type == "cpu" else (160, 32)
+            setting = extraction.make_setting(work, device, options.backbone, photos, batch_size)
             for check in extraction.CHECKS:
                 record("checks", check.__name__, run_check(partial(check, setting)))
         if options.only != "extract" and not options.checks_only:

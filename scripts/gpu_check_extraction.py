@@ -1,4 +1,4 @@
-"""What `gpu_check.py` checks of extraction, and the test suite's own tests for a GPU."""
+"""The checks of extraction that `gpu_check.py` runs, and the test suite's own GPU tests."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import Progress, extract
 from pipeline.photos.preprocessing import preprocess
 
-_PHOTOS = 160
-_BATCH = 32
 Figures = dict[str, Any]
 
 
@@ -32,14 +30,15 @@ class Setting:
 
     device: torch.device
     backbone: Backbone  # random weights
+    batch_size: int
     folder: Path  # of JPEGs
-    pixels: torch.Tensor  # (_PHOTOS, 3, 224, 224) uint8, of the same
+    pixels: torch.Tensor  # (N, 3, 224, 224) uint8, of these JPEGs
     work: Path  # for files
 
 
 def fast_features_agree_with_float32(setting: Setting) -> Figures:
-    """Every precision that `auto` may take, against the plain network on the same device."""
-    photos = setting.pixels[:_BATCH]
+    """Compares every precision that `auto` may choose with the plain network on the same device."""
+    photos = setting.pixels[: setting.batch_size]
     plain = encode_plain(setting.backbone, photos, setting.device)
     figures: Figures = {}
     for precision in fast_precisions(setting.device):
@@ -52,19 +51,19 @@ def fast_features_agree_with_float32(setting: Setting) -> Figures:
 
 
 def devices_agree(setting: Setting) -> Figures:
-    """The plain network here, against the plain network on the CPU."""
+    """Compares the plain network on this device with the plain network on the CPU."""
     photos = setting.pixels[:4]
-    here = encode_plain(setting.backbone, photos, setting.device).cpu()
-    there = encode_plain(setting.backbone, photos, torch.device("cpu"))
-    worst = float(torch.cosine_similarity(here, there).min())
+    on_device = encode_plain(setting.backbone, photos, setting.device).cpu()
+    on_cpu = encode_plain(setting.backbone, photos, torch.device("cpu"))
+    worst = float(torch.cosine_similarity(on_device, on_cpu).min())
     assert worst > 0.99999, worst
     return {"worst": worst}
 
 
 def graphs_compute_what_direct_calls_do(setting: Setting) -> Figures:
-    """A captured graph, replayed on other photos, against encoders that never captured one."""
+    """Compares a graph, replayed on other photos, with encoders that never captured one."""
     precision = fast_precisions(setting.device)[0]
-    batches = setting.pixels.split(_BATCH)
+    batches = setting.pixels.split(setting.batch_size)
     direct = []
     for batch in batches:
         encoder = Encoder(setting.backbone, device=setting.device, precision=precision)
@@ -77,7 +76,8 @@ def graphs_compute_what_direct_calls_do(setting: Setting) -> Figures:
 
 
 def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
-    """Broken off twice and gone on with, against an unbroken run."""
+    """Compares an extraction that was interrupted and resumed twice with an unbroken one."""
+    photos, batch_size = len(setting.pixels), setting.batch_size
 
     def config(name: str) -> ExtractConfig:
         return ExtractConfig(
@@ -86,7 +86,7 @@ def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
             backbone=setting.backbone.name,
             weights="random",
             device=str(setting.device),
-            batch_size=_BATCH,
+            batch_size=batch_size,
         )
 
     for _ in extract(config("whole.h5")):
@@ -94,26 +94,27 @@ def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
     for _ in range(2):
         reports = extract(config("broken.h5"))
         for report in reports:
-            if isinstance(report, Progress) and report.new >= _BATCH:
+            if isinstance(report, Progress) and report.new >= batch_size:
                 break
         reports.close()
     last: object = None
     for last in extract(config("broken.h5")):  # noqa: B007
         pass
     assert isinstance(last, Progress)
-    assert 0 < last.new < _PHOTOS, last
+    assert 0 < last.new < photos, last
     same = (setting.work / "broken.h5").read_bytes() == (setting.work / "whole.h5").read_bytes()
-    assert same, "other bytes than an unbroken run's"
-    return {"photos": _PHOTOS, "after_the_last_break": last.new}
+    assert same, "the bytes differ from an unbroken run's"
+    return {"photos": photos, "after_the_last_break": last.new}
 
 
 def gpu_tests_pass(setting: Setting) -> Figures:
-    """The test suite's own tests for a GPU."""
+    """Runs the test suite's own GPU tests."""
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "no pytest"}
-    # Other tests may need packages that a machine lent for an hour lacks.
+    # The other files may import packages that this machine lacks.
     tests = Path(__file__).parent.parent / "tests"
-    files = [path for path in sorted(tests.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [path for path in sorted(tests.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    assert files, "no file has GPU tests"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     command += map(str, files)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -131,9 +132,12 @@ CHECKS: tuple[Callable[[Setting], Figures], ...] = (
 )
 
 
-def make_setting(work: Path, device: torch.device, backbone: str) -> Setting:
+def make_setting(
+    work: Path, device: torch.device, backbone: str, photos: int, batch_size: int
+) -> Setting:
     folder = work / "photos"
     folder.mkdir()
-    write_bench_photos(folder, _PHOTOS, 320, 240)
+    write_bench_photos(folder, photos, 320, 240)
     pixels = [preprocess(path.read_bytes(), 224) for path in sorted(folder.iterdir())]
-    return Setting(device, load_backbone(backbone, "random"), folder, torch.cat(pixels), work)
+    network = load_backbone(backbone, "random")
+    return Setting(device, network, batch_size, folder, torch.cat(pixels), work)

@@ -1,4 +1,4 @@
-"""What `gpu_check.py` checks and measures of training."""
+"""The checks and benchmarks of training that `gpu_check.py` runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +27,55 @@ from train.fit.run import train
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective, Masks
-from train.step.cuda.kernel_check import check_kernels, kernels_for
-from train.step.cuda.kernels import compile_kernels
+from train.step.cpu.objective import CpuObjective
+from train.step.cuda.compiled_kernels import compile_kernels
+from train.step.cuda.kernel_check import check_kernels
+from train.step.cuda.kernel_choice import kernels_for
 from train.step.cuda.objective import CudaObjective
-from train.step.cuda.torch_kernels import TorchKernels
-from train.step.dropout import draw_masks
+from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import pack
+from train.step.torch_kernels import TorchKernels
 
 Figures = dict[str, Any]
 CPU = torch.device("cpu")
 
-# Relative length of the difference between a parameter's gradients, and of that between losses.
+# Bounds of the relative difference between gradients, which are compared per parameter as vectors,
+# and between losses.
 GRADIENT_BOUND = {torch.float32: 2e-4, torch.bfloat16: 0.04}
 LOSS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
-# Of mean losses of ten steps, some of a nat high, in the course of 300 steps.
+# Bounds of the difference between mean losses of ten steps, which are about one nat.
 CURVE_BOUND = {"float32": 0.03, "auto": 0.15}
-_PHOTOS, _FEATURES = 1536, 64
+_FEATURES = 64
 _WORDS, _BATCH_FEATURES = 997, 72
 
 
-def kernels_compile_and_pass_their_check(device: torch.device, work: Path) -> Figures:
-    """Ours, and PyTorch's own with its fused LSTM cell, against plain operations, in both
+@dataclass(frozen=True)
+class Sizes:
+    """How much the checks compute."""
+
+    photos: int
+    curve_steps: int  # a multiple of ten
+    reports_before_break: int  # fewer than a run of three epochs has
+
+
+FULL = Sizes(photos=1536, curve_steps=300, reports_before_break=40)
+SMALL = Sizes(photos=384, curve_steps=100, reports_before_break=10)  # to try the checks on a CPU
+
+
+@dataclass(frozen=True)
+class TrainingSetting:
+    """What the checks work on."""
+
+    device: torch.device
+    work: Path  # for files
+    sizes: Sizes
+
+
+def kernels_compile_and_pass_their_check(setting: TrainingSetting) -> Figures:
+    """Compares our kernels, and PyTorch's with its fused LSTM cell, with plain operations, in both
     precisions.
     """
+    device = setting.device
     figures: Figures = {}
     for dtype in _dtypes(device):
         name = str(dtype).removeprefix("torch.")
@@ -64,10 +89,11 @@ def kernels_compile_and_pass_their_check(device: torch.device, work: Path) -> Fi
     return figures
 
 
-def steps_compute_the_plain_loss_and_gradients(device: torch.device, work: Path) -> Figures:
-    """Every option on ragged batches, against autograd on the CPU; with given dropout, weights,
-    drawn captions and fixed statistics against the CPU's own objective.
+def steps_compute_the_plain_loss_and_gradients(setting: TrainingSetting) -> Figures:
+    """Compares every option on ragged batches with autograd on the CPU; then, with given dropout
+    masks, weights, drawn captions and fixed statistics, with the CPU's objective.
     """
+    device = setting.device
     worst: Figures = {}
     for dtype, batch, options in itertools.product(_dtypes(device), _batches(), _options()):
         name = str(dtype).removeprefix("torch.")
@@ -75,11 +101,11 @@ def steps_compute_the_plain_loss_and_gradients(device: torch.device, work: Path)
         torch.manual_seed(1)
         sizes: dict[str, Any] = {"embedding_size": 48, "hidden_size": 80, **options}
         plain = CaptionDecoder(DecoderConfig(_BATCH_FEATURES, _WORDS, **sizes)).train()
-        mine = copy.deepcopy(plain).to(device)
-        theirs = copy.deepcopy(plain)
+        model = copy.deepcopy(plain).to(device)
+        twin = copy.deepcopy(plain)
         objective = CudaObjective(
-            mine,
-            FlatParameters(mine, transposed=False),
+            model,
+            FlatParameters(model, transposed=False),
             dtype=dtype,
             label_smoothing=smoothing,
         )
@@ -90,38 +116,40 @@ def steps_compute_the_plain_loss_and_gradients(device: torch.device, work: Path)
         expected.backward()
         loss = objective.loss_and_gradients(packed) / packed.count()
         objective.parameters.gradients.div_(packed.count())
-        _compare(worst, f"{name}: plain", dtype, loss, expected, mine, plain)
+        _compare(worst, f"{name}: plain", dtype, loss, expected, model, plain)
 
-        reference = FastObjective(
-            theirs,
-            FlatParameters(theirs, transposed=True),
+        reference = CpuObjective(
+            twin,
+            FlatParameters(twin, transposed=True),
             dtype=torch.float32,
             label_smoothing=smoothing,
         )
-        theirs.load_state_dict({n: v.cpu() for n, v in mine.state_dict().items()})
-        there = pack(batch, round_up=False)
-        config = replace(theirs.config, dropout=0.4, feature_dropout=0.3)
-        masks = draw_masks(config, there, torch.float32, 7)
-        weights = torch.linspace(-1, 2, len(there.words))
+        twin.load_state_dict({n: v.cpu() for n, v in model.state_dict().items()})
+        packed_on_cpu = pack(batch, round_up=False)
+        config = replace(twin.config, dropout=0.4, feature_dropout=0.3)
+        masks = draw_masks(config, packed_on_cpu, torch.float32, 7)
+        weights = torch.linspace(-1, 2, len(packed_on_cpu.words))
         for drawn, training in ((False, True), (True, False)):
             if drawn and bool((batch.targets[:, 0] == END).any()):
-                continue  # a drawn caption has a word
+                continue  # a drawn caption has at least one word
             flags = {"drawn": drawn, "training": training}
-            expected = reference.loss_and_gradients(there, masks, weights=weights, **flags)
+            expected = reference.loss_and_gradients(packed_on_cpu, masks, weights=weights, **flags)
             loss = objective.loss_and_gradients(
                 packed, _masks_on(masks, device, dtype), weights=weights.to(device), **flags
             )
-            theirs.normalize.train(training)
-            _compare(worst, f"{name}: given dropout", dtype, loss, expected, mine, theirs)
-        difference = _difference(objective.loss(packed), reference.loss(there))
+            twin.normalize.train(training)
+            _compare(worst, f"{name}: given dropout", dtype, loss, expected, model, twin)
+        difference = _difference(objective.loss(packed), reference.loss(packed_on_cpu))
         worst[f"{name}: validation"] = max(worst.get(f"{name}: validation", 0.0), difference)
         assert difference < LOSS_BOUND[dtype], (name, options, difference)
     return worst
 
 
-def graphs_train_as_direct_steps_do(device: torch.device, work: Path) -> Figures:
-    """Losses of trainers with and without graphs; and a graph draws new dropout at each replay."""
-    captions, vocabulary = _caption_set(device, work)
+def graphs_train_as_direct_steps_do(setting: TrainingSetting) -> Figures:
+    """Compares the losses of trainers with and without graphs. Graphs must also draw new dropout
+    masks at every replay.
+    """
+    captions, vocabulary = _caption_set(setting)
     recipe = replace(
         BEST,
         embedding_size=64,
@@ -137,21 +165,25 @@ def graphs_train_as_direct_steps_do(device: torch.device, work: Path) -> Figures
     for graphed in (True, False):
         trainer = _trainer(captions, vocabulary, recipe, precision="float32")
         if not graphed and trainer.graphs is not None:
-            trainer.graphs.failure = "not wanted"
+            trainer.graphs.failure = "to compare"
         losses.append([float(step.loss) for epoch in range(4) for step in trainer.epoch(epoch)])
         if graphed and trainer.graphs is not None:
             assert trainer.graphs.failure == "", trainer.graphs.failure
             captured = len(trainer.graphs._captured)
             assert captured > 0
-    mine, theirs = np.array(losses)
-    distance = float(np.abs(mine - theirs).max())
-    assert distance < 0.02, distance
-    figures: Figures = {"steps": len(mine), "graphs": captured, "largest_difference": distance}
+    graphed_losses, direct_losses = np.array(losses)
+    difference = float(np.abs(graphed_losses - direct_losses).max())
+    assert difference < 0.02, difference
+    figures: Figures = {
+        "steps": len(graphed_losses),
+        "graphs": captured,
+        "largest_difference": difference,
+    }
     return figures | (_dropout_of_replays(captions, vocabulary) if captured else {})
 
 
 def _dropout_of_replays(captions: CaptionSet, vocabulary: Vocabulary) -> Figures:
-    """At a learning rate of zero one batch has one loss for each seed."""
+    """At a learning rate of zero, the loss of a batch depends on the seed of its dropout alone."""
     recipe = replace(CLASSIC, embedding_size=64, hidden_size=96, batch_size=32, dropout=0.5)
     trainer = _trainer(captions, vocabulary, recipe, precision="float32")
     graphs, chosen = trainer.graphs, np.arange(32)
@@ -171,9 +203,11 @@ def _dropout_of_replays(captions: CaptionSet, vocabulary: Vocabulary) -> Figures
     }
 
 
-def curves_lie_on_one_another(device: torch.device, work: Path) -> Figures:
-    """300 steps from one seed: the plain path, the fast one in float32, and as it comes."""
-    captions, vocabulary = _caption_set(device, work)
+def curves_lie_on_one_another(setting: TrainingSetting) -> Figures:
+    """Trains from one seed by the plain path, by the fast one in float32, and by the fast one in
+    the precision that `auto` takes.
+    """
+    captions, vocabulary = _caption_set(setting)
     recipe = replace(CLASSIC, embedding_size=64, hidden_size=128, batch_size=128, epochs=25)
     found = {}
     for name, plain, precision in (
@@ -183,20 +217,25 @@ def curves_lie_on_one_another(device: torch.device, work: Path) -> Figures:
     ):
         trainer = _trainer(captions, vocabulary, recipe, precision=precision, plain=plain)
         steps = (step.loss for epoch in range(recipe.epochs) for step in trainer.epoch(epoch))
-        losses = torch.stack([loss.clone() for loss in itertools.islice(steps, 300)]).cpu()
+        first_steps = itertools.islice(steps, setting.sizes.curve_steps)
+        losses = torch.stack([loss.clone() for loss in first_steps]).cpu()
+        assert len(losses) == setting.sizes.curve_steps
         found[name] = losses.view(-1, 10).mean(1)
     assert float(found["plain"][-1]) < 0.7 * float(found["plain"][0]), found["plain"]
     figures: Figures = {name: float(losses[-1]) for name, losses in found.items()}
     for name, bound in CURVE_BOUND.items():
-        distance = float((found[name] - found["plain"]).abs().max())
-        figures[f"{name}_distance"] = distance
-        assert distance < bound, figures
+        difference = float((found[name] - found["plain"]).abs().max())
+        figures[f"{name}_distance"] = difference
+        assert difference < bound, figures
     return figures
 
 
-def resumed_training_reaches_what_an_unbroken_run_does(device: torch.device, work: Path) -> Figures:
-    """State is kept to the bit; steps are repeated to rounding (a GPU adds up in any order)."""
-    _caption_set(device, work)
+def resumed_training_reaches_what_an_unbroken_run_does(setting: TrainingSetting) -> Figures:
+    """Compares the weights after an interrupted and an unbroken run. The saved state is exact, but
+    a GPU adds in any order, so its steps differ by rounding.
+    """
+    _caption_set(setting)
+    work = setting.work
     recipe = replace(
         BEST, embedding_size=64, hidden_size=96, batch_size=64, epochs=3, learning_rate=1e-3
     )
@@ -207,14 +246,14 @@ def resumed_training_reaches_what_an_unbroken_run_does(device: torch.device, wor
             out=work / name,
             recipe=recipe,
             min_count=1,
-            device=str(device),
+            device=str(setting.device),
             **changes,
         )
 
     for _ in train(config("whole")):
         pass
     reports = train(config("broken"))
-    for _ in itertools.islice(reports, 40):
+    for _ in itertools.islice(reports, setting.sizes.reports_before_break):
         pass
     reports.close()
     for _ in train(config("broken", resume=True)):
@@ -232,7 +271,7 @@ def resumed_training_reaches_what_an_unbroken_run_does(device: torch.device, wor
     return {"difference_of_weights": difference, "same_bits": torch.equal(whole, broken)}
 
 
-TRAINING_CHECKS: tuple[Callable[[torch.device, Path], Figures], ...] = (
+TRAINING_CHECKS: tuple[Callable[[TrainingSetting], Figures], ...] = (
     kernels_compile_and_pass_their_check,
     steps_compute_the_plain_loss_and_gradients,
     graphs_train_as_direct_steps_do,
@@ -263,7 +302,7 @@ def measure_training(recipe: Recipe, cache: Path, device: torch.device, work: Pa
 
 
 def measure_prompt_to_model(cache: Path, device: torch.device, work: Path) -> Figures:
-    """The two epochs of the CNN-LSTM tutorials, from the shell's prompt to the saved model."""
+    """Times two epochs, as in CNN-LSTM tutorials, from the shell's prompt to the saved model."""
     command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "train"]
     command += ["--from-cache", str(cache), "--out", str(work / "prompt"), "--recipe", "classic"]
     started = time.perf_counter()
@@ -292,7 +331,7 @@ def _options() -> Iterator[dict[str, Any]]:
 
 
 def _batches() -> Iterator[Batch]:
-    """Ragged captions with one that ends at once, a single one, and captions of one word."""
+    """Captions of different lengths, one of them empty; a single caption; captions of one word."""
     random = np.random.default_rng(0)
     for lengths in (sorted(random.integers(0, 14, 45).tolist(), reverse=True), [6], [1] * 7):
         targets = torch.full((len(lengths), lengths[0] + 1), PAD)
@@ -324,35 +363,38 @@ def _compare(
     dtype: torch.dtype,
     loss: torch.Tensor,
     expected: torch.Tensor,
-    mine: CaptionDecoder,
-    theirs: CaptionDecoder,
+    model: CaptionDecoder,
+    reference: CaptionDecoder,
 ) -> None:
+    """Assert that losses and gradients are close, and keep the largest differences in `worst`."""
     difference = _difference(loss, expected.detach())
     assert difference < LOSS_BOUND[dtype], (name, "loss", difference)
     worst[f"{name}, loss"] = max(worst.get(f"{name}, loss", 0.0), difference)
-    wanted = dict(theirs.named_parameters())
-    for parameter, value in mine.named_parameters():
-        if parameter == "project.bias" and theirs.normalize.training:
-            continue  # BatchNorm cancels it: only rounding is left
-        gradient = wanted[parameter].grad
+    references = dict(reference.named_parameters())
+    for parameter, value in model.named_parameters():
+        if parameter == "project.bias" and reference.normalize.training:
+            continue  # BatchNorm cancels this bias, so its gradient is only rounding
+        gradient = references[parameter].grad
         assert gradient is not None
         assert value.grad is not None
         difference = _difference(value.grad, gradient)
         worst[f"{name}, gradient"] = max(worst.get(f"{name}, gradient", 0.0), difference)
-        assert difference < GRADIENT_BOUND[dtype], (name, parameter, mine.config, difference)
+        assert difference < GRADIENT_BOUND[dtype], (name, parameter, model.config, difference)
 
 
-def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    mine, theirs = mine.detach().cpu().double(), theirs.detach().cpu().double()
-    return float((mine - theirs).norm() / theirs.norm().clamp_min(1e-3))
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The length of the difference, relative to the expected length."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-3))
 
 
-def _caption_set(device: torch.device, work: Path) -> tuple[CaptionSet, Vocabulary]:
-    """Photos of 48 kinds, each with three captions of its kind that vary in length."""
-    path = work / "captions.h5"
+def _caption_set(setting: TrainingSetting) -> tuple[CaptionSet, Vocabulary]:
+    """Photos of 48 kinds. Each has three captions, which only differ in length within a kind."""
+    photos = setting.sizes.photos
+    path = setting.work / "captions.h5"
     if not path.exists():
         random = np.random.default_rng(0)
-        kinds = random.integers(48, size=_PHOTOS)
+        kinds = random.integers(48, size=photos)
         texts = [
             [
                 " ".join(f"w{(kind * 7 + k * k + kind * k) % 61}" for k in range(length))
@@ -360,7 +402,7 @@ def _caption_set(device: torch.device, work: Path) -> tuple[CaptionSet, Vocabula
             ]
             for kind in kinds
         ]
-        names = Strings.pack(f"{n:06d}.jpg" for n in range(_PHOTOS))
+        names = Strings.pack(f"{n:06d}.jpg" for n in range(photos))
         encoder = EncoderRecord(
             backbone="resnet18",
             weights="check",
@@ -375,11 +417,12 @@ def _caption_set(device: torch.device, work: Path) -> tuple[CaptionSet, Vocabula
         features = random.standard_normal((48, _FEATURES))[kinds]
         features = features + 0.3 * random.standard_normal(features.shape)
         with open_writer(path, skeleton, library_versions={}) as writer:
-            digests = np.zeros((_PHOTOS, 16), np.uint8)
-            writer.write(np.arange(_PHOTOS), features[:, None].astype(np.float16), digests)
+            digests = np.zeros((photos, 16), np.uint8)
+            writer.write(np.arange(photos), features[:, None].astype(np.float16), digests)
     cache = open_cache(path)
     vocabulary = build_vocabulary(cache.captions, 1)
-    return caption_set(cache, vocabulary, device=device, max_length=50), vocabulary
+    captions = caption_set(cache, vocabulary, device=setting.device, max_length=50)
+    return captions, vocabulary
 
 
 def _trainer(

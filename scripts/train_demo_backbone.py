@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Train the demo's backbone: a small torchvision network that can tell the objects of drawn scenes.
+"""Train the demo's backbone, a small torchvision network, to recognize objects in drawn scenes.
 
-Scenes have seeds from 1,000,000 on; the demo's own stay below. The pooled features must hold
-everything that a caption says, so linear heads on them are trained to name each object in caption
-order (noun, colour, size), the layout and the place. The heads are thrown away; the backbone is
-written as a float16 state dict. The first epochs see the scenes at half size, at a quarter of the
-cost. About a quarter of an hour on two cores.
+The training scenes have seeds from 1,000,000 on; the demo's own scenes have smaller ones. The
+pooled features must contain everything that a caption says. Linear heads on them are therefore
+trained to name each object in caption order (noun, colour, size), the layout and the place. The
+heads are then discarded, and the backbone is saved as a float16 state dict. The first epochs use
+scenes of half the size, which take a quarter of the time. Takes about a quarter of an hour on two
+cores.
 
     python scripts/train_demo_backbone.py --out pipeline/demo/demo_backbone.pth
 """
@@ -45,17 +46,17 @@ HEADS = {
 
 
 def labelled_scene(seed: int) -> tuple[NDArray[np.uint8], list[int]]:
-    """((3, 224, 224) uint8 pixels as extraction would see them, a class for each head)."""
+    """((3, 224, 224) uint8 pixels as extraction reads them, the class for each head)."""
     scene = draw_scene(seed)
     buffer = io.BytesIO()
     scene.image.save(buffer, "JPEG", quality=90)
     labels = []
     for slot in range(SLOTS):
         if slot < len(scene.objects):
-            thing = scene.objects[slot]
-            labels.append(1 + NOUNS.index(thing.noun))
-            labels.append(1 + list(COLORS).index(thing.color))
-            labels.append(1 + ("small", "large").index(thing.size))
+            drawn = scene.objects[slot]
+            labels.append(1 + NOUNS.index(drawn.noun))
+            labels.append(1 + list(COLORS).index(drawn.color))
+            labels.append(1 + ("small", "large").index(drawn.size))
         else:
             labels += [0, 0, 0]
     labels += [LAYOUTS.index(scene.layout), list(PLACES).index(scene.place)]
@@ -71,7 +72,7 @@ def labelled_scenes(first_seed: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of right answers of each head."""
+    """The share of correct answers of each head."""
     parts = logits.split(list(HEADS.values()), dim=1)
     return {
         name: float((part.argmax(1) == labels[:, i]).float().mean())
@@ -114,11 +115,11 @@ def main() -> None:
             images = normalize(pixels[chosen]).contiguous()
             if half_size:
                 images = nn.functional.avg_pool2d(images, 2)
-            parts = network(images).split(list(HEADS.values()), dim=1)
+            head_logits = network(images).split(list(HEADS.values()), dim=1)
             loss = torch.stack(
                 [
                     nn.functional.cross_entropy(part, labels[chosen, i], label_smoothing=0.02)
-                    for i, part in enumerate(parts)
+                    for i, part in enumerate(head_logits)
                 ]
             ).sum()
             optimizer.zero_grad()
@@ -133,10 +134,10 @@ def main() -> None:
                     for images in map(normalize, unseen_pixels.split(100))
                 ]
             )
-        right = accuracy(logits, unseen_labels)
+        shares = accuracy(logits, unseen_labels)
         print(
             f"epoch {epoch}: loss {loss.item():.3f}, unseen scenes "
-            + ", ".join(f"{name} {share:.3f}" for name, share in right.items())
+            + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
             + f", {time.perf_counter() - started:.0f} s",
             flush=True,
         )

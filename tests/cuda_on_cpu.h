@@ -1,7 +1,13 @@
-// Just enough of CUDA to run train/step/cuda/kernels.cu on a CPU, one thread after the other: the
-// threads of a block take turns at every barrier, as coroutines. The functions at the end stand in
-// for the driver's, so that a library built from this file can be loaded as `libcuda.so.1`.
+// Just enough of CUDA to run train/step/cuda/kernels.cu on a CPU, one thread after the other. The
+// threads of a kernel with barriers are coroutines, which take turns at every barrier. Once started
+// they are switched by _setjmp and _longjmp: swapcontext makes a system call at every switch. The
+// functions at the end stand in for the driver's, so that a library built from this file can be
+// loaded as `libcuda.so.1`.
+#undef _FORTIFY_SOURCE  // it forbids _longjmp to another stack
 #include <math.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 
@@ -22,21 +28,56 @@ static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); ret
 static unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 #define __expf expf  // glibc has a function of that name
 
-static ucontext_t scheduler;
-static std::vector<ucontext_t> coroutines;
-static std::vector<char> finished;
+static const int MAX_THREADS = 1024;
 static std::function<void()> body;
+static bool in_coroutines;
+static jmp_buf scheduler, paused[MAX_THREADS];
+static bool started[MAX_THREADS], finished[MAX_THREADS];
+
+static void pause_thread()
+{
+    const int me = threadIdx.x;
+    if (!_setjmp(paused[me])) _longjmp(scheduler, 1);
+    threadIdx.x = me;
+}
+
+static void all_blocks_of_one_thread()
+{
+    for (;;) {
+        body();
+        finished[threadIdx.x] = true;
+        pause_thread();
+    }
+}
+
+static void resume_thread(int n)
+{
+    threadIdx.x = n;
+    if (_setjmp(scheduler)) return;
+    if (started[n]) _longjmp(paused[n], 1);
+    started[n] = true;
+    static std::vector<std::vector<char>> stacks(MAX_THREADS);
+    stacks[n].resize(65536);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[n].data();
+    context.uc_stack.ss_size = stacks[n].size();
+    makecontext(&context, all_blocks_of_one_thread, 0);
+    setcontext(&context);
+}
 
 static void __syncthreads()
 {
-    const int me = threadIdx.x;
-    swapcontext(&coroutines[me], &scheduler);
-    threadIdx.x = me;
+    if (!in_coroutines) {
+        fputs("a kernel with barriers is launched as one without\n", stderr);
+        abort();
+    }
+    pause_thread();
 }
 
 static float __shfl_xor_sync(unsigned, float value, int offset)
 {
-    static float offered[1024];
+    static float offered[MAX_THREADS];
     offered[threadIdx.x] = value;
     __syncthreads();
     const float other = offered[threadIdx.x ^ offset];
@@ -44,30 +85,18 @@ static float __shfl_xor_sync(unsigned, float value, int offset)
     return other;
 }
 
-static void one_thread()
-{
-    body();
-    finished[threadIdx.x] = 1;
-}
-
 static void one_block(int threads)
 {
-    static std::vector<std::vector<char>> stacks(1024, std::vector<char>(65536));
-    coroutines.assign(threads, ucontext_t());
-    finished.assign(threads, 0);
-    for (int n = 0; n < threads; ++n) {
-        getcontext(&coroutines[n]);
-        coroutines[n].uc_stack.ss_sp = stacks[n].data();
-        coroutines[n].uc_stack.ss_size = stacks[n].size();
-        coroutines[n].uc_link = &scheduler;
-        makecontext(&coroutines[n], one_thread, 0);
+    if (!in_coroutines) {
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) body();
+        return;
     }
+    memset(finished, 0, sizeof finished);
     for (bool running = true; running;) {
         running = false;
         for (int n = 0; n < threads; ++n) {
             if (finished[n]) continue;
-            threadIdx.x = n;
-            swapcontext(&scheduler, &coroutines[n]);
+            resume_thread(n);
             running = running || !finished[n];
         }
     }
@@ -91,18 +120,23 @@ static void run(void (*kernel)(Arguments...), int blocks, int threads, void** gi
 
 #include "kernels.cu"
 
-#define LAUNCH(name) if (!strcmp(function, #name)) { run(name, blocks, threads, given); return 0; }
+#define LAUNCH(name, with_barriers) \
+    if (!strcmp(function, #name)) { \
+        in_coroutines = with_barriers; \
+        run(name, blocks, threads, given); \
+        return 0; \
+    }
 
 extern "C" int cuLaunchKernel(
     const char* function, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned,
     unsigned, void*, void** given, void**)
 {
-    LAUNCH(gather_words)
-    LAUNCH(read_inputs)
-    LAUNCH(cell_forward)
-    LAUNCH(cell_backward)
-    LAUNCH(cross_entropy)
-    LAUNCH(adamw)
+    LAUNCH(gather_words, false)
+    LAUNCH(read_inputs, false)
+    LAUNCH(cell_forward, false)
+    LAUNCH(cell_backward, false)
+    LAUNCH(cross_entropy, true)
+    LAUNCH(adamw, false)
     return 1;
 }
 

@@ -1,4 +1,4 @@
-"""Naming a device."""
+"""Devices: their names, what they are good at, and when they are out of memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from cache.errors import CapError
 
 
 class DeviceError(CapError):
-    """A device is unknown or absent. One line."""
+    """Raised when a device is unknown or absent. The message is one line."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` → a device that works here. Raises DeviceError."""
+    """The device for `auto`, `cpu`, `cuda` or e.g. `cuda:1`. Raises DeviceError if it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError(f"no device {name!r}; there are auto, cpu, cuda, cuda:N") from None
+        raise DeviceError(f"no device {name!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {name!r} is not supported; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -27,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def cpu_features() -> tuple[str, ...]:
-    """The instruction sets of this CPU that PyTorch's kernels look for, as in avx2, amx_bf16."""
+    """The instruction sets of this CPU that PyTorch's kernels use, for example avx2, amx_bf16."""
     has = torch.cpu.get_capabilities().get
     features = {
         "avx2": has("avx2"),
@@ -44,16 +44,16 @@ def has_fast_bfloat16() -> bool:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch, on any device, found no memory for a tensor."""
-    signs = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    """Whether the error says that PyTorch found no memory for a tensor, on any device."""
+    phrases = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in phrases)
 
 
 def resolve_devices(names: str) -> list[torch.device]:
-    """Like `resolve_device`, for work that several devices can share.
+    """The devices for work that several devices can share.
 
-    `cuda`, or `auto` where there is one, is every GPU; `cuda:0,cuda:2` are these. All are of one
-    kind. Raises DeviceError.
+    `cuda` means every GPU, and so does `auto` where there is a GPU; `cuda:0,cuda:2` means these
+    two. All must be of one kind. Raises DeviceError.
     """
     devices = [resolve_device(name.strip()) for name in names.split(",")]
     if len({device.type for device in devices}) > 1:

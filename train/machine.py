@@ -1,4 +1,4 @@
-"""What a measurement was taken on: the facts without which its figures mean nothing."""
+"""Describes the machine of a measurement, without which its figures mean nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Machine:
     """The hardware and versions behind a benchmark."""
 
     cpu: str
-    cores: int  # that this process may use
-    threads: int  # that torch uses
-    cpu_features: tuple[str, ...]  # what torch's kernels look for, as in avx2, avx512_bf16, amx
+    cores: int  # available to this process
+    threads: int  # used by PyTorch
+    cpu_features: tuple[str, ...]  # from `train.device.cpu_features`
     gpu: str | None
     torch: str
     python: str
@@ -36,7 +36,7 @@ class Machine:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The machine as this process sees it; the GPU's name where `device` is one."""
+    """The machine as this process sees it, with the GPU's name if `device` is a GPU."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return Machine(
         cpu=_cpu_name(),
@@ -50,7 +50,7 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def peak_rss_mb() -> float:
-    """The most memory this process has held so far, in MB (10^6 bytes)."""
+    """The peak memory (resident set size) of this process so far, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 

@@ -1,24 +1,24 @@
-"""How the threads that PyTorch computes with on a CPU wait for one another."""
+"""Sets how PyTorch's CPU threads wait for one another."""
 
 from __future__ import annotations
 
 import os
 
-# Any of these says how OpenMP's threads wait: GNU's library reads the first two, Intel's and LLVM's
-# the others.
+# Each of these sets how OpenMP's threads wait. GNU's library reads the first two, Intel's and
+# LLVM's read the others.
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _SPINS = "1000"
 
 
 def spin_briefly() -> None:
-    """Let a thread that waits for others give its core away soon, unless the user chose otherwise.
+    """Let waiting threads give up their core soon, unless the user's environment says otherwise.
 
-    GNU's OpenMP spins for milliseconds first. Beside two busy processes on two cores the thread
-    waited for has no core meanwhile: training takes 4 to 50 times as long as alone, with a short
-    spin twice as long. Alone it makes no difference.
+    GNU's OpenMP spins for milliseconds first. On a busy machine the thread that the others wait for
+    may have no core during that time. Beside two busy processes on two cores, training took 4 to 50
+    times as long as alone; with a short spin, twice as long. Alone it makes no difference.
 
-    OpenMP reads its settings when PyTorch is imported: call this before. Child processes inherit
-    them.
+    OpenMP reads its settings when PyTorch is imported, so call this before. Child processes inherit
+    the setting.
     """
     if not any(name in os.environ for name in _SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = _SPINS

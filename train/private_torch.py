@@ -1,8 +1,9 @@
-"""Every operation of PyTorch that the project uses and PyTorch does not document, in one place.
+"""Every undocumented operation of PyTorch that the project uses, in one place.
 
-Each function says what the private operation brings, since which PyTorch it exists, and which
-public way is taken where it is missing (`_private` returns None there). The tests run both ways and
-compare them. The oldest PyTorch supported is 2.11; a newer one may rename or remove any of these.
+Each function names its private operation, the PyTorch version that introduced it, what it gains,
+and, after "Without it", the public way that is taken where the operation is missing (`_private`
+then returns None). The tests run both ways and compare them. The oldest supported PyTorch is 2.11;
+a newer one may rename or remove any of these operations.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ Operation = Callable[..., Any]
 # (padding, stride, dilation, groups) of a convolution.
 Geometry = tuple[list[int], list[int], list[int], int]
 
-# What oneDNN can apply to the result of a convolution, by its own names.
+# What oneDNN can apply to the result of a convolution, by its names.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu,
-    "hardtanh": functional.relu6,  # only ever used from 0 to 6
+    "hardtanh": functional.relu6,  # only used from 0 to 6
     "hardswish": functional.hardswish,
     "swish": functional.silu,
     "sigmoid": torch.sigmoid,
@@ -41,19 +42,19 @@ def _private(name: str) -> Operation | None:
     for part in name.split("."):
         try:
             found = getattr(found, part)
-        except (AttributeError, RuntimeError):  # torch.ops raises either
+        except (AttributeError, RuntimeError):  # torch.ops may raise either
             return None
     return found  # type: ignore[no-any-return]
 
 
-# Matrix products and convolutions of oneDNN, on a CPU.
+# Matrix products and convolutions by oneDNN, on a CPU.
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """inputs (R, K) @ weight (K, N) + bias (N,), float32 on a CPU, by oneDNN.
 
-    `mkldnn._linear_pointwise`, since 2.0: PyTorch gives float32 products to MKL, which runs at half
-    the rate of oneDNN on AMD processors. Else: PyTorch's own product.
+    `mkldnn._linear_pointwise`, since 2.0. PyTorch's own product calls MKL, which runs at half the
+    rate of oneDNN on AMD processors. Without it: PyTorch's own product.
     """
     operation = _private("ops.mkldnn._linear_pointwise")
     if operation is None:
@@ -64,7 +65,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def has_bfloat16_convolutions() -> bool:
     """Whether oneDNN has bfloat16 convolutions for this CPU.
 
-    `mkldnn._is_mkldnn_bf16_supported`, since 2.1. Else: no, and float32 is used.
+    `mkldnn._is_mkldnn_bf16_supported`, since 2.1. Without it: False, and callers use float32.
     """
     operation = _private("ops.mkldnn._is_mkldnn_bf16_supported")
     return operation is not None and bool(operation())
@@ -73,10 +74,10 @@ def has_bfloat16_convolutions() -> bool:
 def lay_out_convolution_weight(
     weight: Tensor, geometry: Geometry, input_sizes: Sequence[int]
 ) -> Tensor:
-    """The weight in the memory layout that oneDNN wants for inputs of these sizes (B, C, H, W).
+    """The weight in the memory layout that oneDNN prefers for inputs of these sizes (B, C, H, W).
 
-    `mkldnn._reorder_convolution_weight`, since 2.1: saves the same conversion at every call. The
-    result can only be used by `convolution`. Else: the weight as it is.
+    Only `convolution` can use the result. `mkldnn._reorder_convolution_weight`, since 2.1, saves
+    this conversion at every call. Without it: the weight itself.
     """
     operation = _private("ops.mkldnn._reorder_convolution_weight")
     if operation is None or _private("ops.mkldnn._convolution_pointwise") is None:
@@ -95,13 +96,14 @@ def convolution(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """activation(conv(x) + other) in one kernel of oneDNN, on a CPU.
+    """activation(conv(x) + other) in one oneDNN kernel, on a CPU.
 
     weight: from `lay_out_convolution_weight`. activation, parameters: "none", "relu", "hardtanh"
-    with [0.0, 6.0], "hardswish", "swish" or "sigmoid". in_place: the result may take the memory of
-    `other`.
+    with [0.0, 6.0], "hardswish", "swish" or "sigmoid"; with `other` only "none" and "relu".
+    in_place: the result may overwrite `other`.
 
-    `mkldnn._convolution_pointwise`, since 2.0. Else: one operation after the other.
+    `mkldnn._convolution_pointwise`, and for in_place `mkldnn._convolution_pointwise_`, since 2.0.
+    Without the first: one operation after the other. Without the second: not in place.
     """
     operation: Any = _private("ops.mkldnn._convolution_pointwise")
     if operation is None:
@@ -112,22 +114,22 @@ def convolution(
         return operation(x, weight, bias, *geometry, activation, list(parameters), "")  # type: ignore[no-any-return]
     unary = activation if activation != "none" else None
     tail: tuple[Any, ...] = (*geometry, "add", 1.0, unary, [], "")
-    if in_place:
-        operation = _private("ops.mkldnn._convolution_pointwise_")
-        return operation.binary(other, x, weight, bias, *tail)  # type: ignore[no-any-return]
+    overwriting: Any = _private("ops.mkldnn._convolution_pointwise_") if in_place else None
+    if overwriting is not None:
+        return overwriting.binary(other, x, weight, bias, *tail)  # type: ignore[no-any-return]
     return operation.binary(x, other, weight, bias, *tail)  # type: ignore[no-any-return]
 
 
-# Convolutions of cuDNN, on a GPU.
+# Convolutions by cuDNN, on a GPU.
 
 
 def cudnn_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, other: Tensor | None = None
 ) -> Tensor:
-    """relu(conv(x) + other) in one kernel of cuDNN, in half precision, channels last.
+    """relu(conv(x) + other) in one cuDNN kernel, in half precision, channels last.
 
-    `cudnn_convolution_relu` and `cudnn_convolution_add_relu`, since 1.13 or earlier. Else: one
-    operation after the other.
+    `cudnn_convolution_relu` and `cudnn_convolution_add_relu`, since 1.13 or earlier. Without them:
+    one operation after the other.
     """
     padding, stride, dilation, groups = geometry
     alone, adding = _private("cudnn_convolution_relu"), _private("cudnn_convolution_add_relu")
@@ -143,10 +145,10 @@ def cudnn_convolution(
 
 
 def resize_into(photos: Tensor, out: Tensor) -> None:
-    """Write antialiased bilinear `photos` (B, C, H, W) uint8 into `out` (B, C, h, w) uint8.
+    """Resize `photos` (B, C, H, W) uint8 into `out` (B, C, h, w) uint8, bilinear with antialiasing.
 
-    `torch._C._nn._upsample_bilinear2d_aa`, since 1.13 or earlier, for uint8 since 2.1: what
-    `interpolate` calls, which has no `out`. Else: `interpolate` and a copy.
+    `torch._C._nn._upsample_bilinear2d_aa`, since 1.13 or earlier, for uint8 since 2.1.
+    `interpolate` calls it, but has no `out`. Without it: `interpolate` and a copy.
     """
     size = list(out.shape[2:])
     operation = _private("_C._nn._upsample_bilinear2d_aa")
@@ -156,31 +158,31 @@ def resize_into(photos: Tensor, out: Tensor) -> None:
         operation(photos, size, False, None, None, out=out)
 
 
-# A training step.
+# The operations of a training step.
 
 
 def tanh_backward_(gradient: Tensor, tanh: Tensor) -> Tensor:
     """Multiply `gradient` by 1 - tanh², in place, and return it.
 
-    `aten.tanh_backward.grad_input`, since 1.13 or earlier: what autograd calls, without a
-    temporary. Else: the formula.
+    `aten.tanh_backward.grad_input`, since 1.13 or earlier. Autograd calls it; it allocates nothing.
+    Without it: the formula.
     """
-    operation: Any = _private("ops.aten.tanh_backward")
+    operation = _private("ops.aten.tanh_backward.grad_input")
     if operation is None:
         return gradient.mul_(1 - tanh * tanh)
-    return operation.grad_input(gradient, tanh, grad_input=gradient)  # type: ignore[no-any-return]
+    return operation(gradient, tanh, grad_input=gradient)  # type: ignore[no-any-return]
 
 
 def sigmoid_backward_(gradient: Tensor, sigmoid: Tensor) -> Tensor:
     """Multiply `gradient` by sigmoid × (1 - sigmoid), in place, and return it.
 
-    `aten.sigmoid_backward.grad_input`, since 1.13 or earlier: what autograd calls, without a
-    temporary. Else: the formula.
+    `aten.sigmoid_backward.grad_input`, since 1.13 or earlier. Autograd calls it; it allocates
+    nothing. Without it: the formula.
     """
-    operation: Any = _private("ops.aten.sigmoid_backward")
+    operation = _private("ops.aten.sigmoid_backward.grad_input")
     if operation is None:
         return gradient.mul_(sigmoid * (1 - sigmoid))
-    return operation.grad_input(gradient, sigmoid, grad_input=gradient)  # type: ignore[no-any-return]
+    return operation(gradient, sigmoid, grad_input=gradient)  # type: ignore[no-any-return]
 
 
 def batch_norm(
@@ -188,14 +190,14 @@ def batch_norm(
     normalize: torch.nn.BatchNorm1d,
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalized x, mean, 1 / standard deviation) of x (B, E) float32 by the module's parameters.
+    """(normalized x, mean, 1 / standard deviation) of x (B, E) float32, with a module's parameters.
 
-    measure: by the mean and variance of this batch, which also go into the running statistics; else
-    by the running statistics, and the other two results mean nothing. `batch_norm_backward` takes
-    them.
+    measure: normalize by the mean and variance of this batch, and update the running statistics
+    with them. Otherwise normalize by the running statistics; the last two results are then
+    meaningless. Pass both to `batch_norm_backward` in either case.
 
-    `torch.native_batch_norm`, since 1.13 or earlier: what the module calls, whose public form does
-    not return the statistics. Else: the formula.
+    `torch.native_batch_norm`, since 1.13 or earlier. The module calls it, but does not return the
+    statistics. Without it: the module's public function, and the statistics by formula.
     """
     running = normalize.running_mean, normalize.running_var
     momentum = normalize.momentum or 0.0
@@ -218,10 +220,13 @@ def batch_norm_backward(
     inverse: Tensor,
     measured: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `batch_norm`'s result with respect to (x, weight, bias).
+    """Gradients of `batch_norm`'s first result with respect to (x, weight, bias).
 
-    `aten.native_batch_norm_backward`, since 1.13 or earlier: what autograd calls. Else: the formula
-    of Ioffe and Szegedy (2015), section 3.
+    gradient: of that result. x, mean, inverse, measured: what went into `batch_norm`, and its last
+    two results.
+
+    `aten.native_batch_norm_backward`, since 1.13 or earlier. Autograd calls it. Without it: the
+    formula of Ioffe and Szegedy (2015), section 3.
     """
     assert normalize.running_mean is not None
     assert normalize.running_var is not None
@@ -250,11 +255,11 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of an LSTM: (outputs (B, H), cells (B, H), activated gates (B, 4H): i, f, g, o).
 
-    gates, recurrent: (B, 4H), what the inputs and the hidden state add to the gates; cells: (B, H)
-    of the step before. All float32.
+    gates, recurrent: (B, 4H), the parts of the inputs and of the hidden state in the sums that
+    enter the gates. cells: (B, H), of the step before. biases: (4H,) each. All are float32.
 
-    fused: by one kernel, which exists for GPUs alone: `aten._thnn_fused_lstm_cell`, since 1.13 or
-    earlier. Else, or where it is missing: by the equations.
+    fused: use `aten._thnn_fused_lstm_cell`, since 1.13 or earlier: one kernel, only for GPUs.
+    Otherwise, or without it: the equations.
     """
     operation = _private("ops.aten._thnn_fused_lstm_cell") if fused else None
     if operation is not None:
@@ -274,13 +279,14 @@ def lstm_cell_backward(
     *,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `lstm_cell`'s results with respect to (the sum of the gates, `before`).
+    """Gradients of `lstm_cell`'s first two results, as (B, 4H) with respect to the sums that enter
+    the gates and (B, H) with respect to `before`.
 
-    d_outputs, d_cells: (B, H), of its first two results, None: zero; before, cells: (B, H), the
-    cells before and after the step; activated: (B, 4H), its third result.
+    d_outputs, d_cells: (B, H), the gradients of the outputs and the cells; None means zero. before,
+    cells: (B, H), the cells before and after the step. activated: (B, 4H), the activated gates.
 
-    fused: by one kernel, which exists for GPUs alone: `aten._thnn_fused_lstm_cell_backward_impl`,
-    since 1.13 or earlier. Else, or where it is missing: by the equations.
+    fused: use `aten._thnn_fused_lstm_cell_backward_impl`, since 1.13 or earlier: one kernel, only
+    for GPUs. Otherwise, or without it: the equations.
     """
     operation = _private("ops.aten._thnn_fused_lstm_cell_backward_impl") if fused else None
     if operation is not None:
@@ -314,11 +320,12 @@ def adamw_(
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter, 2019) on (P,) float32 values and moments, in place.
 
-    steps: how many, with this one; rate: the learning rate; divisor: of the gradients, which may be
-    changed. All three are scalars on the device of the values.
+    gradients: (P,) float32, are divided by `divisor` first, and may be changed. moments: the moving
+    averages of the gradient and of its square. steps: the number of steps, with this one. rate: the
+    learning rate. steps, rate and divisor are scalars on the device of the values.
 
-    `torch._fused_adamw_`, since 2.0: the kernel behind `torch.optim.AdamW(fused=True)`, which would
-    bring PyTorch's compiler along: a second and a half of imports. Else: the formula.
+    `torch._fused_adamw_`, since 2.0, is the kernel behind `torch.optim.AdamW(fused=True)`, which
+    would also import PyTorch's compiler, in a second and a half. Without it: the formula.
     """
     operation = _private("_fused_adamw_")
     if operation is not None:
@@ -346,7 +353,7 @@ def adamw_(
 def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, in one kernel.
 
-    `torch._foreach_copy_`, since 2.1. Else: one copy after the other.
+    `torch._foreach_copy_`, since 2.1. Without it: one copy after the other.
     """
     operation = _private("_foreach_copy_")
     if operation is not None:
@@ -363,12 +370,13 @@ _COMPILER, _COMPILER_UTILS = "torch._dynamo", "torch._dynamo.utils"
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """While it lasts, importing `torch._dynamo.utils` is free: its functions load when called.
+    """Within this context, importing functions of `torch._dynamo.utils` does not import PyTorch's
+    compiler, which they do when they are called.
 
-    `torchvision.ops.roi_align` takes one function from there that it calls much later. Importing
-    PyTorch's compiler for it takes longer than torchvision and everything else together: 0.7 of the
-    3 s in which `cap predict` captions a photo. Where the compiler is loaded already, or cannot be
-    left out, nothing happens.
+    `torchvision.ops.roi_align` imports one such function and calls it much later, if at all. The
+    compiler takes longer to import than torchvision and everything else together: 0.7 of the 3 s
+    in which `cap predict` captions a photo. Nothing changes if the compiler is imported already.
+    Importing anything else of the compiler raises ImportError; import again outside of the context.
     """
     if _COMPILER in sys.modules:
         yield

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from train.step.cuda.compiled_kernels import NAMES, CompiledKernels
 from train.step.cuda.kernel_check import check_kernels
-from train.step.cuda.kernels import NAMES, CompiledKernels
 from train.step.cuda.launch import KernelError, load_functions
-from train.step.cuda.torch_kernels import TorchKernels
+from train.step.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What is freed stays at hand: counted in page faults, which a loaded machine does not change."""
+"""Freed memory is reused: counted in page faults, which do not depend on the machine's load."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ print(int(done and undone), usual, kept, faults())
 
 
 def test_large_blocks_are_not_mapped_anew_while_freed_memory_is_kept() -> None:
-    # In a process of its own: what others have freed before would count.
+    # In a process of its own, because memory that other tests have freed would count.
     run = subprocess.run(
         [sys.executable, "-c", _COUNT], capture_output=True, text=True, check=True, timeout=120
     )
     done, usual, kept, again = map(int, run.stdout.split())
     if not done:
-        pytest.skip("no glibc: freed memory goes where the C library sends it")
+        pytest.skip("no glibc")
     assert kept < usual / 20
     assert again > kept * 5

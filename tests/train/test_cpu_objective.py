@@ -1,12 +1,9 @@
-"""The fast objective against the plain decoder and autograd: values, gradients, whole runs."""
+"""The CPU's objective computes the values and gradients of the plain decoder under autograd."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,20 +17,19 @@ from train.config import Recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective, Masks
-from train.step.cuda.graphs import GraphedSteps, StepInputs, graph_length
-from train.step.cuda.torch_kernels import TorchKernels
-from train.step.dropout import draw_masks
+from train.step.cpu.objective import CpuObjective
+from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import PackedBatch, gather_packed, pack
-from train.step.scheduled_sampling import with_own_words
+from train.step.scheduled_sampling import with_sampled_words
+from train.step.torch_kernels import TorchKernels
 
 FEATURES, WORDS = 20, 70
-# Cosine distance and relative length of each gradient from autograd's in float32.
+# Bound of the relative difference between each gradient and autograd's in float32.
 BFLOAT16_BOUND = 0.04
 
 
 def ragged(lengths: list[int], seed: int = 0) -> Batch:
-    """Captions of these many words, longest first; 0 is a caption that ends at once."""
+    """Captions with these numbers of words, longest first. 0 is an empty caption."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.full((len(lengths), lengths[0] + 1), PAD)
     for row, length in enumerate(lengths):
@@ -60,11 +56,11 @@ def decoder(**changes: object) -> CaptionDecoder:
 
 
 class GivenMasks(nn.Module):
-    """Dropout with masks given in the order of its calls, from packed rows to (B, T, size)."""
+    """Replaces dropout: applies the given masks of packed rows, one per call, to (B, T, size)."""
 
     def __init__(self, packed: PackedBatch, masks: list[Tensor], batch: Batch) -> None:
         super().__init__()
-        self.left = list(masks)
+        self.remaining = list(masks)
         self.shape = batch.targets.shape
         self.rows: list[tuple[int, int, int]] = []  # caption, step, packed row
         start = 0
@@ -73,15 +69,15 @@ class GivenMasks(nn.Module):
             start += count
 
     def forward(self, values: Tensor) -> Tensor:
-        mask, padded = self.left.pop(0), torch.zeros_like(values)
+        mask, padded = self.remaining.pop(0), torch.zeros_like(values)
         for caption, step, row in self.rows:
             padded[caption, step] = mask[row].to(values.dtype)
         return values * padded
 
 
-def fast(model: CaptionDecoder, dtype: torch.dtype, smoothing: float = 0.0) -> FastObjective:
+def fast(model: CaptionDecoder, dtype: torch.dtype, smoothing: float = 0.0) -> CpuObjective:
     parameters = FlatParameters(model, transposed=True)
-    return FastObjective(model, parameters, dtype=dtype, label_smoothing=smoothing)
+    return CpuObjective(model, parameters, dtype=dtype, label_smoothing=smoothing)
 
 
 def assert_same_gradients(model: CaptionDecoder, plain: CaptionDecoder, bound: float) -> None:
@@ -91,7 +87,7 @@ def assert_same_gradients(model: CaptionDecoder, plain: CaptionDecoder, bound: f
         assert gradient is not None
         assert wanted is not None
         if name == "project.bias" and plain.normalize.training:
-            continue  # BatchNorm cancels it: only rounding is left
+            continue  # BatchNorm cancels this bias, so its gradient is only rounding
         assert (gradient - wanted).norm() <= bound * wanted.norm() + 1e-6, name
 
 
@@ -125,10 +121,10 @@ def test_loss_and_gradients_are_autograds(
     objective.parameters.gradients.div_(packed.count())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert_same_gradients(model, plain, 2e-5)
-    for name, buffer in plain.named_buffers():  # BatchNorm measured the same
+    for name, buffer in plain.named_buffers():  # the running statistics of BatchNorm
         torch.testing.assert_close(model.get_buffer(name), buffer)
     again = objective.loss_and_gradients(pack(BATCHES["ragged"], round_up=round_up))
-    assert torch.isfinite(again)  # buffers of another size are in order too
+    assert torch.isfinite(again)  # the next batch has another size
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -162,7 +158,7 @@ def test_dropout_with_the_same_masks_gives_the_same(layers: int, round_up: bool)
     plain.feature_dropout.register_forward_hook(
         lambda module, inputs, output: inputs[0] * of_features
     )
-    plain.lstm.dropout = 0.0  # its own is between layers, where nothing can be given to it
+    plain.lstm.dropout = 0.0  # its dropout between layers cannot be given a mask
     given = GivenMasks(packed, [masks.inputs, masks.layers[-1]], batch)
     if layers == 2:
         ones = torch.ones_like(masks.layers[0])
@@ -177,8 +173,8 @@ def test_dropout_with_the_same_masks_gives_the_same(layers: int, round_up: bool)
     assert_same_gradients(model, plain, 2e-5)
 
 
-def test_weighted_rows_count_by_their_weight() -> None:
-    """Against autograd over the plain logits, each target's loss times its caption's weight."""
+def test_losses_of_rows_are_multiplied_by_their_weights() -> None:
+    """Compared with autograd over the plain logits."""
     batch = BATCHES["ragged"]
     plain = decoder()
     model = copy.deepcopy(plain)
@@ -207,7 +203,7 @@ def test_validation_loss_is_the_plain_one_without_dropout(dtype: torch.dtype) ->
     assert torch.equal(model.normalize.running_mean, before)  # type: ignore[arg-type]
 
 
-def test_dropout_masks_keep_what_they_should() -> None:
+def test_dropout_masks_keep_the_right_share() -> None:
     config = DecoderConfig(FEATURES, WORDS, 64, 128, 2, dropout=0.3, feature_dropout=0.6)
     packed = pack(ragged([9] * 500), round_up=False)
     for seed in (3, None):
@@ -227,21 +223,21 @@ def test_dropout_masks_keep_what_they_should() -> None:
     assert draw_masks(DecoderConfig(5, 9), packed, torch.float32, 3) == Masks(None, None, ())
 
 
-def test_own_words_come_from_the_models_distribution() -> None:
-    """A decoder that is sure of one word replaces inputs with it, in about the share asked for."""
+def test_sampled_inputs_come_from_the_models_distribution() -> None:
+    """A decoder that is sure of one word replaces about the given share of the inputs with it."""
     model = decoder()
     model.head.bias.data[42] = 50.0
     batch = ragged([9] * 40)
     objective = fast(model, torch.float32)
-    mixed = with_own_words(objective, batch, 0.25, seed=0)
+    mixed = with_sampled_words(objective, batch, 0.25, seed=0)
     changed = mixed.inputs != batch.inputs
     assert set(mixed.inputs[changed].tolist()) == {42}
     assert 0.15 < float(changed.float().mean()) < 0.35
     assert torch.equal(mixed.targets, batch.targets)
-    assert torch.equal(with_own_words(objective, batch, 0.25, seed=0).inputs, mixed.inputs)
-    assert not torch.equal(with_own_words(objective, batch, 0.25, seed=1).inputs, mixed.inputs)
-    short = ragged([5, 2, 1, 0])  # a caption's padding stays padding
-    mixed = with_own_words(objective, short, 1.0, seed=0)
+    assert torch.equal(with_sampled_words(objective, batch, 0.25, seed=0).inputs, mixed.inputs)
+    assert not torch.equal(with_sampled_words(objective, batch, 0.25, seed=1).inputs, mixed.inputs)
+    short = ragged([5, 2, 1, 0])  # padding stays padding
+    mixed = with_sampled_words(objective, short, 1.0, seed=0)
     assert torch.equal(mixed.inputs != PAD, short.inputs != PAD)
 
 
@@ -268,6 +264,7 @@ def curves(make_cache: MakeCache, **changes: object) -> dict[str, list[float]]:
     cache = make_cache(captions)
     vocabulary = build_vocabulary(cache.captions, 1)
     device = torch.device("cpu")
+    torch.set_num_threads(1)  # a second one slows these small products down
     recipe = Recipe(embedding_size=16, hidden_size=32, batch_size=16, learning_rate=0.01, epochs=40)
     found = {}
     for name, plain, precision in (
@@ -285,7 +282,7 @@ def curves(make_cache: MakeCache, **changes: object) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_curves_lie_on_one_another(make_cache: MakeCache, tied: bool) -> None:
-    """Three hundred steps from one seed: in float32 to rounding, in bfloat16 within noise."""
+    """For 320 steps from one seed: in float32 to rounding, in bfloat16 within noise."""
     found = {
         name: np.array(losses) for name, losses in curves(make_cache, tie_embeddings=tied).items()
     }
@@ -297,7 +294,7 @@ def test_loss_curves_lie_on_one_another(make_cache: MakeCache, tied: bool) -> No
     assert np.abs(smooth["low"] - smooth["plain"]).max() < 0.1
 
 
-def test_parameters_move_into_one_buffer_and_stay_themselves() -> None:
+def test_parameters_move_into_one_buffer_and_keep_their_values() -> None:
     for tied, transposed in itertools.product((False, True), repeat=2):
         model = decoder(tie_embeddings=tied)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -320,7 +317,7 @@ def test_parameters_move_into_one_buffer_and_stay_themselves() -> None:
             assert torch.equal(parameters.view(name, other), model.get_parameter(name))
 
 
-def test_validation_may_come_first_and_be_longer(make_cache: MakeCache) -> None:
+def test_validation_may_come_before_training_and_be_longer(make_cache: MakeCache) -> None:
     cache = make_cache([["a dog"], ["a cat"], ["a dog and a cat and a bird on a hill"]] * 2)
     vocabulary = build_vocabulary(cache.captions, 1)
     sets = [
@@ -338,147 +335,11 @@ def test_validation_may_come_first_and_be_longer(make_cache: MakeCache) -> None:
         assert trainer.validation_loss(sets[0]) != before
 
 
-class StubGraph:
-    """Instead of a CUDA graph: says when it is captured and replayed."""
-
-    log: list[str]
-
-    def __init__(self) -> None:
-        self.log.append("capture")
-
-    def replay(self) -> None:
-        self.log.append("replay")
-
-
-def test_graphs_are_forgotten_when_their_buffers_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    generation = [0]
-    monkeypatch.setattr(StubGraph, "log", log, raising=False)
-
-    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
-        log.append("step")
-        return torch.zeros(())
-
-    steps = GraphedSteps(step, lambda: generation[0])
-    monkeypatch.setattr(
-        steps, "_capture", lambda *_: SimpleNamespace(graph=StubGraph(), loss=torch.zeros(()))
-    )
-    chosen = torch.tensor([0, 1])
-    for _ in range(4):
-        steps.run(chosen, chosen, 3)
-    assert log == ["step", "step", "capture", "replay", "replay"]
-    steps.run(chosen, chosen, 4)  # of another length
-    assert log[5:] == ["step"]
-    generation[0] += 1  # as a longer batch does
-    steps.run(chosen, chosen, 3)
-    assert log[6:] == ["capture", "replay"]
-
-
-def test_steps_go_on_directly_where_no_graph_can_be_captured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class NoGraph:
-        def __init__(self) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
-    steps = GraphedSteps(lambda chosen, views, length: torch.tensor(float(length)), lambda: 0)
-    chosen = torch.tensor([0])
-    assert [float(steps.run(chosen, chosen, 7)) for _ in range(5)] == [7] * 5
-    assert steps.failure == "operation not permitted when stream is capturing"
-
-
-def test_graphs_are_captured_on_one_stream_and_dropped_together_when_one_fails(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Dropping some of a stream's graphs would take cuBLAS's workspace from the others."""
-    log: list[str] = []
-    seen: list[tuple[object, object]] = []
-
-    class Graph(StubGraph):
-        def pool(self) -> str:
-            return "pool"
-
-    @contextlib.contextmanager
-    def capture(graph: Graph, **options: object) -> Iterator[None]:
-        if not options:
-            log.append("recover")
-            yield
-            return
-        seen.append((options["stream"], options["pool"]))
-        try:
-            yield
-        finally:
-            if len(seen) == 3:
-                raise RuntimeError("cannot end this capture")
-
-    monkeypatch.setattr(StubGraph, "log", log, raising=False)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    usual = SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: usual)
-    monkeypatch.setattr(
-        torch.cuda, "set_stream", lambda stream: log.append(f"usual stream {stream is usual}")
-    )
-
-    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
-        if length == 3 and len(seen) == 3 and not steps.failure:
-            raise RuntimeError("capture is off")
-        return torch.tensor(float(length))
-
-    steps = GraphedSteps(step, lambda: 0)
-    chosen = torch.tensor([0])
-    for length in (1, 2, 3):
-        assert [float(steps.run(chosen, chosen, length)) for _ in range(4)] == [length] * 4
-    assert seen == [(seen[0][0], None), (seen[0][0], "pool"), (seen[0][0], "pool")]
-    assert steps.failure == "capture is off"
-    assert "capture is off" in caplog.text
-    assert log[-5:] == ["capture", "wait", "capture", "recover", "usual stream True"]
-    steps.run(chosen, chosen, 1)
-    assert log[-1] == "usual stream True"  # directly, not by a graph
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_random_numbers_are_drawn_on_after_a_capture_that_failed() -> None:
-    def step(chosen: Tensor, views: Tensor, length: int) -> Tensor:
-        drawn = torch.rand(4, device="cuda")
-        return torch.tensor(float(drawn.sum()))  # waits, which a capture forbids
-
-    steps, chosen = GraphedSteps(step, lambda: 0), torch.tensor([0], device="cuda")
-    usual = torch.cuda.current_stream()
-    losses = {float(steps.run(chosen, chosen, 3)) for _ in range(6)}
-    assert steps.failure
-    assert len(losses) == 6
-    assert torch.cuda.current_stream() == usual
-
-
-def test_step_inputs_bring_everything_in_the_order_of_the_steps() -> None:
-    inputs = StepInputs(4, torch.device("cpu"))
-    for n in range(100):  # more than there are slots
-        chosen = np.arange(n, n + 3 + n % 2)
-        captions, views = inputs.send(
-            chosen, chosen % 2, tokens=n, rate=0.5 * n, average_weight=0.25
-        )
-        assert captions.tolist() == chosen.tolist()
-        assert views.tolist() == (chosen % 2).tolist()
-        assert inputs.numbers[:3].tolist() == [n, 0.5 * n, 0.25]
-    captions, views = inputs.send(np.array([5]), 1, tokens=1, rate=0, average_weight=0)
-    assert (captions.tolist(), views.tolist()) == ([5], [1])
-
-
-def test_graphs_are_shared_by_the_few_long_lengths() -> None:
-    assert [graph_length(n) for n in range(1, 21)] == list(range(1, 21))
-    assert [graph_length(n) for n in (21, 24, 25, 51)] == [24, 24, 32, 56]
-
-
 @pytest.mark.parametrize("length", [5, 8])
 def test_rows_gathered_on_the_device_are_the_packed_batch(
     make_cache: MakeCache, length: int
 ) -> None:
-    """`length`: the longest caption's, or that of a graph which takes longer ones too."""
+    """length: that of the longest caption, or of a graph for longer ones."""
     texts = [["a dog runs", "dog"], [], ["a a a cat", "a dog"]]
     cache = make_cache(texts, views=("full", "flip"))
     vocabulary = build_vocabulary(cache.captions, 1)
@@ -490,13 +351,13 @@ def test_rows_gathered_on_the_device_are_the_packed_batch(
     assert found.steps == expected.steps
     for name in ("features", "targets", "captions", "previous"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
-    assert torch.equal(found.words[4:], expected.words[4:])  # at step 0 the photo is read
+    assert torch.equal(found.words[4:], expected.words[4:])  # the rows of step 0 read the photo
 
 
 def test_the_plain_path_never_rounds_float32_to_tf32(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As cuDNN's LSTM does by default; whoever calls keeps the default."""
+    """cuDNN's LSTM does so by default. The caller's setting stays."""
     cache = make_cache([["a b c", "b a"]] * 4)
     vocabulary = build_vocabulary(cache.captions, 1)
     captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=50)
@@ -515,66 +376,3 @@ def test_the_plain_path_never_rounds_float32_to_tf32(
     trainer.validation_loss(captions)
     assert allowed == [False] * (steps + 2)
     assert torch.backends.cudnn.allow_tf32 == before
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_a_graphed_run_on_a_gpu_follows_an_eager_one(make_cache: MakeCache, name: str) -> None:
-    """Ragged captions, dropout, averages, and validation on longer captions in between."""
-    random = np.random.default_rng(0)
-    words = [f"w{n}" for n in range(12)]
-    texts = [
-        [" ".join(random.choice(words, random.integers(1, 9))) for _ in range(3)] for _ in range(64)
-    ]
-    texts[-4:] = [[" ".join(random.choice(words, 20))] for _ in range(4)]
-    cache = make_cache(texts)
-    vocabulary = build_vocabulary(cache.captions, 1)
-    device = torch.device(name)
-    recipe = Recipe(
-        embedding_size=16, hidden_size=32, batch_size=16, epochs=6, learning_rate=0.01,
-        dropout=0.2, feature_dropout=0.2, average_decay=0.9, label_smoothing=0.1,
-        photo_every_step=True, tie_embeddings=True, decay="cosine",
-    )  # fmt: skip
-    losses: dict[bool, list[float]] = {}
-    for graphed in (True, False):
-        torch.manual_seed(0)
-        model = CaptionDecoder(
-            DecoderConfig(
-                8, len(vocabulary), 16, 32, dropout=0.2, feature_dropout=0.2,
-                photo_every_step=True, tie_embeddings=True,
-            )
-        ).to(device)  # fmt: skip
-        training, longer = (
-            caption_set(cache, vocabulary, rows=np.array(rows), device=device, max_length=50)
-            for rows in (range(60), range(60, 64))
-        )
-        trainer = Trainer(model, training, recipe, seed=0, precision="float32")
-        assert trainer.graphs is not None
-        if not graphed:
-            trainer.graphs.failure = "not wanted"
-        losses[graphed] = []
-        for epoch in range(6):
-            losses[graphed] += [float(step.loss) for step in trainer.epoch(epoch)]
-            with trainer.evaluation_weights():
-                losses[graphed].append(trainer.validation_loss(longer))
-    np.testing.assert_allclose(losses[True], losses[False], atol=0.02)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_graphed_run_on_a_gpu_follows_the_plain_one(
-    make_cache: MakeCache,
-) -> None:
-    cache = make_cache([[f"w{n % 7} w{n % 5} w{n % 3}" for _ in range(3)] for n in range(64)])
-    vocabulary = build_vocabulary(cache.captions, 1)
-    device = torch.device("cuda")
-    recipe = Recipe(embedding_size=16, hidden_size=32, batch_size=16, epochs=10, learning_rate=0.01)
-    losses = {}
-    for plain in (True, False):
-        torch.manual_seed(0)
-        model = CaptionDecoder(DecoderConfig(8, len(vocabulary), 16, 32)).to(device)
-        captions = caption_set(cache, vocabulary, device=device, max_length=50)
-        trainer = Trainer(model, captions, recipe, seed=0, plain=plain, precision="float32")
-        losses[plain] = [float(s.loss) for epoch in range(10) for s in trainer.epoch(epoch)]
-    np.testing.assert_allclose(losses[True], losses[False], atol=0.02)

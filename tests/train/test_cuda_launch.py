@@ -21,10 +21,10 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 from tests.train.test_cuda_objective import CPU, LOW, library_for_the_cpu
+from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.kernel_check import check_kernels
-from train.step.cuda.kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.launch import Function, KernelError, compile_source, load_functions
-from train.step.cuda.torch_kernels import TorchKernels
+from train.step.torch_kernels import TorchKernels
 
 
 @pytest.fixture(scope="module")

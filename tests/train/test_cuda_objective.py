@@ -1,5 +1,5 @@
-"""The GPU's objective against autograd, run on the CPU: by PyTorch's operations in place of the
-kernels, and by the kernels' own source where there is a C++ compiler.
+"""The GPU's objective computes the values and gradients of autograd. Runs on the CPU, by PyTorch's
+operations in place of the kernels, and by the kernels' source where there is a C++ compiler.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ from train.config import BEST, CLASSIC, Recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.cpu.objective import FastObjective, Masks
+from train.step.cpu.objective import CpuObjective
+from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.graphs import GraphedSteps
-from train.step.cuda.kernel_check import check_kernels, kernels_for
-from train.step.cuda.kernels import NAMES, SOURCE, CompiledKernels, Kernels
+from train.step.cuda.kernel_check import check_kernels
+from train.step.cuda.kernel_choice import kernels_for
 from train.step.cuda.launch import Function, KernelError
 from train.step.cuda.objective import CudaObjective
-from train.step.cuda.torch_kernels import TorchKernels
-from train.step.dropout import draw_masks
-from train.step.optimizer import FlatAdamW, WeightAverage
+from train.step.dropout import Masks, draw_masks
+from train.step.kernels import Kernels
+from train.step.optimizer import FlatAdamW
 from train.step.packed_batch import PackedBatch, gather_packed, pack
+from train.step.torch_kernels import TorchKernels
+from train.step.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
 LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,16 +126,16 @@ def test_loss_and_gradients_are_autograds(
     expected = plain.loss(batch, smoothing)
     expected.backward()
     objective = objective_of(model, kernels[torch.float32], torch.float32, smoothing)
-    objective.parameters.gradients.fill_(float("nan"))  # nothing of it may stay
+    objective.parameters.gradients.fill_(float("nan"))  # all must be overwritten
     packed = pack(batch, round_up=False)
     loss = objective.loss_and_gradients(packed) / packed.count()
     objective.parameters.gradients.div_(packed.count())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert_same_gradients(model, plain, 2e-5)
-    for name, buffer in plain.named_buffers():  # BatchNorm measured the same
+    for name, buffer in plain.named_buffers():  # the running statistics of BatchNorm
         torch.testing.assert_close(model.get_buffer(name), buffer)
     again = objective.loss_and_gradients(pack(BATCHES["ragged"], round_up=False))
-    assert torch.isfinite(again)  # buffers of another size are in order too
+    assert torch.isfinite(again)  # the next batch has another size
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -168,7 +171,7 @@ def test_dropout_with_the_same_masks_gives_the_same(
     plain.feature_dropout.register_forward_hook(
         lambda module, inputs, output: inputs[0] * of_features
     )
-    plain.lstm.dropout = 0.0  # its own is between layers, where nothing can be given to it
+    plain.lstm.dropout = 0.0  # its dropout between layers cannot be given a mask
     given = GivenMasks(packed, [masks.inputs, masks.layers[-1]], batch)
     if layers == 2:
         ones = torch.ones_like(masks.layers[0])
@@ -184,18 +187,18 @@ def test_dropout_with_the_same_masks_gives_the_same(
 
 
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
-def test_what_tests_of_the_cpus_objective_hold_is_the_same_here(
+def test_both_objectives_agree_in_everything_else(
     dtype: torch.dtype, kernels: dict[torch.dtype, Kernels]
 ) -> None:
     """Masks between layers, weighted rows, drawn captions, running statistics, sampled words."""
     bound = 2e-5 if dtype is torch.float32 else BFLOAT16_BOUND
-    theirs = decoder(num_layers=2, dropout=0.4, feature_dropout=0.2, tie_embeddings=True)
-    mine = copy.deepcopy(theirs)
-    parameters = FlatParameters(theirs, transposed=True)
-    reference = FastObjective(theirs, parameters, dtype=torch.float32, label_smoothing=0.1)
-    objective = objective_of(mine, kernels[dtype], dtype, 0.1)
+    twin = decoder(num_layers=2, dropout=0.4, feature_dropout=0.2, tie_embeddings=True)
+    model = copy.deepcopy(twin)
+    parameters = FlatParameters(twin, transposed=True)
+    reference = CpuObjective(twin, parameters, dtype=torch.float32, label_smoothing=0.1)
+    objective = objective_of(model, kernels[dtype], dtype, 0.1)
     packed = pack(ragged([9, 7, 7, 4, 3, 1, 1]), round_up=False)
-    masks = draw_masks(mine.config, packed, torch.float32, 3)
+    masks = draw_masks(model.config, packed, torch.float32, 3)
     assert masks.features is not None
     assert masks.inputs is not None
     low = Masks(
@@ -212,8 +215,8 @@ def test_what_tests_of_the_cpus_objective_hold_is_the_same_here(
             packed, low, weights=weights, drawn=drawn, training=training
         )
         assert float(loss) == pytest.approx(float(expected), rel=bound, abs=100 * bound)
-        theirs.normalize.train(training)
-        assert_same_gradients(mine, theirs, bound)
+        twin.normalize.train(training)
+        assert_same_gradients(model, twin, bound)
     expected, loss = reference.loss(packed), objective.loss(packed)
     assert float(loss) == pytest.approx(float(expected), rel=bound)
     rows = torch.arange(len(packed.words))
@@ -226,7 +229,7 @@ def test_what_tests_of_the_cpus_objective_hold_is_the_same_here(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
-def test_logits_that_are_not_finite_show_in_the_loss(
+def test_logits_that_are_not_finite_make_the_loss_so(
     dtype: torch.dtype, bad: float, kernels: dict[torch.dtype, Kernels]
 ) -> None:
     logits = torch.zeros(2, 16, dtype=dtype)
@@ -239,9 +242,11 @@ def test_logits_that_are_not_finite_show_in_the_loss(
     assert torch.isfinite(logits[0]).all()
 
 
-def again_in_place_of_graphs(
+def graphs_that_repeat_the_step(
     trainer: Trainer, patch: pytest.MonkeyPatch, replayed: list[int]
 ) -> GraphedSteps:
+    """Graphs whose replay calls the step again, without the conversion that a graph lacks."""
+
     def capture(captions: Tensor, views: Tensor, length: int) -> SimpleNamespace:
         loss = torch.zeros(())
 
@@ -267,12 +272,10 @@ def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
     kernels: dict[torch.dtype, Kernels],
     precision: str,
 ) -> None:
-    """Rates, averages, views and token counts from the one copy; a short last batch; lengths that
-    are rounded up; validation by averaged weights between epochs. A captured step is here one that
-    does the same again, without what is only done outside of it.
+    """With rates, averages, views and token counts from `StepInputs`; a short last batch; rounded
+    lengths; and validation with averaged weights between epochs.
     """
     replayed: list[int] = []
-
     random = np.random.default_rng(0)
     words = [f"w{n}" for n in range(12)]
     texts = [
@@ -304,7 +307,7 @@ def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
                 )
             trainer = Trainer(model, captions, recipe, seed=0, precision=precision)
             if as_on_a_gpu:
-                trainer.graphs = again_in_place_of_graphs(trainer, patch, replayed)
+                trainer.graphs = graphs_that_repeat_the_step(trainer, patch, replayed)
             losses = []
             for epoch in range(4):
                 losses += [float(step.loss) for step in trainer.epoch(epoch)]
@@ -321,7 +324,7 @@ def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
     np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=1e-4)
     for name, value in runs[0][1].items():
         if name == "project.bias":
-            continue  # BatchNorm cancels it, so that only rounding moves it
+            continue  # BatchNorm cancels this bias, so only rounding moves it
         torch.testing.assert_close(runs[1][1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
@@ -378,13 +381,13 @@ def test_without_a_gpu_the_kernels_are_pytorchs() -> None:
     assert kernels_for(CPU, torch.float32).name == "torch"
 
 
-def test_a_gpu_whose_kernels_cannot_be_had_is_told_of(
+def test_kernels_that_do_not_compile_are_reported_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def compile_kernels(device: torch.device, dtype: torch.dtype) -> CompiledKernels:
         raise KernelError("no compiler")
 
-    monkeypatch.setattr("train.step.cuda.kernel_check.compile_kernels", compile_kernels)
+    monkeypatch.setattr("train.step.cuda.kernel_choice.compile_kernels", compile_kernels)
     assert kernels_for.__wrapped__(torch.device("cuda", 99), torch.float32).name == "torch"
     assert caplog.messages == [
         "cuda:99: training with PyTorch's operations, slower than compiled kernels (no compiler)"
@@ -392,7 +395,7 @@ def test_a_gpu_whose_kernels_cannot_be_had_is_told_of(
 
 
 class Recorded(TorchDispatchMode):
-    """The operations within it that start a kernel: not views, not new memory."""
+    """Records the operations that start a kernel: not views, not allocations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -407,7 +410,7 @@ class Recorded(TorchDispatchMode):
 
 
 class NoKernels:
-    """Counts calls."""
+    """Counts the calls of kernels, and computes nothing."""
 
     name = "none"
 
@@ -417,7 +420,7 @@ class NoKernels:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any, **options: object) -> None:
             self.calls += 1
-            if name == "gather_words":  # numbers of words, for those who read them
+            if name == "gather_words":  # others use these as indices
                 for written in arguments[-2:]:
                     written.numpy().fill(4)
 
@@ -425,11 +428,11 @@ class NoKernels:
 
 
 @pytest.mark.parametrize(("recipe", "operations"), [(CLASSIC, 82), (BEST, 92)])
-def test_a_step_of_thirteen_words_is_no_more_than_so_many_operations(
+def test_a_step_of_thirteen_words_has_at_most_this_many_operations(
     recipe: Recipe, operations: int, make_cache: MakeCache
 ) -> None:
-    """From the captions' numbers to new weights: what a graph of it holds, in PyTorch's counting
-    (where BatchNorm and the norm are one each).
+    """Counts what a graph holds, from the captions' numbers to new weights. BatchNorm and the norm
+    count as one operation each, as in PyTorch.
     """
     cache = make_cache([["a b c d e f g h i j k l"]] * 8)
     captions = caption_set(cache, build_vocabulary(cache.captions, 1), device=CPU, max_length=50)
@@ -448,7 +451,7 @@ def test_a_step_of_thirteen_words_is_no_more_than_so_many_operations(
     average = WeightAverage(objective.parameters, 0.9) if recipe.average_decay else None
     chosen, views = torch.arange(8), torch.zeros(8, dtype=torch.int64)
     count = torch.ones(())
-    for _ in range(2):  # the first makes what is kept
+    for _ in range(2):  # the first step allocates the buffers
         kernels.calls = 0
         with Recorded() as recorded, torch.no_grad():
             packed = gather_packed(captions, kernels, chosen, views, 13)
@@ -465,7 +468,7 @@ def test_a_step_of_thirteen_words_is_no_more_than_so_many_operations(
 def test_operations_take_the_shapes_dtypes_and_devices_of_a_step_on_a_gpu(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By PyTorch's own checks, on tensors without memory that say they are a GPU's."""
+    """Checked by PyTorch itself, on fake tensors of a GPU, which have no memory."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     device, count, length = torch.device("cuda", 0), 128, 13
     with FakeTensorMode(), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Products into given memory: the same numbers by every library."""
+"""Products into existing memory give the same numbers by every library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 64, 65, 200])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.usefixtures("small_chunks")
-def test_products_of_any_height_and_layout_are_float64s(rows: int, transposed: bool) -> None:
+def test_products_of_any_height_and_layout_agree_with_float64(rows: int, transposed: bool) -> None:
     torch.manual_seed(0)
     left = torch.randn(16, rows).t() if transposed else torch.randn(rows, 16)
     right = torch.randn(32, 16).t() if transposed else torch.randn(16, 32)

@@ -1,3 +1,5 @@
+"""PyTorch's threads spin briefly, unless the user's environment says otherwise."""
+
 from __future__ import annotations
 
 import os
@@ -37,7 +39,7 @@ def test_what_the_user_has_set_stays(
 
 
 @pytest.mark.usefixtures("unset")
-def test_the_command_line_sets_it_before_torch_is_imported() -> None:
+def test_the_command_line_sets_the_spin_before_torch_is_imported() -> None:
     code = (
         "import os, sys\n"
         "from pipeline.cli.main import main\n"

@@ -1,3 +1,5 @@
+"""The optimizer, the learning rate's schedule and the weights' average."""
+
 from __future__ import annotations
 
 import copy
@@ -10,7 +12,8 @@ from torch import nn
 from train.config import Recipe
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.optimizer import FlatAdamW, WeightAverage, learning_rate
+from train.step.optimizer import FlatAdamW, learning_rate
+from train.step.weight_average import WeightAverage
 
 
 def decoder() -> CaptionDecoder:
@@ -71,7 +74,7 @@ def test_the_rate_rises_and_falls_as_the_recipe_says() -> None:
     assert 0 < rates[7] < rates[6] < rates[5]
 
 
-def test_the_average_follows_and_changes_places() -> None:
+def test_the_average_follows_the_weights_and_replaces_them() -> None:
     model = decoder()
     parameters = FlatParameters(model, transposed=True)
     average = WeightAverage(parameters, decay=0.5)
@@ -86,7 +89,7 @@ def test_the_average_follows_and_changes_places() -> None:
     with average.in_place():
         torch.testing.assert_close(model.head.weight.detach(), start + 17 / 8)
     assert torch.equal(model.head.weight.detach(), live)
-    average.set_step(0)  # a young average forgets what it began with
+    average.set_step(0)  # the first updates use a lower decay
     average.update()
     with average.in_place():
         torch.testing.assert_close(model.head.weight.detach(), 0.1 * (start + 17 / 8) + 0.9 * live)

@@ -360,7 +360,7 @@ def test_out_of_memory_names_a_smaller_batch(
     def too_small(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
 
-    monkeypatch.setattr("train.step.cpu.objective.FastObjective.loss_and_gradients", too_small)
+    monkeypatch.setattr("train.step.cpu.objective.CpuObjective.loss_and_gradients", too_small)
     with pytest.raises(TrainError, match="batches of 16 captions; try --batch-size 8"):
         for _ in train(config(cache, tmp_path / "run")):
             pass

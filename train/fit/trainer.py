@@ -23,14 +23,15 @@ from train.captions.vocabulary import Vocabulary
 from train.config import Recipe
 from train.fit.self_critical import SelfCritical
 from train.model.decoder import CaptionDecoder
-from train.step.cpu.objective import fast_dtype
-from train.step.cuda.graphs import GraphedSteps, StepInputs, graph_length
+from train.step.cuda.graphs import GraphedSteps, graph_length
 from train.step.cuda.objective import CudaObjective
+from train.step.cuda.step_inputs import StepInputs
 from train.step.dropout import draw_masks
-from train.step.objective import flat_parameters, objective_for
-from train.step.optimizer import FlatAdamW, WeightAverage, learning_rate
+from train.step.objective import flat_parameters, objective_for, product_dtype
+from train.step.optimizer import FlatAdamW, learning_rate
 from train.step.packed_batch import PackedBatch, gather_packed, pack
-from train.step.scheduled_sampling import with_own_words
+from train.step.scheduled_sampling import with_sampled_words
+from train.step.weight_average import WeightAverage
 
 # Photos that BatchNorm's statistics are computed from, for averaged weights: a tenth of a second.
 _STATISTICS_PHOTOS = 8192
@@ -83,7 +84,7 @@ class Trainer:
         self.average: WeightAverage | None = None
         if recipe.average_decay:
             self.average = WeightAverage(self.parameters, recipe.average_decay, numbers[2])
-        dtype = fast_dtype(device) if precision == "auto" else getattr(torch, precision)
+        dtype = product_dtype(device) if precision == "auto" else getattr(torch, precision)
         self.objective = objective_for(
             decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
         )
@@ -174,7 +175,7 @@ class Trainer:
         batch = self.captions.batch(chosen, views)
         share = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
         if share:
-            batch = with_own_words(self.objective, batch, share, seed)
+            batch = with_sampled_words(self.objective, batch, share, seed)
         if self._plain:
             return self._plain_update(batch, seed)
         if self.captions.device.type == "cuda":  # dropout masks are drawn on the device

@@ -1,7 +1,7 @@
 """All parameters of a decoder in one buffer, all gradients in another.
 
-A step then updates, clips, averages or converts every weight in one pass over memory, whatever the
-number of layers. The module keeps its parameters: they become views of the buffer.
+A step can then update, clip, average or convert all weights in one pass over memory, whatever the
+number of layers. The decoder keeps its parameters, which become views of the buffer.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from torch import Tensor
 
 from train.model.decoder import CaptionDecoder
 
-# oneDNN's kernels are at their best with a number of words that fills their registers.
+# oneDNN's kernels are fastest if the number of words fills their registers.
 _WORDS_MULTIPLE = 16
+IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other logit finite
 
 
 @dataclass(frozen=True)
 class _Place:
     start: int
     size: int
-    shape: tuple[int, ...]  # of the memory: what the parameter is a part of, perhaps transposed
+    shape: tuple[int, ...]  # of the memory, which may be padded and transposed
     transposed: bool
-    words: int | None  # how many rows (or columns, if transposed) of the memory are words
+    words: int | None  # the parameter's rows (columns, if transposed); the others are padding
 
 
 class FlatParameters:
     """Moves a decoder's parameters into `values` and their `.grad` into `gradients`, in place.
 
     Both are (P,) float32 on the decoder's device. Matrices come first, `values[:matrices]`, then
-    biases and BatchNorm. Word matrices are padded to a multiple of 16 words by zeros, the output
-    bias by −10,000: such words have no probability, so their gradients stay zero.
+    biases and BatchNorm. Word matrices are padded to a multiple of 16 words with zeros, the output
+    bias with −10,000. The padding words therefore have no probability, and their gradients stay
+    zero.
 
-    transposed: keep the matrices of products as (in, out) in memory, where a CPU's products and
-    weight gradients are faster; the parameters stay (out, in) to whoever reads them.
+    transposed: store the matrices of products as (in, out), with which products and weight
+    gradients are faster on a CPU. The decoder's parameters keep their shape (out, in).
     """
 
     def __init__(self, decoder: CaptionDecoder, *, transposed: bool) -> None:
@@ -61,7 +63,7 @@ class FlatParameters:
         self.values = torch.zeros(start, device=device)
         self.gradients = torch.zeros(start, device=device)
         if "head.bias" in named:
-            self.memory("head.bias", self.values).fill_(-1e4)
+            self.memory("head.bias", self.values).fill_(IMPOSSIBLE_LOGIT)
         for name, parameter in named.items():
             view = self.view(name, self.values)
             view.copy_(parameter.detach())
@@ -72,12 +74,12 @@ class FlatParameters:
         return list(self._places)
 
     def memory(self, name: str, buffer: Tensor) -> Tensor:
-        """A parameter's whole memory in a buffer laid out as `values`: padded, maybe (in, out)."""
+        """A parameter's part of a buffer laid out as `values`: padded, and maybe (in, out)."""
         place = self._places[name]
         return buffer[place.start : place.start + place.size].view(place.shape)
 
     def view(self, name: str, buffer: Tensor) -> Tensor:
-        """A parameter's part of a buffer laid out as `values`, in the parameter's own shape."""
+        """A parameter's part of a buffer laid out as `values`, in the decoder's shape."""
         place = self._places[name]
         memory = self.memory(name, buffer)
         if place.transposed:
@@ -85,15 +87,15 @@ class FlatParameters:
         return memory if place.words is None else memory[: place.words]
 
     def matrix(self, name: str, buffer: Tensor) -> Tensor:
-        """A weight as products read it: (in, out), padded, of the buffer's dtype."""
+        """A weight's part of a buffer laid out as `values`, for products: (in, out), padded."""
         memory = self.memory(name, buffer)
         return memory if self._places[name].transposed else memory.t()
 
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Copies of a buffer's parts by parameter name, as plain tensors to be saved."""
+        """Copies of a buffer's parts on the CPU, by parameter name: plain tensors to save."""
         return {name: self.view(name, buffer).detach().cpu().contiguous() for name in self._places}
 
     def load(self, tensors: Mapping[str, Tensor], buffer: Tensor) -> None:
-        """The reverse of `named`. Raises KeyError or RuntimeError if they do not fit."""
+        """Restore what `named` returned. Raises KeyError or RuntimeError if it does not fit."""
         for name in self._places:
             self.view(name, buffer).copy_(tensors[name])

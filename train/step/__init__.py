@@ -1,1 +1,1 @@
-"""One optimizer step, made fast: loss, gradients, update. What spans steps is in `fit`."""
+"""One fast optimizer step: loss, gradients, update. `train.fit` runs many of them."""

@@ -1,10 +1,9 @@
-"""AdamW over a decoder's flat parameters, the learning rate's course, and the weights' average."""
+"""AdamW over a decoder's flat parameters, and the learning rate of each step."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from train.config import Recipe
 from train.model.flat_parameters import FlatParameters
-from train.step.cuda.kernels import Kernels
-from train.step.cuda.torch_kernels import TorchKernels
+from train.step.kernels import Kernels
+from train.step.torch_kernels import TorchKernels
+from train.step.weight_average import WeightAverage
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate of step `step` of `steps` in all: a linear rise, then level or half a cosine."""
+    """The rate of one of `steps` steps, from 0: a linear rise, then constant or half a cosine."""
     warmup = math.ceil(recipe.warmup * steps)
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
@@ -28,10 +28,10 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 class FlatAdamW:
-    """AdamW (Loshchilov & Hutter, 2019), decoupled weight decay on matrices alone; β 0.9, 0.999.
+    """AdamW (Loshchilov & Hutter, 2019) with β 0.9 and 0.999; only matrices decay.
 
-    Gradients are the sum over a batch's tokens; they are divided by the number of tokens, and
-    clipped to a norm, in the pass that reads them anyway.
+    Gradients are sums over the tokens of a batch. One pass over them divides by the number of
+    tokens, clips to a norm and updates.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class FlatAdamW:
         rate: Tensor | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """rate: where steps read the learning rate, a float32 scalar on the parameters' device;
-        None: one of its own. kernels: None: PyTorch's.
+        """rate: a float32 scalar on the parameters' device from which steps read the learning rate;
+        None: a new one. kernels: None means PyTorch's.
         """
         self.parameters = parameters
         self._recipe = recipe
@@ -51,7 +51,7 @@ class FlatAdamW:
         self._mean_of_squares = torch.zeros_like(parameters.values)
         device = parameters.values.device
         self._kernels = kernels or TorchKernels(device, torch.float32)
-        # Tensors, so that a captured graph reads them anew at every replay.
+        # Tensors, because a captured graph reads their current values at every replay.
         self._steps = torch.zeros((), device=device)
         self._rate = torch.zeros((), device=device) if rate is None else rate
 
@@ -62,9 +62,10 @@ class FlatAdamW:
     def step(
         self, count: Tensor, average: WeightAverage | None = None, low: Tensor | None = None
     ) -> None:
-        """Update the parameters. count: scalar, the tokens behind the gradients' sum.
+        """Update the parameters.
 
-        average: takes in the new weights. low: gets them, in its own dtype, that of `kernels`.
+        count: a scalar, the number of tokens that the gradients are summed over. average: is
+        updated with the new parameters. low: (P,) receives them in the dtype of `kernels`.
         """
         values, gradients = self.parameters.values, self.parameters.gradients
         norm = gradients.norm()
@@ -86,7 +87,7 @@ class FlatAdamW:
         )
 
     def state(self) -> dict[str, Any]:
-        """The moments by parameter name, and the number of steps: plain tensors."""
+        """The number of steps, and the moments as plain tensors by parameter name."""
         return {
             "steps": int(self._steps),
             "mean": self.parameters.named(self._mean),
@@ -94,67 +95,7 @@ class FlatAdamW:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
+        """Restore what `state` returned. Raises KeyError or RuntimeError if it does not fit."""
         self._steps.fill_(state["steps"])
         self.parameters.load(state["mean"], self._mean)
         self.parameters.load(state["mean_of_squares"], self._mean_of_squares)
-
-
-class WeightAverage:
-    """A moving average of the weights (Polyak & Juditsky, 1992).
-
-    Young averages forget faster, so that the first random weights do not stay in them.
-
-    values: the average, laid out as the parameters' values. weight: of the newest parameters, a
-    scalar on the device.
-    """
-
-    def __init__(
-        self, parameters: FlatParameters, decay: float, weight: Tensor | None = None
-    ) -> None:
-        """weight: where updates read the weight of the newest parameters, as the optimizer's rate
-        is read.
-        """
-        self._parameters = parameters
-        self.values = parameters.values.clone()
-        self._decay = decay
-        # A tensor, so that a captured graph reads it anew at every replay.
-        device = parameters.values.device
-        self.weight = torch.zeros((), device=device) if weight is None else weight
-
-    def weight_at(self, step: int) -> float:
-        """Of the newest parameters, after this step of the run (from 0)."""
-        return 1 - min(self._decay, (1 + step) / (10 + step))
-
-    def set_step(self, step: int) -> None:
-        """Say which step of the run (from 0) the next `update` follows."""
-        self.weight.fill_(self.weight_at(step))
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now."""
-        self.values.lerp_(self._parameters.values, self.weight)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within this context the decoder has the averaged weights."""
-        kept = self._parameters.values.clone()
-        self.take()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                self._parameters.values.copy_(kept)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Give the decoder the averaged weights for good."""
-        self._parameters.values.copy_(self.values)
-
-    def state(self) -> dict[str, Tensor]:
-        """The average by parameter name, as plain tensors."""
-        return self._parameters.named(self.values)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """The reverse of `state`. Raises KeyError or RuntimeError if it does not fit."""
-        self._parameters.load(state, self.values)

@@ -1,15 +1,16 @@
-"""A batch of captions as one list of rows, step after step: what the fast objective works on.
+"""A batch of captions as one matrix of rows, step after step: the input of both objectives.
 
-Captions come longest first, so at every step the running ones are the first rows. Row after row,
-step after step, they make matrices without padding between captions of unlike length:
+Captions are sorted longest first, so the captions that have not ended are the first ones at every
+step. Their rows, one step after the other, form matrices without padding between captions of
+different lengths:
 
     step 0: photo of caption 0, 1, 2, 3      (4 rows)
     step 1: word 0 of caption 0, 1, 2        (3 rows)
     step 2: word 1 of caption 0              (1 row)
 
-On a CPU the rows of a step are rounded up to a multiple of 16 and all of them to a multiple of 64:
-oneDNN makes new kernels for every new size it meets. Rows beyond a caption's end are computed and
-count for nothing.
+On a CPU the rows of a step are rounded up to a multiple of 16, and the total to a multiple of 64,
+because oneDNN compiles new kernels for every new size. Rows after a caption's end are computed, but
+do not affect the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from train.captions.caption_set import Batch, CaptionSet
 from train.captions.vocabulary import PAD
-from train.step.cuda.kernels import Kernels
+from train.step.kernels import Kernels
 
 _STEP_MULTIPLE = 16
 _TOTAL_MULTIPLE = 64
@@ -32,25 +33,26 @@ _TOTAL_MULTIPLE = 64
 class PackedBatch:
     """B captions of N target tokens in R ≥ N rows; `steps[t]` rows belong to step t.
 
-    Rows of step t go on with the first rows of step t - 1, in order. Rows past the last step are
-    filling.
+    Row n of step t continues row n of step t - 1. Rows after the last step are filling.
     """
 
     features: Tensor  # (B, D) float16
     steps: tuple[int, ...]
-    words: Tensor  # (R,) int64: the word each row reads; of no meaning in the rows of step 0
-    targets: Tensor  # (R,) int64; <pad> where a row counts for nothing
-    captions: Tensor  # (R,) int64: the caption of each row (B or more: filling)
-    previous: Tensor  # (R,) int64: the row of the same caption a step earlier; 0 at step 0
+    words: Tensor  # (R,) int64: the word each row reads; meaningless in the rows of step 0
+    targets: Tensor  # (R,) int64; <pad> in rows that do not affect the loss
+    captions: Tensor  # (R,) int64: the caption of each row; B or more in filling rows
+    previous: Tensor  # (R,) int64: the same caption's row one step earlier; 0 at step 0
 
     def count(self) -> Tensor:
-        """N, a scalar on the batch's device."""
+        """N, the number of target tokens, a scalar on the batch's device."""
         return (self.targets != PAD).sum()
 
 
 def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
-    """The rows of a batch. Without `round_up` every step has B rows: sizes then depend on (B, T)
-    alone, and nothing waits for the device.
+    """Pack a batch (B, T).
+
+    round_up: round sizes up as a CPU needs it. Otherwise every step has B rows, so that sizes
+    depend on (B, T) alone and nothing waits for the device.
     """
     count, length = batch.targets.shape
     device = batch.targets.device
@@ -66,8 +68,8 @@ def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
             captions=captions,
             previous=previous,
         )
-    running = (batch.targets != PAD).sum(0).tolist()  # a caption's targets have no gaps
-    steps = [-(-rows // _STEP_MULTIPLE) * _STEP_MULTIPLE for rows in running]
+    unended = (batch.targets != PAD).sum(0).tolist()  # a caption's targets have no gaps
+    steps = [-(-rows // _STEP_MULTIPLE) * _STEP_MULTIPLE for rows in unended]
     total = -(-sum(steps) // _TOTAL_MULTIPLE) * _TOTAL_MULTIPLE
     captions = torch.cat([torch.arange(rows) for rows in steps])
     time = torch.repeat_interleave(torch.arange(length), torch.tensor(steps))
@@ -94,15 +96,17 @@ def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
 def gather_packed(
     captions: CaptionSet, kernels: Kernels, chosen: Tensor, views: Tensor, length: int
 ) -> PackedBatch:
-    """The packed batch of these captions (B,) int64 in their order, `length` steps of B rows, each
-    photo by its view (B,). Works on the device alone, so it can be part of a captured graph.
+    """The packed batch of some captions, `length` steps of B rows each.
+
+    chosen: (B,) int64, the captions in the order of the rows. views: (B,), the view of each photo.
+    All work is on the device, so it can be part of a captured graph.
     """
     rows = length * len(chosen)
     words, targets = (
         torch.empty(rows, dtype=torch.int64, device=captions.device) for _ in range(2)
     )
     kernels.gather_words(chosen, captions.starts, captions.targets, captions.tokens, words, targets)
-    caption_of, previous = _kept_even_rows(len(chosen), length, captions.device)
+    caption_of, previous = _cached_even_rows(len(chosen), length, captions.device)
     return PackedBatch(
         features=captions.features_of(chosen, views),
         steps=(len(chosen),) * length,
@@ -114,10 +118,11 @@ def gather_packed(
 
 
 def _even_rows(count: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each row's caption and previous row where every step has `count` rows."""
+    """Each row's caption, and its row one step earlier, if every step has `count` rows."""
     rows = torch.arange(count * length, device=device)
     return rows % count, (rows - count).clamp_min(0)
 
 
-# Never forgotten: made anew within a capture they would be the graph's, and empty outside of it.
-_kept_even_rows = functools.cache(_even_rows)
+# Unbounded on purpose: tensors created during a capture would belong to that graph and be empty
+# outside of it. The first step of a shape runs directly, so it creates them before any capture.
+_cached_even_rows = functools.cache(_even_rows)

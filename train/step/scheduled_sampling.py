@@ -1,8 +1,8 @@
-"""Scheduled sampling: some input words are replaced by words the model itself would have said.
+"""Scheduled sampling: replaces some input words with words drawn from the model itself.
 
-The parallel form (Duckworth et al., 2019): one pass over the true words gives the model's next word
-everywhere; the training step then reads the mixed words. The original (Bengio et al., 2015) goes
-through the caption word by word, which cannot be done in large products.
+This is the parallel form (Duckworth et al., 2019): one pass over the true words gives the model's
+next word at every place, and the training step then reads the mixed words. The original form
+(Bengio et al., 2015) goes through a caption word by word, which rules out large matrix products.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from train.step.objective import Objective
 from train.step.packed_batch import pack
 
 
-def with_own_words(objective: Objective, batch: Batch, share: float, seed: int) -> Batch:
-    """The batch with about `share` of its input words drawn from the model's distribution.
+def with_sampled_words(objective: Objective, batch: Batch, share: float, seed: int) -> Batch:
+    """A copy of the batch in which about `share` of the input words are drawn from the model.
 
-    Targets stay the true words.
+    The targets remain the true words.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = batch.inputs
@@ -30,7 +30,7 @@ def with_own_words(objective: Objective, batch: Batch, share: float, seed: int) 
         return batch
     packed = pack(batch, round_up=inputs.device.type == "cpu")
     starts = torch.tensor([0, *packed.steps], device=inputs.device).cumsum(0)
-    # The word read at step t + 1 is what step t should have said; inputs[:, t] is that word.
+    # inputs[:, t] is the target of step t, so the outputs of step t draw its substitute.
     uniform = torch.rand(len(caption), generator=generator).to(inputs.device)
     words = objective.sample_words(packed, starts[place] + caption, uniform)
     mixed = inputs.clone()

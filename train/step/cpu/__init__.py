@@ -1,1 +1,1 @@
-"""Loss and gradients on a CPU, and the matrix products they are made of."""
+"""Loss and gradients on a CPU, and the matrix products behind them."""

@@ -1,9 +1,10 @@
-"""Matrix products into memory that is there already, by the fastest library of the device.
+"""Matrix products into existing memory, by the fastest library for the device.
 
-torch gives float32 products on a CPU to MKL, which on AMD's processors runs at half the rate of
-oneDNN; on Intel's the two are alike. oneDNN is reached through an operator that has no `out`, so it
-works on a few rows at a time: their result is still in the processor's cache when it is copied, and
-the allocator has the memory at hand, where a fresh result of 60 MB is paged in anew at every step.
+On a CPU PyTorch gives float32 products to MKL, which runs at half the rate of oneDNN on AMD
+processors; on Intel processors both are equally fast. The operator that calls oneDNN has no `out`,
+so it computes a few rows at a time. Their result is still in the processor's cache when it is
+copied, and the allocator reuses its memory. A whole result of 60 MB would be paged in again at
+every step.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor
 from train import private_torch
 
 _CHUNK_BYTES = 8 << 20
-_ROWS_MULTIPLE = 64  # of a chunk: oneDNN makes a kernel for every size
+_ROWS_MULTIPLE = 64  # rows of a chunk; oneDNN compiles a kernel for every size
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left (M, K) @ right (K, N), plus bias (N,), into out (M, N), which is returned."""
-    if _by_onednn(left):
-        for rows in _chunks(out):
+    """Write left (M, K) @ right (K, N), plus bias (N,), to out (M, N), and return out."""
+    if _uses_onednn(left):
+        for rows in _row_chunks(out):
             out[rows].copy_(private_torch.linear(left[rows], right, bias))
     elif bias is None:
         torch.mm(left, right, out=out)
@@ -30,15 +31,15 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = Non
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add left (M, K) @ right (K, N) to out (M, N), which is returned."""
-    if _by_onednn(left):
-        for rows in _chunks(out):
+    """Add left (M, K) @ right (K, N) to out (M, N), and return out."""
+    if _uses_onednn(left):
+        for rows in _row_chunks(out):
             out[rows].add_(private_torch.linear(left[rows], right, None))
         return out
     return out.addmm_(left, right)
 
 
-def _by_onednn(left: Tensor) -> bool:
+def _uses_onednn(left: Tensor) -> bool:
     return (
         left.device.type == "cpu"
         and left.dtype is torch.float32
@@ -46,7 +47,7 @@ def _by_onednn(left: Tensor) -> bool:
     )
 
 
-def _chunks(out: Tensor) -> list[slice]:
+def _row_chunks(out: Tensor) -> list[slice]:
     rows, columns = out.shape
     count = _CHUNK_BYTES // (4 * max(1, columns)) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
     count = max(_ROWS_MULTIPLE, count)

@@ -1,1 +1,1 @@
-"""Loss and gradients on a GPU: compiled kernels, their check, and CUDA graphs."""
+"""Loss and gradients on a GPU, with compiled kernels and CUDA graphs."""

@@ -1,8 +1,8 @@
-"""Training steps as CUDA graphs: a step is some ninety kernels and one launch.
+"""Training steps as CUDA graphs: one launch starts the ninety or so kernels of a step.
 
-A graph has fixed shapes, so there is one for each number of captions and length of the longest
-one; all work in the same buffers, the objective's. A longer batch than any before makes these
-grow, and the graphs that point into the old ones are thrown away.
+A graph has fixed shapes, so there is one for each pair of a number of captions and a length of the
+longest one. All of them work in the objective's buffers. When a batch is longer than any before,
+the buffers grow and the graphs that hold their old addresses are dropped.
 """
 
 from __future__ import annotations
@@ -13,70 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
-# Batches in flight to the device. The host may be so many steps ahead, then it waits.
-_SLOTS = 32
-# A capture takes as long as some ten direct steps. Most lengths come hundreds of times an epoch;
-# the few long batches have lengths of their own each, so these are rounded up to share a graph.
-_SIGHTS_BEFORE_CAPTURE = 2
+# A capture takes as long as about ten direct steps. Most lengths occur hundreds of times an epoch.
+# The few long batches all differ in length, so their lengths are rounded up to share a graph.
+_DIRECT_STEPS = 2  # of a shape, before it is captured
 _EXACT_LENGTHS = 20
 _LENGTH_MULTIPLE = 8
 
 
 def graph_length(length: int) -> int:
-    """The length that a batch whose longest caption has `length` targets is computed with."""
+    """The number of steps to compute for a batch whose longest caption has `length` targets."""
     if length <= _EXACT_LENGTHS:
         return length
     return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-
-
-class StepInputs:
-    """What changes from step to step, on the device: one copy brings all of it.
-
-    numbers: (4,) float32: the tokens of the batch, the learning rate, the weight of the moving
-    average; one is free. They and the captions stay where they are, for graphs to read.
-    """
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._device = torch.zeros(2 + 2 * batch_size, dtype=torch.int64, device=device)
-        self.numbers = self._device[:2].view(torch.float32)
-        self._slots = [
-            torch.zeros(2 + 2 * batch_size, dtype=torch.int64, pin_memory=on_gpu)
-            for _ in range(_SLOTS)
-        ]
-        self._copied = [torch.cuda.Event() for _ in self._slots] if on_gpu else []
-        self._next = 0
-
-    def send(
-        self,
-        captions: NDArray[np.int64],
-        views: NDArray[np.int64] | int,
-        *,
-        tokens: int,
-        rate: float,
-        average_weight: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the captions (B,) and their views (B,) as they will be on the device."""
-        slot = self._next
-        self._next = (slot + 1) % len(self._slots)
-        if self._copied:
-            self._copied[slot].synchronize()  # its last copy has read it; true for long, mostly
-        count = len(captions)
-        values = self._slots[slot].numpy()
-        values[:2].view(np.float32)[:3] = tokens, rate, average_weight
-        values[2 : 2 + count] = captions
-        values[2 + count : 2 + 2 * count] = views
-        used = 2 + 2 * count
-        self._device[:used].copy_(self._slots[slot][:used], non_blocking=True)
-        if self._copied:
-            self._copied[slot].record(torch.cuda.current_stream(self._device.device))
-        return self._device[2 : 2 + count], self._device[2 + count : used]
 
 
 @dataclass(frozen=True)
@@ -86,38 +38,39 @@ class _Captured:
 
 
 class GraphedSteps:
-    """Calls `step(captions (B,), views (B,), T)` on the GPU: directly for a shape that is new, as
-    a captured graph from then on.
+    """Calls `step(captions (B,), views (B,), T)` on the GPU: directly at first, and as a captured
+    graph once a shape has come several times.
 
-    step: without synchronisation; returns a scalar. Everything else that changes from step to step
-    it must read from tensors.
+    step: returns a scalar and never waits for the device. It must read everything else that changes
+    from step to step from tensors.
     """
 
     def __init__(
         self, step: Callable[[Tensor, Tensor, int], Tensor], generation: Callable[[], int]
     ) -> None:
-        """generation: a number that changes whenever the step's buffers have moved."""
+        """generation: returns a number that changes whenever the step's buffers have moved."""
         self._step = step
         self._generation = generation
         self._captured_in = generation()
-        self._sights: dict[tuple[int, int], int] = {}
+        self._calls: dict[tuple[int, int], int] = {}  # per shape, while it has no graph
         self._captured: dict[tuple[int, int], _Captured] = {}
-        self._pool: Any = None  # of graph memory, shared: replays follow one another
-        # Of its own: in PyTorch after 2.11 whoever drops a graph takes cuBLAS's workspace from all
-        # graphs that were captured on the same stream (its issue 193402).
+        self._pool: Any = None  # of memory, shared by all graphs because they never run together
+        # A stream for captures alone: in PyTorch after 2.11, dropping a graph takes cuBLAS's
+        # workspace from all graphs that were captured on the same stream (PyTorch issue 193402).
         self._stream: torch.cuda.Stream | None = None
-        self.failure = ""  # why no graph could be captured; everything is called directly then
+        self.failure = ""  # why a capture failed; every step is called directly from then on
 
     def run(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
-        """One step on what `StepInputs.send` returned, whose longest caption has no more targets
-        than `length`. Returns the loss, on the device.
+        """Run one step on the captions and views that `StepInputs.send` returned.
+
+        No caption may have more than `length` targets. Returns the loss, on the device.
         """
         shape = (len(captions), length)
         self._forget_if_moved()
         captured = self._captured.get(shape)
         if captured is None:
-            self._sights[shape] = self._sights.get(shape, 0) + 1
-            if self.failure or self._sights[shape] <= _SIGHTS_BEFORE_CAPTURE:
+            self._calls[shape] = self._calls.get(shape, 0) + 1
+            if self.failure or self._calls[shape] <= _DIRECT_STEPS:
                 loss = self._step(captions, views, length)
                 self._forget_if_moved()
                 return loss
@@ -134,20 +87,20 @@ class GraphedSteps:
             self._captured_in = self._generation()
 
     def _forget(self) -> None:
-        """All graphs at once: they share what dropping one takes away."""
+        """Drop all graphs. Dropping some would take cuBLAS's workspace from the others."""
         if self._captured and self._stream is not None:
-            torch.cuda.synchronize(self._stream.device)  # some may still be running
+            torch.cuda.synchronize(self._stream.device)  # a graph may still be running
         self._captured.clear()
-        self._pool = None  # a pool whose graphs are gone cannot be captured into again
+        self._pool = None  # no capture can use a pool whose graphs are gone
 
     def _capture(self, captions: Tensor, views: Tensor, length: int) -> _Captured | None:
-        """None, and `failure` says why, if it cannot be done."""
-        before: torch.cuda.Stream | None = None
+        """Capture a step. Returns None and sets `failure` if that is not possible."""
+        usual_stream: torch.cuda.Stream | None = None
         try:
             graph = torch.cuda.CUDAGraph()
-            before = torch.cuda.current_stream(captions.device)
+            usual_stream = torch.cuda.current_stream(captions.device)
             self._stream = self._stream or torch.cuda.Stream(captions.device)
-            # thread_local: whatever other threads ask of CUDA meanwhile does not matter.
+            # thread_local: calls that other threads make to CUDA meanwhile do no harm.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -155,21 +108,24 @@ class GraphedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # What broke it off, not that the capture then could not end.
+            # The context is the error that broke the capture off; the error itself only says that
+            # the capture could not end.
             self.failure = str(error.__context__ or error).splitlines()[0]
-            _log.warning("no CUDA graphs (%s): training goes on without, slower", self.failure)
+            _log.warning("no CUDA graphs (%s): training goes on without them, slower", self.failure)
             self._forget()
-            if before is not None:
-                _recover(before)
+            if usual_stream is not None:
+                _recover_from_failed_capture(usual_stream)
             return None
         self._pool = self._pool or graph.pool()
         return _Captured(graph, loss)
 
 
-def _recover(before: torch.cuda.Stream) -> None:
-    """After a capture that failed: PyTorch leaves its stream the current one, and the generator of
-    random numbers refusing to draw outside of it until another capture has ended well.
+def _recover_from_failed_capture(usual_stream: torch.cuda.Stream) -> None:
+    """Make the usual stream current and the random number generator usable again.
+
+    After a failed capture PyTorch stays on the capture's stream, and its generator refuses to draw
+    outside of a capture until another capture has ended well.
     """
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device=before.device)
-    torch.cuda.set_stream(before)
+        torch.zeros(1, device=usual_stream.device)
+    torch.cuda.set_stream(usual_stream)

@@ -1,10 +1,9 @@
-// What a training step does between its matrix products, on an NVIDIA GPU: one kernel where PyTorch
-// has ten. train/step/cuda/launch.py compiles it at run time, without headers;
-// train/step/cuda/kernels.py calls it and says what every argument is. With -DBFLOAT16 `low_t` is
-// bfloat16, else float.
+// The operations of a training step around its matrix products, on an NVIDIA GPU: one kernel for
+// about ten of PyTorch's. This file is compiled at run time, without headers.
+// train/step/cuda/compiled_kernels.py calls the kernels; train/step/kernels.py says what they do.
+// With -DBFLOAT16 `low_t` is bfloat16, otherwise float.
 //
-// Matrices are contiguous, rows first. Pointers that the flags beside them declare unused are not
-// read.
+// Matrices are contiguous and row-major. A pointer whose flag says that it is unused is not read.
 
 #ifdef BFLOAT16
 
@@ -12,7 +11,7 @@ typedef unsigned short low_t;
 
 __device__ float to_float(low_t bits) { return __uint_as_float((unsigned)bits << 16); }
 
-// Rounded to the nearest, ties to even; not a number stays so.
+// Rounds to nearest, ties to even. NaN stays NaN.
 __device__ unsigned to_low_pair(float first, float second)
 {
 #ifdef __CUDA_ARCH__
@@ -33,7 +32,7 @@ __device__ unsigned to_low_pair(float first, float second)
 
 __device__ low_t to_low(float value) { return (low_t)(to_low_pair(value, 0.0f) & 0xffffu); }
 
-// Four neighbours, aligned to 8 bytes.
+// Four consecutive numbers, aligned to 8 bytes.
 __device__ void load4(const low_t* from, float* values)
 {
     const uint2 bits = *(const uint2*)from;
@@ -51,7 +50,7 @@ __device__ void store4(low_t* to, const float* values)
     *(uint2*)to = bits;
 }
 
-// An error of some 1e-6 is lost in bfloat16's 4e-3.
+// Its error of about 1e-6 does not matter beside bfloat16's 4e-3.
 __device__ float exponential(float x) { return __expf(x); }
 
 #else
@@ -61,7 +60,7 @@ typedef float low_t;
 __device__ float to_float(low_t value) { return value; }
 __device__ low_t to_low(float value) { return value; }
 
-// Four neighbours, aligned to 16 bytes.
+// Four consecutive numbers, aligned to 16 bytes.
 __device__ void load4(const low_t* from, float* values)
 {
     const float4 four = *(const float4*)from;
@@ -87,13 +86,13 @@ __device__ float exponential(float x) { return expf(x); }
 
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// One thread a row of the batch, step after step.
+// One thread for each row of the batch. Rows are ordered by step, then by caption.
 extern "C" __global__ void gather_words(
     const long long* captions,  // (B,)
-    const long long* starts,    // (M,) of each caption's first token
-    const long long* lengths,   // (M,) its targets: its tokens and <end>
+    const long long* starts,    // (M,) place of each caption's first token
+    const long long* lengths,   // (M,) number of its targets: its tokens and <end>
     const int* tokens,          // of all captions
-    long long* words,           // (T * B,) out: what each row reads; <pad> at step 0
+    long long* words,           // (T * B,) out: the word each row reads; <pad> at step 0
     long long* targets,         // (T * B,) out
     int batch, int rows, int pad, int end)
 {
@@ -107,8 +106,8 @@ extern "C" __global__ void gather_words(
     targets[row] = step < last ? mine[step] : step == last ? end : pad;
 }
 
-// One thread a number. What the first LSTM layer reads: the photo at step 0, then words, perhaps
-// with the photo, perhaps with some of it dropped.
+// One thread for each number. Writes the inputs of the first LSTM layer: the photo at step 0, then
+// the words, to which the photo may be added; then applies dropout.
 extern "C" __global__ void read_inputs(
     const long long* words,   // (R,)
     const float* embeddings,  // (W, E)
@@ -130,12 +129,12 @@ extern "C" __global__ void read_inputs(
     inputs[n] = to_low(value);
 }
 
-// One thread a unit of a caption's state; gates in the order i, f, g, o.
+// One thread for each unit of a caption's state. Gates are in the order i, f, g, o.
 extern "C" __global__ void cell_forward(
-    float* gates,            // (B, 4H): from the inputs, without biases; becomes the gates' values
-    const float* recurrent,  // (B, 4H): from the hidden state before, unless `first`
+    float* gates,            // (B, 4H): the inputs' part of the sums, without biases; out: the gates
+    const float* recurrent,  // (B, 4H): the hidden state's part of the sums, unless `first`
     const float* bias_ih, const float* bias_hh,  // (4H,)
-    const float* before,     // (B, H): cells of the step before, unless `first`
+    const float* before,     // (B, H): the cells of the step before, unless `first`
     const low_t* mask,       // (B, H) if `masked`
     float* cells,            // (B, H) out
     low_t* hidden,           // (B, H) out
@@ -167,14 +166,14 @@ extern "C" __global__ void cell_forward(
 }
 
 extern "C" __global__ void cell_backward(
-    const low_t* d_outputs,    // (B, H): gradient of the outputs, as the layer above or the head has it
+    const low_t* d_outputs,    // (B, H): gradient of the outputs after the mask
     const low_t* mask,         // (B, H) if `masked`: of the outputs
     const float* d_recurrent,  // (B, H): gradient of the hidden state from the step after, unless `last`
-    float* d_cells,            // (B, H): of the cells, from the step after, unless `last`; out: for the
-                               // step before
-    const float* gates,        // (B, 4H): as `cell_forward` left them
+    float* d_cells,            // (B, H): gradient of the cells from the step after, unless `last`;
+                               // out: that of the cells of the step before
+    const float* gates,        // (B, 4H): as `cell_forward` wrote them
     const float* cells,        // (B, H)
-    const float* before,       // (B, H): cells of the step before, unless `first`
+    const float* before,       // (B, H): the cells of the step before, unless `first`
     low_t* d_gates,            // (B, 4H) out
     int count, int size, int first, int last, int masked)
 {
@@ -198,30 +197,30 @@ extern "C" __global__ void cell_backward(
     d_cells[n] = d_cell * f;
 }
 
-// One thread four parameters. AdamW (Loshchilov & Hutter, 2019) with β 0.9 and 0.999, of gradients
-// that are a sum over tokens and are clipped to a norm; then the moving average of the parameters,
-// and the parameters as products read them.
+// One thread for every four parameters. Divides gradients, which are sums over tokens, by the number
+// of tokens and clips them to a norm; updates by AdamW (Loshchilov & Hutter, 2019) with β 0.9 and
+// 0.999; then updates the moving average of the parameters, and writes them in the products' dtype.
 extern "C" __global__ void adamw(
     float* values,           // (P,)
     const float* gradients,  // (P,)
     float* means, float* squares,  // (P,) moving averages of the gradient and of its square
     float* average,          // (P,) if `averaged`
     low_t* low,              // (P,) out if `converted`
-    const float* norm,       // of all gradients
-    const float* tokens,     // behind the gradients' sum
-    const float* rate,       // of learning
-    const float* weight,     // of the parameters in their average, if `averaged`
-    const float* steps,      // how many with this one
+    const float* norm,       // the norm of all gradients
+    const float* tokens,     // the number of tokens that the gradients are summed over
+    const float* rate,       // the learning rate
+    const float* weight,     // of the new parameters in the average, if `averaged`
+    const float* steps,      // the number of steps, with this one
     int count,               // P, a multiple of 4, as is `matrices`
-    int matrices,            // the first so many parameters decay
+    int matrices,            // the number of parameters that decay, which come first
     float decay, float clip_norm, int averaged, int converted)
 {
     const int n = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (n >= count) return;
-    // A norm that is not a number must show.
+    // Written so that a norm of NaN spreads to the parameters and is noticed.
     const float excess = norm[0] / clip_norm;
     const float divisor = excess <= tokens[0] ? tokens[0] : excess;
-    // 1 - β^steps, without rounding what is next to 1; logarithms of 0.9 and 0.999.
+    // 1 - β^steps, without rounding a number close to 1. The constants are log 0.9 and log 0.999.
     const float first = -expm1f(-0.105360515657826f * steps[0]);
     const float second = sqrtf(-expm1f(-0.00100050033358353f * steps[0]));
     const float step_size = rate[0] / first, kept = n < matrices ? 1.0f - rate[0] * decay : 1.0f;
@@ -254,18 +253,18 @@ extern "C" __global__ void adamw(
     if (converted) store4(low + n, v);
 }
 
-// One block a row. Its loss, and the gradient in the logits' place:
+// One block for each row. Writes its loss, and its gradient over the logits:
 //     loss = lse - (1 - ε) logit[target] - ε mean(logits)
 //     gradient = softmax - (1 - ε) [target] - ε / W
-// both times the row's weight. Maximum and sum of exponentials come from one pass (Milakov &
-// Gimelshein, 2018, «Online normalizer calculation for softmax»).
+// Both are multiplied by the row's weight. One pass computes the maximum and the sum of exponentials
+// (Milakov & Gimelshein, 2018, "Online normalizer calculation for softmax").
 extern "C" __global__ void cross_entropy(
-    low_t* logits,             // (R, padded): becomes the gradient
-    const long long* targets,  // (R,); `ignored` where a row counts for nothing
+    low_t* logits,             // (R, padded); out: the gradient
+    const long long* targets,  // (R,); rows whose target is `ignored` have no loss and no gradient
     const float* weights,      // (R,) if `weighted`
     float* losses,             // (R,) out
     int padded,                // a multiple of 4
-    int words,                 // the rest is padding, whose logits are about -10,000
+    int words,                 // the columns after these are padding, with logits of about -10,000
     int ignored, int weighted, float smoothing)
 {
     __shared__ float maxima[32], sums[32], totals[32];
@@ -280,7 +279,7 @@ extern "C" __global__ void cross_entropy(
         if (threadIdx.x == 0) losses[row] = 0.0f;
         return;
     }
-    // Read here, before any thread can pass the barrier below and write gradients.
+    // Read before the barrier below, after which threads overwrite the logits.
     const float target_logit = to_float(mine[target]);
     float best = -3.0e38f, sum = 0.0f, total = 0.0f;
     for (int n = 4 * threadIdx.x; n < padded; n += stride) {

@@ -1,14 +1,15 @@
-"""The loss and gradients of `train.step.cpu.objective`, for a GPU, in as few kernels as can be.
+"""The loss and gradients of `train.step.cpu.objective`, for a GPU, in as few kernels as possible.
 
-A GPU starts a small kernel in the time in which it could read a million numbers, so all captions
-of a batch have as many rows, which depend on nothing but their number and the longest one's length
-(`pack` without `round_up`), and between the products there is one kernel a task (`kernels`).
-Nothing waits for the device, so that a step can be captured as a graph.
+A GPU starts a small kernel in the time in which it could read a million numbers. Therefore all
+captions of a batch have the same number of rows, so that all shapes follow from the number of
+captions and the longest one's length (`pack` without `round_up`), and each task between the
+products is one kernel (`train.step.kernels`). Nothing waits for the device, so a step can be
+captured as a graph.
 
-Products read bfloat16 where the device is fast at it and are summed in float32; gates, cell states
-and the gradients of all parameters leave them in float32, and are written where they are needed.
-The recurrence's small products leave most of a GPU idle: backward, the large ones that nothing
-waits for run beside it, on a stream of their own.
+Products read bfloat16 where the device multiplies it fast, and sum in float32. Gates, cell states
+and the gradients of all parameters are kept in float32; products write them where they are needed.
+The small products of the recurrence leave most of a GPU idle. In the backward pass the large
+products whose results nothing waits for run beside them, on a stream of their own.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ import torch
 from torch import Tensor
 
 from train import private_torch
-from train.captions.vocabulary import END
 from train.model.decoder import CaptionDecoder
 from train.model.flat_parameters import FlatParameters
-from train.search.word_choice import NEVER_GENERATED
-from train.step.cpu.objective import IMPOSSIBLE_LOGIT, NO_MASKS, Masks
-from train.step.cuda.kernel_check import kernels_for
-from train.step.cuda.kernels import Kernels
+from train.step.buffers import Buffers
+from train.step.cuda.kernel_choice import kernels_for
+from train.step.dropout import NO_MASKS, Masks
+from train.step.kernels import Kernels
+from train.step.logits import draw_words, rule_out_undrawn_words
 from train.step.packed_batch import PackedBatch
 
 
 class CudaObjective:
-    """Computes `decoder.loss` and its gradients into `parameters.gradients`, as `FastObjective`.
+    """Computes `decoder.loss` and its gradients into `parameters.gradients`, like `CpuObjective`.
 
-    Needs parameters laid out as (out, in) and batches packed without rounding. kernels: those of
-    the device, unless given.
+    Needs parameters laid out as (out, in) and batches packed without rounding. kernels: None means
+    those that `kernels_for` chooses for the device.
     """
 
     def __init__(
@@ -55,33 +56,37 @@ class CudaObjective:
         device = parameters.values.device
         self.kernels = kernels_for(device, dtype) if kernels is None else kernels
         self._head = "embed.weight" if self.config.tie_embeddings else "head.weight"
-        # The parameters in the products' dtype, which the optimizer writes along with them.
+        # `low` is a copy of the parameters in the products' dtype, None if that is float32. The
+        # optimizer writes it together with the parameters. `_low` is what products read.
         self._low = parameters.values
-        self.low: Tensor | None = None  # the same, if another dtype than the parameters'
+        self.low: Tensor | None = None
         if dtype is not torch.float32:
             self._low = self.low = torch.empty_like(parameters.values, dtype=dtype)
-        self._converted = -1  # the version of the parameters that `low` holds
-        # Captured steps point into their buffers: what validation needs must not move them.
-        self._training = _Buffers(dtype, device)
-        self._evaluation = _Buffers(dtype, device)
+        self._converted = -1  # the version of the parameters that `low` was converted from
+        # Captured steps hold the addresses of the training buffers. Validation has its own, so that
+        # it never moves them.
+        self._training = Buffers(dtype, device)
+        self._evaluation = Buffers(dtype, device)
         self._device = device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def generation(self) -> int:
-        """Changes when a buffer of training moves."""
+        """Changes when a training buffer moves."""
         return self._training.generation
 
-    def reserve(self, count: int, length: int) -> None:
-        """Say that no batch of training will have more captions, or more targets in one: buffers
-        are then made that large at once, and need not move.
+    def reserve(self, captions: int, length: int) -> None:
+        """Announce the largest training batch: its number of captions and the most targets of one.
+
+        Training buffers are then allocated at their full size and need not move.
         """
-        self._training.count, self._training.rows = count, count * length
+        self._training.reserve(captions, captions * length)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Convert the parameters if anything but the optimizer's kernel has changed them. To be
-        called before a captured step, which does not.
+        """Convert the parameters to `low` if anything but the optimizer's kernel has changed them.
+
+        Call this before replaying a captured step, which does not convert them itself.
         """
         values = self.parameters.values
         if self.low is not None and values._version != self._converted:
@@ -106,28 +111,23 @@ class CudaObjective:
         training: bool = True,
         drawn: bool = False,
     ) -> Tensor:
-        """As `FastObjective.loss_and_gradients`."""
+        """As `CpuObjective.loss_and_gradients`."""
         buffers = self._training
         states = self._hidden(batch, masks, buffers, training=training)
         logits = self._logits(states.before_head, buffers)
         smoothing = 0.0 if drawn else self.label_smoothing
         if drawn:
-            for word in NEVER_GENERATED:
-                logits[:, word] = IMPOSSIBLE_LOGIT
-            logits[: batch.steps[0], END] = IMPOSSIBLE_LOGIT
+            rule_out_undrawn_words(logits, batch.steps[0])
         loss = self._cross_entropy(batch, logits, weights, smoothing, buffers)
         self._backward(batch, masks, states, logits)
         return loss
 
     @torch.no_grad()
     def sample_words(self, batch: PackedBatch, rows: Tensor, uniform: Tensor) -> Tensor:
-        """As `FastObjective.sample_words`."""
+        """As `CpuObjective.sample_words`."""
         buffers = self._evaluation
         before_head = self._hidden(batch, NO_MASKS, buffers, training=False).before_head[rows]
-        logits = self._logits(before_head, buffers)
-        below = logits.float().softmax(1).cumsum(1)  # (K, padded W)
-        words = torch.searchsorted(below, uniform.unsqueeze(1) * below[:, -1:]).squeeze(1)
-        return words.clamp_max(self.config.vocab_size - 1)
+        return draw_words(self._logits(before_head, buffers), uniform, self.config.vocab_size)
 
     def _value(self, name: str) -> Tensor:
         return self.parameters.memory(name, self.parameters.values)  # float32
@@ -139,11 +139,11 @@ class CudaObjective:
         return self.parameters.memory(name, self._low)  # (out, in)
 
     def _hidden(
-        self, batch: PackedBatch, masks: Masks, buffers: _Buffers, *, training: bool
+        self, batch: PackedBatch, masks: Masks, buffers: Buffers, *, training: bool
     ) -> _States:
-        """Everything before the head."""
-        rows, count, config = len(batch.words), len(batch.features), self.config
-        assert rows == count * len(batch.steps)
+        """The forward pass up to the head."""
+        rows, captions, config = len(batch.words), len(batch.features), self.config
+        assert rows == captions * len(batch.steps)
         self.refresh()
         photo = self._read_photo(batch, masks, training)
         inputs = buffers.low("inputs", rows, config.embedding_size)
@@ -155,7 +155,7 @@ class CudaObjective:
         outputs = inputs
         for n in range(config.num_layers):
             mask = masks.layers[n] if masks.layers else None
-            layers.append(self._lstm_forward(n, count, outputs, mask, buffers))
+            layers.append(self._lstm_forward(n, captions, outputs, mask, buffers))
             outputs = layers[-1].dropped
         before_head = outputs
         if config.tie_embeddings:
@@ -168,7 +168,7 @@ class CudaObjective:
             )
         return _States(photo, layers, outputs, before_head)
 
-    def _logits(self, before_head: Tensor, buffers: _Buffers) -> Tensor:
+    def _logits(self, before_head: Tensor, buffers: Buffers) -> Tensor:
         """(R, padded W)."""
         logits = buffers.low("logits", len(before_head), self.parameters.padded_words)
         return torch.addmm(
@@ -186,13 +186,13 @@ class CudaObjective:
         projected = torch.empty(len(features), len(weight), device=features.device)
         self.kernels.product(features, weight.t(), projected)
         projected.add_(self._value("project.bias"))
-        normalized, mean, inverse = private_torch.batch_norm(projected, normalize, measure)
+        normalized, mean, inverse_std = private_torch.batch_norm(projected, normalize, measure)
         if measure and normalize.num_batches_tracked is not None:
             normalize.num_batches_tracked.add_(1)
-        return _Photo(features, projected, normalized.contiguous(), mean, inverse, measure)
+        return _Photo(features, projected, normalized.contiguous(), mean, inverse_std, measure)
 
     def _lstm_forward(
-        self, n: int, count: int, inputs: Tensor, mask: Tensor | None, buffers: _Buffers
+        self, n: int, captions: int, inputs: Tensor, mask: Tensor | None, buffers: Buffers
     ) -> _Layer:
         rows, size = len(inputs), self.config.hidden_size
         gates = buffers.float(f"gates{n}", rows, 4 * size)
@@ -202,20 +202,21 @@ class CudaObjective:
         cells = buffers.float(f"cells{n}", rows, size)
         outputs = buffers.low(f"outputs{n}", rows, size)
         dropped = outputs if mask is None else buffers.low(f"dropped{n}", rows, size)
-        sums = buffers.float("recurrent", count, 4 * size)
-        for start in range(0, rows, count):
-            now, before = slice(start, start + count), slice(start - count, start)
+        recurrent = buffers.float("recurrent", captions, 4 * size)
+        for start in range(0, rows, captions):
+            current = slice(start, start + captions)
+            previous = slice(start - captions, start)
             if start:
-                self.kernels.product(outputs[before], weight, sums)
+                self.kernels.product(outputs[previous], weight, recurrent)
             self.kernels.cell_forward(
-                gates[now],
-                sums if start else None,
+                gates[current],
+                recurrent if start else None,
                 biases,
-                cells[before] if start else None,
-                None if mask is None else mask[now],
-                cells[now],
-                outputs[now],
-                dropped[now],
+                cells[previous] if start else None,
+                None if mask is None else mask[current],
+                cells[current],
+                outputs[current],
+                dropped[current],
             )
         return _Layer(inputs, gates, cells, outputs, dropped)
 
@@ -225,9 +226,9 @@ class CudaObjective:
         logits: Tensor,
         weights: Tensor | None,
         smoothing: float,
-        buffers: _Buffers,
+        buffers: Buffers,
     ) -> Tensor:
-        """The sum of the losses; `logits` become their gradients."""
+        """The sum of the losses. The logits become their gradients."""
         losses = buffers.float("losses", len(logits))
         self.kernels.cross_entropy(
             logits,
@@ -247,51 +248,54 @@ class CudaObjective:
             d_outputs = self._linear_backward(
                 "transform.weight", "transform.bias", states.outputs, d_outputs
             )
-        count = len(batch.features)
+        captions = len(batch.features)
         for n in reversed(range(1, self.config.num_layers)):
-            d_gates = self._lstm_backward(n, count, masks, states, d_outputs)
+            d_gates = self._lstm_backward(n, captions, masks, states, d_outputs)
             d_outputs = torch.mm(
                 d_gates,
                 self._weight(f"lstm.weight_ih_l{n}"),
                 out=self._training.low("d_between", len(d_gates), self.config.hidden_size),
             )
-        d_gates = self._lstm_backward(0, count, masks, states, d_outputs)
+        d_gates = self._lstm_backward(0, captions, masks, states, d_outputs)
         d_inputs = self._training.float("d_inputs", len(d_gates), self.config.embedding_size)
         self.kernels.product(d_gates, self._weight("lstm.weight_ih_l0"), d_inputs)
         if masks.inputs is not None:
             d_inputs.mul_(masks.inputs)
         embedding = self._gradient("embed.weight")
         if self.config.tie_embeddings:
-            self._join()  # what follows is added to the head's gradient
+            self._wait_for_side_stream()  # the words' gradients are added to the head's
         else:
             embedding.zero_()
-        embedding.index_add_(0, batch.words[count:], d_inputs[count:])
-        d_photo = d_inputs[:count]
+        embedding.index_add_(0, batch.words[captions:], d_inputs[captions:])
+        d_photo = d_inputs[:captions]
         if self.config.photo_every_step:
-            d_photo = d_inputs.view(-1, count, self.config.embedding_size).sum(0)
+            d_photo = d_inputs.view(-1, captions, self.config.embedding_size).sum(0)
         self._photo_backward(states.photo, d_photo)
-        self._join()
+        self._wait_for_side_stream()
 
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Within this context work is queued on the side stream, after all that is queued so far.
+    def _on_side_stream(self) -> Iterator[None]:
+        """Queue work on the side stream, behind everything queued on the main stream so far.
 
-        Its tensors must stay as they are until `_join`.
+        The tensors of this work must not change before `_wait_for_side_stream`.
         """
-        if self._side is None:
+        if self._side_stream is None:
             yield
             return
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
+        self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side_stream):
             yield
 
-    def _join(self) -> None:
-        if self._side is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
+    def _wait_for_side_stream(self) -> None:
+        """Let the main stream wait; the host does not."""
+        if self._side_stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side_stream)
 
     def _linear_backward(self, weight: str, bias: str, inputs: Tensor, d_outputs: Tensor) -> Tensor:
-        """Gradients of `inputs @ weight.t() + bias`: stores theirs, returns the inputs'."""
-        with self._beside():
+        """Store the gradients of `weight` and `bias` in `inputs @ weight.t() + bias`, and return
+        that of `inputs`.
+        """
+        with self._on_side_stream():
             self.kernels.product(d_outputs.t(), inputs, self._gradient(weight))
             self._sum_rows(d_outputs, bias)
         d_inputs = self._training.low(f"d {weight}", *inputs.shape)
@@ -302,39 +306,42 @@ class CudaObjective:
         torch.sum(d_outputs, 0, dtype=torch.float32, out=self._gradient(bias))
 
     def _lstm_backward(
-        self, n: int, count: int, masks: Masks, states: _States, d_outputs: Tensor
+        self, n: int, captions: int, masks: Masks, states: _States, d_outputs: Tensor
     ) -> Tensor:
-        """Stores the gradients of a layer's parameters, returns those of its gates' sums."""
+        """Store the gradients of a layer's parameters, and return that of the sums that enter its
+        gates, (R, 4H).
+        """
         layer, buffers = states.layers[n], self._training
         rows, size = d_outputs.shape
         mask = masks.layers[n] if masks.layers else None
         weight = self._weight(f"lstm.weight_hh_l{n}")
         d_gates = buffers.low(f"d_gates{n}", rows, 4 * size)
-        d_cells = buffers.float("d_cells", count, size)
-        d_recurrent = buffers.float("d_recurrent", count, size)
-        for start in reversed(range(0, rows, count)):
-            now, before = slice(start, start + count), slice(start - count, start)
-            after = slice(start + count, start + 2 * count)
-            last = start + count == rows
-            if not last:
-                self.kernels.product(d_gates[after], weight, d_recurrent)
+        d_cells = buffers.float("d_cells", captions, size)
+        d_recurrent = buffers.float("d_recurrent", captions, size)
+        for start in reversed(range(0, rows, captions)):
+            current = slice(start, start + captions)
+            previous = slice(start - captions, start)
+            following = slice(start + captions, start + 2 * captions)
+            is_last = start + captions == rows
+            if not is_last:
+                self.kernels.product(d_gates[following], weight, d_recurrent)
             self.kernels.cell_backward(
-                d_outputs[now],
-                None if mask is None else mask[now],
-                None if last else d_recurrent,
+                d_outputs[current],
+                None if mask is None else mask[current],
+                None if is_last else d_recurrent,
                 d_cells,
-                layer.gates[now],
-                layer.cells[now],
-                layer.cells[before] if start else None,
-                d_gates[now],
+                layer.gates[current],
+                layer.cells[current],
+                layer.cells[previous] if start else None,
+                d_gates[current],
             )
-        with self._beside():
+        with self._on_side_stream():
             self.kernels.product(d_gates.t(), layer.inputs, self._gradient(f"lstm.weight_ih_l{n}"))
-            recurrent = self._gradient(f"lstm.weight_hh_l{n}")
-            if rows > count:
-                self.kernels.product(d_gates[count:].t(), layer.outputs[:-count], recurrent)
+            d_weight = self._gradient(f"lstm.weight_hh_l{n}")
+            if rows > captions:
+                self.kernels.product(d_gates[captions:].t(), layer.outputs[:-captions], d_weight)
             else:
-                recurrent.zero_()
+                d_weight.zero_()
             self._sum_rows(d_gates, f"lstm.bias_ih_l{n}")
             self._gradient(f"lstm.bias_hh_l{n}").copy_(self._gradient(f"lstm.bias_ih_l{n}"))
         return d_gates
@@ -342,7 +349,7 @@ class CudaObjective:
     def _photo_backward(self, photo: _Photo, d_photo: Tensor) -> None:
         normalize = self.decoder.normalize
         d_projected, d_scale, d_shift = private_torch.batch_norm_backward(
-            d_photo, photo.projected, normalize, photo.mean, photo.inverse, photo.measured
+            d_photo, photo.projected, normalize, photo.mean, photo.inverse_std, photo.measured
         )
         private_torch.copy_all_(
             [self._gradient("normalize.weight"), self._gradient("normalize.bias")],
@@ -354,46 +361,14 @@ class CudaObjective:
         )
 
 
-class _Buffers:
-    """Uninitialised memory that is the same at every step, as long as it is large enough.
-
-    count, rows: the largest first dimensions that will come, of what has one line for a caption and
-    of what has more.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
-        self._device = device
-        self._memory: dict[str, Tensor] = {}
-        self.generation = 0  # changes when a buffer moves
-        self.count = self.rows = 0
-
-    def low(self, name: str, *shape: int) -> Tensor:
-        """In the products' dtype."""
-        return self._of(name, shape, self._dtype)
-
-    def float(self, name: str, *shape: int) -> Tensor:
-        return self._of(name, shape, torch.float32)
-
-    def _of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = torch.Size(shape).numel()
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < size:
-            most = max(shape[0], self.rows if shape[0] > self.count else self.count)
-            memory = torch.empty(size // shape[0] * most, dtype=dtype, device=self._device)
-            self._memory[name] = memory
-            self.generation += 1
-        return memory[:size].view(shape)
-
-
 @dataclass(frozen=True)
 class _Photo:
-    features: Tensor  # (B, D), after the mask
+    features: Tensor  # (B, D), after the mask, in the products' dtype
     projected: Tensor  # (B, E) float32
     normalized: Tensor  # (B, E) float32
     mean: Tensor
-    inverse: Tensor
-    measured: bool
+    inverse_std: Tensor
+    measured: bool  # BatchNorm used the batch's own statistics
 
 
 @dataclass(frozen=True)
@@ -402,7 +377,7 @@ class _Layer:
     gates: Tensor  # (R, 4H) float32: i, f, g, o
     cells: Tensor  # (R, H) float32
     outputs: Tensor  # (R, H)
-    dropped: Tensor  # (R, H): the outputs times their mask
+    dropped: Tensor  # (R, H): the outputs after dropout
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A training step's work between its matrix products in PyTorch's operations, on any device.
+"""The operations of `train.step.kernels` by PyTorch, on any device.
 
-What `kernels.cu` must agree with, and what stands in for it where it cannot be had.
+`kernels.cu` must agree with them. They replace it where it cannot be compiled.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from train.captions.vocabulary import END, PAD
 
 
 class TorchKernels:
-    """As `kernels.Kernels` says. The LSTM's cell is PyTorch's own fused one on a GPU.
+    """Implements `Kernels`. On a GPU the LSTM cell is PyTorch's fused one.
 
-    fused: False: plain operations in float32 for that cell and for the products.
+    fused: False means plain float32 operations for that cell and for the products.
     """
 
     name = "torch"
@@ -26,7 +26,7 @@ class TorchKernels:
         self._dtype = dtype
         self._device = device
         self._fused = fused
-        # Decided by trying: not every device has these operations.
+        # Not every device has these operations, which only a try can tell.
         self._float_products = (
             fused and dtype is not torch.float32 and self._works(self._float_product)
         )
@@ -55,11 +55,11 @@ class TorchKernels:
         steps = torch.arange(len(words) // count, device=words.device).unsqueeze(1)  # (T, 1)
         last = lengths[captions] - 1  # (B,)
         places = (starts[captions] + steps).clamp_max(len(tokens) - 1)  # (T, B)
-        said = torch.where(steps < last, tokens[places].long(), PAD)
-        shaped = (len(steps), count)
-        targets.view(shaped).copy_(torch.where(steps == last, END, said))
-        words.view(shaped)[0] = PAD
-        words.view(shaped)[1:] = said[:-1]
+        true_words = torch.where(steps < last, tokens[places].long(), PAD)
+        shape = (len(steps), count)
+        targets.view(shape).copy_(torch.where(steps == last, END, true_words))
+        words.view(shape)[0] = PAD
+        words.view(shape)[1:] = true_words[:-1]
 
     def read_inputs(
         self,
@@ -113,13 +113,13 @@ class TorchKernels:
         d_gates: Tensor,
     ) -> None:
         d_hidden = d_outputs.float() if mask is None else d_outputs.float() * mask
-        from_after = None
+        d_cells_after = None
         if d_recurrent is not None:
-            d_hidden, from_after = d_hidden + d_recurrent, d_cells
+            d_hidden, d_cells_after = d_hidden + d_recurrent, d_cells
         if before is None:
             before = torch.zeros_like(cells)
         gradients, d_before = private_torch.lstm_cell_backward(
-            d_hidden, from_after, before, cells, gates, fused=self._fused_cells
+            d_hidden, d_cells_after, before, cells, gates, fused=self._fused_cells
         )
         d_gates.copy_(gradients)
         d_cells.copy_(d_before)
@@ -135,16 +135,16 @@ class TorchKernels:
         smoothing: float,
     ) -> None:
         ignored = targets == PAD
-        factors = (~ignored).float() if weights is None else weights.masked_fill(ignored, 0.0)
+        row_weights = (~ignored).float() if weights is None else weights.masked_fill(ignored, 0.0)
         values, index = logits.float(), targets.unsqueeze(1)
         log_sum = values.logsumexp(1)
-        hit = values.gather(1, index).squeeze(1)
+        target_logits = values.gather(1, index).squeeze(1)
         mean = values[:, :words].mean(1)
-        losses.copy_((log_sum - (1 - smoothing) * hit - smoothing * mean) * factors)
+        losses.copy_((log_sum - (1 - smoothing) * target_logits - smoothing * mean) * row_weights)
         gradients = values.sub_(log_sum.unsqueeze(1)).exp_()
         gradients[:, :words] -= smoothing / words
-        gradients.scatter_add_(1, index, torch.full_like(hit, smoothing - 1).unsqueeze(1))
-        logits.copy_(gradients.mul_(factors.unsqueeze(1)))
+        gradients.scatter_add_(1, index, torch.full_like(target_logits, smoothing - 1).unsqueeze(1))
+        logits.copy_(gradients.mul_(row_weights.unsqueeze(1)))
 
     def adamw(
         self,
@@ -197,6 +197,6 @@ class TorchKernels:
     def _works(operation: Callable[[], None]) -> bool:
         try:
             operation()
-        except (RuntimeError, AttributeError):  # of another dtype or device, or of another version
+        except (RuntimeError, AttributeError):  # not for this dtype, device or version of PyTorch
             return False
         return True
