@@ -32,8 +32,8 @@ from gpu_check_training import (
     measure_training,
 )
 
+from pipeline.bench.machine import describe_machine
 from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
-from train.machine import describe_machine
 
 LIMIT_S = 460.0  # no benchmark starts later than this
 _HUNG_S = 570.0  # a run that takes longer prints where it is, and ends

@@ -16,6 +16,7 @@ from PIL import Image
 from cache.record import EncoderRecord
 from cache.store import open_cache
 from pipeline.bench.jpegs import write_bench_photos
+from pipeline.bench.machine import peak_rss_mb
 from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
@@ -24,7 +25,6 @@ from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import preprocess
 from train.allocator import keep_freed_memory
 from train.device import resolve_device
-from train.machine import peak_rss_mb
 
 _DEFAULT_PHOTOS = {"cpu": 192, "cuda": 16_384}
 _PLAIN_BATCH = 32

@@ -19,6 +19,7 @@ from PIL import Image
 
 from cache.errors import CapError
 from pipeline.bench.fresh_process import start_cap
+from pipeline.bench.machine import Machine, describe_machine
 from pipeline.captioner import Captioner
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
@@ -28,7 +29,6 @@ from pipeline.photos.photo_file import read_photo
 from train.captions.vocabulary import SPECIALS, Vocabulary
 from train.config import SearchConfig
 from train.device import resolve_device
-from train.machine import Machine, describe_machine
 from train.model.bundle import Bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
 

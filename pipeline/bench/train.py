@@ -23,6 +23,7 @@ import torch
 from cache.errors import CapError
 from cache.store import open_cache
 from pipeline.bench.fresh_process import start_cap
+from pipeline.bench.machine import peak_rss_mb
 from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
 from pipeline.bench.train_step import (
     GPU_STEPS,
@@ -38,7 +39,6 @@ from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import CLASSIC, Recipe
 from train.device import resolve_device
 from train.fit.trainer import Trainer
-from train.machine import peak_rss_mb
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.step.cuda.objective import CudaObjective
 

@@ -35,7 +35,7 @@ def bench_cache(
         import torch
 
         from pipeline.bench.cache import bench_cache as run
-        from train.machine import describe_machine
+        from pipeline.bench.machine import describe_machine
 
         machine = describe_machine(torch.device("cpu"))
         say(machine.summary())
@@ -81,9 +81,9 @@ def bench_train(
         num_layers=num_layers or chosen.num_layers,
     )
     with errors():
+        from pipeline.bench.machine import describe_machine
         from pipeline.bench.train import bench_train as run
         from train.device import resolve_device
-        from train.machine import describe_machine
 
         machine = describe_machine(resolve_device(device))
         say(machine.summary())
@@ -158,8 +158,8 @@ def bench_extract(
         raise typer.BadParameter(f"{size!r} is not like 640x480", param_hint="--size")
     with errors():
         from pipeline.bench.extract import bench_extract as run
+        from pipeline.bench.machine import describe_machine
         from train.device import resolve_device
-        from train.machine import describe_machine
 
         machine = describe_machine(resolve_device(device))
         say(machine.summary())
