@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Install and run the whole job on drawn scenes. Downloads nothing but packages.
-# Arguments go to `cap demo`.
+# Install into .venv, then run the whole job on drawn scenes. Downloads nothing but packages.
+#
+#   scripts/demo.sh [ARGUMENTS OF `cap demo`]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/install.sh

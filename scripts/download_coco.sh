@@ -4,13 +4,13 @@
 #   scripts/download_coco.sh FOLDER [train2014] [val2014] [annotations_trainval2014]
 #   scripts/download_coco.sh --dry-run FOLDER [...]
 #
-# Without names: all three, 20 GB to download, 41 GB of disk while unpacking. Interrupted, the same
-# command goes on. Each archive is checked before it is unpacked and removed afterwards.
-# COCO_BASE_URL names another mirror; COCO_CHECKSUMS a file of "md5 size path" lines to use instead
-# of the table below.
+# Without names it downloads all three: 20 GB, and 41 GB of disk while unpacking. After an
+# interruption the same command resumes. Each archive is checked before it is unpacked, and removed
+# afterwards. --dry-run only lists the archives. COCO_BASE_URL names another mirror, COCO_CHECKSUMS
+# a file of "md5 size path" lines to use instead of the table below.
 set -euo pipefail
 
-# The MD5 sums are COCO's own ETags, as many projects publish them; sizes in bytes.
+# The MD5 sums are COCO's own ETags, which many projects publish. The sizes are in bytes.
 checksums() {
     if [ -n "${COCO_CHECKSUMS:-}" ]; then
         cat "$COCO_CHECKSUMS"
@@ -33,7 +33,7 @@ usage() {
     exit "$1"
 }
 
-fetch() { # URL FILE: appends to what is there
+fetch() { # URL FILE: resumes at the end of FILE
     if command -v curl >/dev/null; then
         curl --fail --location --retry 5 --retry-delay 2 --continue-at - --output "$2" "$1"
     elif command -v wget >/dev/null; then
@@ -72,34 +72,34 @@ fi
 
 for name in "${names[@]}"; do
     read -r md5 size path < <(grep "/$name\.zip\$" <<<"$table" || true) || true
-    [ -n "${path:-}" ] || fail "no archive $name; there are train2014, val2014, annotations_trainval2014"
+    [ -n "${path:-}" ] || fail "no archive $name; choose from train2014, val2014, annotations_trainval2014"
     archive="$folder/$name.zip" part="$folder/$name.zip.part" marker="$folder/.$name.done"
     if [ -e "$marker" ]; then
-        echo "$name: done already" >&2
+        echo "$name: already done" >&2
         continue
     fi
     if [ -n "$dry_run" ]; then
         echo "$base/$path -> $folder ($size bytes, md5 $md5)"
         continue
     fi
-    mkdir -p "$folder" || fail "$folder: cannot make the folder"
+    mkdir -p "$folder" || fail "$folder: cannot create the folder"
     have=$(stat -c %s "$part" 2>/dev/null || stat -c %s "$archive" 2>/dev/null || echo 0)
     free=$(($(df --output=avail -B1 "$folder" | tail -n 1)))
-    # The rest of the archive, and as much again for what is in it.
+    # The rest of the archive, and as much as the whole archive again for its contents.
     needed=$((size - have + size))
-    [ "$free" -gt "$needed" ] || fail "$folder: $name needs $((needed / 1000000)) MB, $((free / 1000000)) MB are free"
+    [ "$free" -gt "$needed" ] || fail "$folder: $name needs $((needed / 1000000)) MB, but only $((free / 1000000)) MB are free"
     if [ ! -e "$archive" ]; then
         echo "$name: downloading $((size / 1000000)) MB from byte $have" >&2
         if [ "$have" -lt "$size" ]; then
-            fetch "$base/$path" "$part" || fail "$name: the download stopped; run the same command to go on"
+            fetch "$base/$path" "$part" || fail "$name: the download stopped; run the same command to resume"
         fi
         mv "$part" "$archive"
     fi
-    echo "$name: checking" >&2
+    echo "$name: checking the MD5 sum" >&2
     found=$(md5sum "$archive" | cut -d ' ' -f 1)
     if [ "$found" != "$md5" ]; then
         rm -f "$archive"
-        fail "$name: md5 is $found, must be $md5; the file is removed, run the same command again"
+        fail "$name: md5 is $found, expected $md5; the archive was removed, run the same command again"
     fi
     echo "$name: unpacking" >&2
     unpack "$archive" "$folder"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: is everything right there, then how fast is it? Takes under 8 minutes,
-# needs no network where torch is installed; prints the JSON file that holds the results.
+# On a machine with a GPU: check that everything works there, then measure how fast it is.
+# Takes under 8 minutes, needs no network where torch is installed, and prints the path of the JSON
+# file with the results.
 # Arguments go to gpu_check.py: --out FILE, --checks-only, --only train, --device, --backbone.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -92,7 +92,7 @@ def test_an_archive_is_downloaded_checked_and_unpacked_once(server: Server, tmp_
     assert server.starts == [0]
     again = download(server, tmp_path / "coco")
     assert again.returncode == 0
-    assert "tiny: done already" in again.stderr
+    assert "tiny: already done" in again.stderr
     assert server.starts == [0]
 
 
