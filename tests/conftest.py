@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
 from train.captions.tokenizer import build_caption_table
+from train.scores import meteor
+from train.scores.java import package_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +57,24 @@ def real_captions(data: Path, name: str) -> dict[str, list[str]]:
             for line in csv.DictReader(file):
                 found.setdefault(line["image"], []).append(line["caption"])
     return dict([item for item in found.items() if len(item[1]) == 5][:1000])
+
+
+@pytest.fixture(scope="session")
+def small_meteor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pycocoevalcap's folder as METEOR sees it, with a few paraphrases instead of millions, which
+    take METEOR some seconds to load.
+    """
+    folder = tmp_path_factory.mktemp("pycocoevalcap")
+    (folder / "meteor" / "data").mkdir(parents=True)
+    shutil.copy(package_folder() / "meteor" / "meteor-1.5.jar", folder / "meteor")
+    with gzip.open(folder / "meteor" / "data" / "paraphrase-en.gz", "wt") as file:
+        file.write("0.5\nkittens\ncats\n0.5\nthe beach\nthe sand\n")
+    return folder
+
+
+@pytest.fixture
+def small_meteor(small_meteor_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meteor, "package_folder", lambda: small_meteor_folder)
 
 
 @pytest.fixture(autouse=True)

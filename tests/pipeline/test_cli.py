@@ -137,6 +137,7 @@ def test_build_vocab_counts_caches_and_caption_files_alike(
     assert json.loads((tmp_path / "vocab.json").read_text())["min_count"] == 4
 
 
+@pytest.mark.usefixtures("small_meteor")
 def test_evaluate_writes_scores_and_coco_results(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Pa
     assert "temperature 0 must be above 0" in err
 
 
+@pytest.mark.usefixtures("small_meteor")
 def test_a_file_of_predictions_scores_as_its_model_did(
     work: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -225,6 +227,7 @@ def test_a_file_of_predictions_scores_as_its_model_did(
     )
 
 
+@pytest.mark.usefixtures("small_meteor")
 def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None:
     by_cache, _ = cap("evaluate", "--human", "--cache", work / "x.h5")
     assert re.search(r"^cider +\d+\.\d\d$", by_cache, re.MULTILINE)

@@ -9,6 +9,7 @@ from pipeline.demo.run import DemoResult, run_demo
 from pipeline.photos.decoding import decode
 
 
+@pytest.mark.usefixtures("small_meteor")
 def test_a_small_demo_goes_all_the_way_and_may_be_repeated(tmp_path: Path) -> None:
     config = DemoConfig(
         out=tmp_path / "demo", train_scenes=24, test_scenes=6, epochs=1, hidden_size=16

@@ -30,6 +30,7 @@ def test_every_caption_is_scored_against_the_others_of_its_photo() -> None:
     assert found.references == pytest.approx((2 + 1 + 2) / 3)
 
 
+@pytest.mark.usefixtures("small_meteor")
 def test_people_who_agree_score_full_marks() -> None:
     found = human_agreement({"1": ["a dog runs fast"] * 6, "2": ["two cats sleep now"] * 6})
     assert found.scores["bleu_4"] == pytest.approx(1)
