@@ -55,11 +55,13 @@ class Sizes:
 
     photos: int
     curve_steps: int  # a multiple of ten
+    curve_batch_size: int
     reports_before_break: int  # fewer than a run of three epochs has
 
 
-FULL = Sizes(photos=1536, curve_steps=300, reports_before_break=40)
-SMALL = Sizes(photos=384, curve_steps=100, reports_before_break=10)  # to try the checks on a CPU
+FULL = Sizes(photos=1536, curve_steps=300, curve_batch_size=128, reports_before_break=40)
+# To try the checks on a CPU.
+SMALL = Sizes(photos=256, curve_steps=120, curve_batch_size=32, reports_before_break=10)
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,8 @@ def curves_lie_on_one_another(setting: TrainingSetting) -> Figures:
     the precision that `auto` takes.
     """
     captions, vocabulary = _caption_set(setting)
-    recipe = replace(CLASSIC, embedding_size=64, hidden_size=128, batch_size=128, epochs=25)
+    batch_size = setting.sizes.curve_batch_size
+    recipe = replace(CLASSIC, embedding_size=64, hidden_size=128, batch_size=batch_size, epochs=25)
     found = {}
     for name, plain, precision in (
         ("plain", True, "float32"),

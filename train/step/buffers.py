@@ -9,7 +9,7 @@ from torch import Tensor
 class Buffers:
     """Uninitialised tensors by name. A name keeps its memory until a larger shape is asked for.
 
-    generation: a number that changes whenever a buffer is allocated anew.
+    generation: a number that changes whenever a buffer is reallocated.
     """
 
     def __init__(self, low_dtype: torch.dtype, device: torch.device) -> None:

@@ -61,9 +61,9 @@ class CpuObjective:
         self.config = decoder.config
         self._head = "embed.weight" if self.config.tie_embeddings else "head.weight"
         # The parameters in the products' dtype, all converted at once at the start of a step.
-        self._low = parameters.values
+        self._product_values = parameters.values
         if dtype is not torch.float32:
-            self._low = torch.empty_like(parameters.values, dtype=dtype)
+            self._product_values = torch.empty_like(parameters.values, dtype=dtype)
         self._buffers = Buffers(dtype, parameters.values.device)
 
     @property
@@ -122,21 +122,21 @@ class CpuObjective:
         return draw_words(logits[: len(rows)], uniform, self.config.vocab_size)
 
     def _weight(self, name: str) -> Tensor:
-        return self.parameters.matrix(name, self._low)  # (in, out)
+        return self.parameters.matrix(name, self._product_values)  # (in, out)
 
     def _bias(self, name: str) -> Tensor:
-        return self.parameters.memory(name, self._low)
+        return self.parameters.memory(name, self._product_values)
 
     def _hidden(self, batch: PackedBatch, masks: Masks, *, training: bool) -> _States:
         """The forward pass up to the head."""
-        if self._low is not self.parameters.values:
-            self._low.copy_(self.parameters.values)
+        if self._product_values is not self.parameters.values:
+            self._product_values.copy_(self.parameters.values)
         rows, first_rows = len(batch.words), batch.steps[0]
         captions, embedding_size = len(batch.features), self.config.embedding_size
         photo = self._read_photo(batch, masks, training)
         inputs = self._buffers.low("inputs", rows, embedding_size)
         torch.index_select(
-            self.parameters.memory("embed.weight", self._low), 0, batch.words, out=inputs
+            self.parameters.memory("embed.weight", self._product_values), 0, batch.words, out=inputs
         )
         if self.config.photo_every_step:
             # Filling rows past the last caption read the last photo; their results are not used.

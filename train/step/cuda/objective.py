@@ -56,12 +56,12 @@ class CudaObjective:
         device = parameters.values.device
         self.kernels = kernels_for(device, dtype) if kernels is None else kernels
         self._head = "embed.weight" if self.config.tie_embeddings else "head.weight"
-        # `low` is a copy of the parameters in the products' dtype, None if that is float32. The
-        # optimizer writes it together with the parameters. `_low` is what products read.
-        self._low = parameters.values
+        # The parameters in the products' dtype. Unless that is float32 this is a copy, `low`, which
+        # the optimizer writes together with the parameters.
+        self._product_values = parameters.values
         self.low: Tensor | None = None
         if dtype is not torch.float32:
-            self._low = self.low = torch.empty_like(parameters.values, dtype=dtype)
+            self._product_values = self.low = torch.empty_like(parameters.values, dtype=dtype)
         self._converted = -1  # the version of the parameters that `low` was converted from
         # Captured steps hold the addresses of the training buffers. Validation has its own, so that
         # it never moves them.
@@ -136,7 +136,7 @@ class CudaObjective:
         return self.parameters.memory(name, self.parameters.gradients)
 
     def _weight(self, name: str) -> Tensor:
-        return self.parameters.memory(name, self._low)  # (out, in)
+        return self.parameters.memory(name, self._product_values)  # (out, in)
 
     def _hidden(
         self, batch: PackedBatch, masks: Masks, buffers: Buffers, *, training: bool
