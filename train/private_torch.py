@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -361,6 +362,20 @@ def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def version(tensor: Tensor) -> int:
+    """A number that changes whenever PyTorch writes to the tensor's memory.
+
+    `Tensor._version`, since 1.13 or earlier, which autograd relies on. Else: another number at each
+    call, so that the tensor always seems changed.
+    """
+    if _private("Tensor._version") is None:
+        return next(_other_numbers)
+    return tensor._version
+
+
+_other_numbers = itertools.count(-1, -1)
 
 
 # The import of torchvision.

@@ -41,7 +41,7 @@ def test_every_private_operation_is_there_in_this_pytorch(way: str) -> None:
         *("ops.mkldnn._convolution_pointwise_", "cudnn_convolution_relu"),
         *("cudnn_convolution_add_relu", "_C._nn._upsample_bilinear2d_aa", "native_batch_norm"),
         *("ops.aten.tanh_backward.grad_input", "ops.aten.sigmoid_backward.grad_input"),
-        *("_fused_adamw_",),
+        *("_fused_adamw_", "Tensor._version"),
         *("ops.aten.native_batch_norm_backward", "ops.aten._thnn_fused_lstm_cell"),
         *("ops.aten._thnn_fused_lstm_cell_backward_impl", "_foreach_copy_"),
     ]
@@ -278,6 +278,14 @@ def test_adamw_is_torchs(decay: float) -> None:
             eps=1e-8,
         )
     torch.testing.assert_close(values, parameter.detach())
+
+
+def test_a_version_tells_that_a_tensor_was_written_to(way: str) -> None:
+    tensor = torch.zeros(4)
+    before = private_torch.version(tensor)
+    assert (private_torch.version(tensor) == before) == (way == "private")
+    tensor[:2].fill_(1)
+    assert private_torch.version(tensor) != before
 
 
 def test_copy_all() -> None:

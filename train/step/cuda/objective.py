@@ -89,9 +89,9 @@ class CudaObjective:
         Call this before replaying a captured step, which does not convert them itself.
         """
         values = self.parameters.values
-        if self.low is not None and values._version != self._converted:
+        if self.low is not None and private_torch.version(values) != self._converted:
             self.low.copy_(values)
-            self._converted = values._version
+            self._converted = private_torch.version(values)
 
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> Tensor:
