@@ -220,16 +220,8 @@ def _trainer(
     precision: str,
 ) -> Trainer:
     torch.manual_seed(0)
-    config = DecoderConfig(
-        captions.feature_dim,
-        len(vocabulary),
-        recipe.embedding_size,
-        recipe.hidden_size,
-        recipe.num_layers,
-        dropout=recipe.dropout,
-        feature_dropout=recipe.feature_dropout,
-        tie_embeddings=recipe.tie_embeddings,
-        photo_every_step=recipe.photo_every_step,
+    config = DecoderConfig.of_recipe(
+        recipe, feature_dim=captions.feature_dim, vocab_size=len(vocabulary)
     )
     decoder = CaptionDecoder(config).to(device)
     return Trainer(decoder, captions, recipe, seed=0, precision=precision)

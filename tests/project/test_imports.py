@@ -31,7 +31,7 @@ TRAIN = {
     "openmp": set[str](),
     "allocator": set[str](),
     "captions": {"config"},
-    "model": {"captions"},
+    "model": {"config", "captions"},
     "search": {"config", "captions", "model"},
     "scores": {"captions"},
     "step": {"private_torch", "device", "config", "captions", "model", "search"},

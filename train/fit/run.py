@@ -88,16 +88,10 @@ class _Run:
         torch.manual_seed(config.seed)
         recipe = config.recipe
         self.decoder = CaptionDecoder(
-            DecoderConfig(
+            DecoderConfig.of_recipe(
+                recipe,
                 feature_dim=cache.encoder.feature_dim,
                 vocab_size=len(self.vocabulary),
-                embedding_size=recipe.embedding_size,
-                hidden_size=recipe.hidden_size,
-                num_layers=recipe.num_layers,
-                dropout=recipe.dropout,
-                feature_dropout=recipe.feature_dropout,
-                tie_embeddings=recipe.tie_embeddings,
-                photo_every_step=recipe.photo_every_step,
             )
         ).to(self.device)
         self.trainer = Trainer(

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from train.captions.caption_set import Batch
 from train.captions.vocabulary import PAD
+from train.config import Recipe
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ class DecoderConfig:
     feature_dropout: float = 0.0  # on the photo's features
     tie_embeddings: bool = False
     photo_every_step: bool = False  # the LSTM reads the photo with every word, not only at step 1
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, *, feature_dim: int, vocab_size: int) -> DecoderConfig:
+        """The decoder that a recipe trains, for features (…, D) and a vocabulary of W words."""
+        return cls(
+            feature_dim=feature_dim,
+            vocab_size=vocab_size,
+            embedding_size=recipe.embedding_size,
+            hidden_size=recipe.hidden_size,
+            num_layers=recipe.num_layers,
+            dropout=recipe.dropout,
+            feature_dropout=recipe.feature_dropout,
+            tie_embeddings=recipe.tie_embeddings,
+            photo_every_step=recipe.photo_every_step,
+        )
 
 
 class CaptionDecoder(nn.Module):
