@@ -128,7 +128,7 @@ class CaptionTable:
     """The captions of N photos: M raw texts, and their tokens numbered by frequency.
 
     Word 0 of `words` is the most frequent token, with ties in alphabetical order. So a vocabulary
-    for any minimum count is a prefix of `words`, and token numbers are the same in each of them.
+    of all the captions is a prefix of `words` for any minimum count.
     """
 
     texts: Strings  # M raw captions

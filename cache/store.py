@@ -21,7 +21,7 @@ Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
   - `captions/rows` (M,) int32: the photo of each caption, ascending
   - `captions/tokens` (K,) int32 and `captions/token_offsets` (M + 1,) int64: tokens as indices into
   - `words/…`: W distinct tokens by descending frequency, ties alphabetical; `words/counts` (W,)
-    int64. A vocabulary for any minimum count is a prefix of `words`.
+    int64. A vocabulary of all the captions is a prefix of `words` for any minimum count.
 - Root attributes: `format_version`, `backbone`, `weights`, `weights_sha256`, `feature_dim`,
   `image_size`, `views` (comma-separated), `preprocessing`, `precision`, `batch_rows`,
   `photos_sha256`, `captions_sha256`, `library_versions` (JSON). A shard of a larger set of photos

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,15 +134,21 @@ MakeCache = Callable[..., FeatureCache]
 
 @pytest.fixture
 def make_cache(tmp_path: Path) -> MakeCache:
-    """make_cache(captions, features=None, name="x.h5", **record fields) → a finished cache."""
+    """make_cache(captions, features=None, name="x.h5", ids=None, digests=None, **record fields)
+    → a finished cache. digests: a number from 0 to 255 for each photo; 0, as by default: unknown.
+    """
 
     def make(
         captions: list[list[str]],
         features: NDArray[np.floating] | None = None,
         name: str = "x.h5",
+        ids: Sequence[str] | None = None,
+        digests: Sequence[int] | None = None,
         **changes: object,
     ) -> FeatureCache:
         made = skeleton(captions, **changes)
+        if ids is not None:
+            made = dataclasses.replace(made, image_ids=Strings.pack(ids))
         shape = (len(captions), len(made.encoder.views), made.encoder.feature_dim)
         if features is None:
             features = np.random.default_rng(0).standard_normal(shape)
@@ -149,7 +156,7 @@ def make_cache(tmp_path: Path) -> MakeCache:
             writer.write(
                 np.arange(len(captions)),
                 features.reshape(shape).astype(np.float16),
-                np.zeros((len(captions), 16), np.uint8),
+                np.repeat(np.array(digests or [0] * len(captions), np.uint8)[:, None], 16, 1),
             )
         return open_cache(tmp_path / name)
 

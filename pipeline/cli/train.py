@@ -24,9 +24,10 @@ def build_vocab(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the vocabulary to.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count words and show the vocabulary of training.
+    """Count words and show the vocabulary that a minimum count gives.
 
-    The words are those of the captions in a cache or a captions file.
+    All captions in a cache or a captions file are counted. `cap train` counts only those that it
+    trains on, without the held-out photos and those that could not be read.
 
     Example: cap build-vocab --from train.h5 --min-count 4
     """

@@ -98,6 +98,7 @@ def test_a_run_is_listed_and_goes_on(written: Path) -> None:
         select_by="loss",
         resume=True,
     )
+    before = load_bundle(written / "run" / "last.cap")
     reports = list(train(config))
     started = reports[0]
     assert isinstance(started, Started)
@@ -105,3 +106,7 @@ def test_a_run_is_listed_and_goes_on(written: Path) -> None:
     epochs = [report for report in reports if isinstance(report, EpochLog)]
     assert [report.epoch for report in epochs] == list(range(60, RECIPE.epochs))
     assert all(torch.isfinite(torch.tensor(report.val_loss)) for report in epochs)
+    # The words have the numbers they had, and the best model is not judged anew by other photos.
+    after = load_bundle(written / "run" / "last.cap")
+    assert after.vocabulary == before.vocabulary
+    assert after.training["captions"] == before.training["captions"]

@@ -82,6 +82,19 @@ def test_the_mean_of_the_views_can_be_validated(make_cache: MakeCache) -> None:
         assert found == [vocabulary.decode(h.words) for h in wanted]
 
 
+def test_the_identity_tells_which_photos_are_validated_on(make_cache: MakeCache) -> None:
+    cache = make_cache(CAPTIONS)
+    first, other = (ValidationPhotos(cache, rows=np.array(rows)) for rows in ([0, 1], [0, 3]))
+    assert first.is_recorded_as(first.identity)
+    assert first.identity == ValidationPhotos(cache, rows=np.array([0, 1, 2])).identity
+    assert not other.is_recorded_as(first.identity)
+    # 0.1.0 recorded their number alone.
+    of_0_1_0 = f"{cache.photos_sha256} {cache.captions_sha256} 2"
+    assert first.is_recorded_as(of_0_1_0)
+    assert other.is_recorded_as(of_0_1_0)
+    assert not ValidationPhotos(cache).is_recorded_as(of_0_1_0)
+
+
 def test_nothing_to_validate_on_is_said(make_cache: MakeCache) -> None:
     with pytest.raises(TrainingSetError, match="no captions of extracted photos to validate on"):
         ValidationPhotos(make_cache(CAPTIONS), rows=np.array([2]))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from train.captions.tokenizer import build_caption_table, tokenize
@@ -20,6 +21,24 @@ def test_a_vocabulary_is_a_prefix_of_the_word_table() -> None:
     assert len(vocabulary) == 6
     assert len(build_vocabulary(table, min_count=1)) == 8
     assert vocabulary.numbers_for(table).tolist() == [4, 5, UNK, UNK]
+
+
+def test_only_chosen_photos_and_the_first_words_are_counted() -> None:
+    captions = [["a dog runs", "dog dog"], ["a cat cat"], [], ["zebra cat bird bird"]]
+    table = build_caption_table(captions)
+    vocabulary = build_vocabulary(table, 1, rows=np.array([0, 3]))
+    # Equally frequent words are in alphabetical order, whatever their order in the table.
+    assert vocabulary.words == ("dog", "bird", "a", "cat", "runs", "zebra")
+    assert vocabulary.counts == (3, 2, 1, 1, 1, 1)
+    assert build_vocabulary(table, 2, rows=np.array([0, 3])).words == ("dog", "bird")
+    cut = build_vocabulary(table, 1, rows=np.array([3, 1]), max_length=2)
+    assert dict(zip(cut.words, cut.counts, strict=True)) == {"cat": 2, "a": 1, "zebra": 1}
+    everything = build_vocabulary(table, 1, rows=np.arange(4), max_length=50)
+    assert everything == build_vocabulary(table, 1)
+    with pytest.raises(VocabularyError, match="no word occurs 3 times in 1 captions"):
+        build_vocabulary(table, 3, rows=np.array([1]))
+    with pytest.raises(VocabularyError, match="none of the 4 captions is of an extracted photo"):
+        build_vocabulary(table, 1, rows=np.array([2]))
 
 
 def test_the_numbers_of_known_words_are_decoded_back() -> None:

@@ -1,4 +1,8 @@
-"""Splits the photos of a cache into those to train on and those held out for validation."""
+"""Splits the photos of a cache into those to train on and those held out for validation.
+
+Two photos are copies if their files have the same digest. A digest of zeros is unknown and equals
+no other: the file could not be read, or another program made the cache.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,100 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.store import DONE, FeatureCache
+from cache.store import DIGEST_BYTES, DONE, FeatureCache
 
 
 def split_photos(
-    cache: FeatureCache, *, held_out: float, seed: int
+    cache: FeatureCache, *, held_out: float, seed: int, split_copies: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(training rows, validation rows): a random share of the photos with captions is held out.
 
-    A photo is on one side with all its captions. The choice depends only on the seed and the image
-    ids, so the order of the photos does not matter, and photos with the same id stay together.
+    A photo is on one side with all its captions, with its copies, and with the photos of the same
+    id. The choice depends only on the seed, the image ids and which photos are copies, not on the
+    order of the photos. At most the share is held out, but at least one photo with its copies; if
+    all photos are copies of one, none. split_copies: ignore copies and equal ids, as 0.1.0 did.
     """
-    rows = np.unique(cache.captions.rows[cache.status[cache.captions.rows] == DONE])
-    ranks = np.array([_rank(cache.image_ids[int(row)], seed) for row in rows])
-    count = min(max(1, round(held_out * len(rows))), max(len(rows) - 1, 0))
-    is_held_out = np.zeros(len(rows), bool)
-    is_held_out[np.argsort(ranks, kind="stable")[:count]] = True
-    return rows[~is_held_out].astype(np.int64), rows[is_held_out].astype(np.int64)
+    rows = np.unique(cache.captions.rows[cache.status[cache.captions.rows] == DONE]).astype(
+        np.int64
+    )
+    ids = [cache.image_ids[row] for row in rows.tolist()]
+    groups = list(range(len(rows))) if split_copies else _groups(ids, cache.digests[rows])
+    # The lowest id decides a group's rank, so that large groups are not held out more often.
+    names: dict[int, str] = {}
+    for group, image_id in zip(groups, ids, strict=True):
+        names[group] = min(names.get(group, image_id), image_id)
+    numbers = np.array(list(names), np.int64)
+    sizes = np.bincount(groups)[numbers] if groups else numbers
+    ranks = np.array([_rank(name, seed) for name in names.values()], np.int64)
+    in_order = np.argsort(ranks, kind="stable")
+    left = min(max(1, round(held_out * len(rows))), max(len(rows) - 1, 0))
+    chosen: list[int] = []
+    for index in in_order.tolist():
+        if sizes[index] <= left:
+            chosen.append(index)
+            left -= sizes[index]
+        if not left:
+            break
+    if not chosen and len(in_order) > 1:  # the smallest group is larger than the share
+        chosen = [int(in_order[np.argmin(sizes[in_order])])]
+    is_held_out = np.isin(np.array(groups, np.int64), numbers[chosen])
+    return rows[~is_held_out], rows[is_held_out]
+
+
+def count_copies(digests: NDArray[np.uint8]) -> int:
+    """How many of these photos are copies of an earlier one. digests: (N, 16) uint8."""
+    return int((_first_copies(digests) != np.arange(len(digests))).sum())
+
+
+def count_copies_of(others: NDArray[np.uint8], digests: NDArray[np.uint8]) -> int:
+    """How many of these photos are copies of one of the others. Both are (N, 16) uint8."""
+    known = digests[digests.any(axis=1)]
+    return int(np.isin(_keys(known), _keys(others)).sum())
+
+
+def may_be_equal(digests: NDArray[np.uint8], others: NDArray[np.uint8]) -> bool:
+    """Whether no photo n of one set has another digest than photo n of the other set.
+
+    Unknown digests are skipped. Both are (N, 16) uint8.
+    """
+    known = digests.any(axis=1) & others.any(axis=1)
+    return np.array_equal(digests[known], others[known])
+
+
+def _groups(ids: list[str], digests: NDArray[np.uint8]) -> list[int]:
+    """The group of each photo, named by the index of one of its photos.
+
+    Photos that are copies or have the same id are in one group, also by way of other photos.
+    """
+    parents = list(range(len(ids)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    first_with_id: dict[str, int] = {}
+    same_id = [first_with_id.setdefault(image_id, index) for index, image_id in enumerate(ids)]
+    for firsts in (same_id, _first_copies(digests).tolist()):
+        for index, first in enumerate(firsts):
+            if first != index:
+                parents[root(index)] = root(first)
+    return [root(index) for index in range(len(ids))]
+
+
+def _first_copies(digests: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(N,) for each photo the index of the first one with its digest; its own if unknown."""
+    firsts = np.arange(len(digests))
+    known = np.flatnonzero(digests.any(axis=1))
+    _, first, inverse = np.unique(_keys(digests[known]), return_index=True, return_inverse=True)
+    firsts[known] = known[first[inverse]]
+    return firsts
+
+
+def _keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """(N,) byte strings that are equal where the digests (N, 16) are, and can be sorted."""
+    return np.ascontiguousarray(digests).view(f"S{DIGEST_BYTES}").reshape(-1)
 
 
 def _rank(image_id: str, seed: int) -> int:

@@ -85,20 +85,52 @@ class Vocabulary:
             raise VocabularyError(f"not a vocabulary ({error})") from None
 
 
-def build_vocabulary(table: CaptionTable, min_count: int) -> Vocabulary:
+def build_vocabulary(
+    table: CaptionTable,
+    min_count: int,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    max_length: int | None = None,
+) -> Vocabulary:
     """The vocabulary of the words that occur at least `min_count` times.
 
-    Raises VocabularyError if there is no such word.
+    rows: count only the captions of these photos, or None for all. max_length: count only the first
+    words of a caption. Raises VocabularyError if there is no such word.
     """
     if not len(table):
         raise VocabularyError("the cache holds no captions; extract its photos with --captions")
-    kept = int(np.searchsorted(-table.counts, -min_count, side="right"))
-    if kept == 0:
+    counts, captions = table.counts, len(table)
+    if rows is not None or max_length is not None:
+        counts, captions = _counts(table, rows, max_length)
+    if not captions:
         raise VocabularyError(
-            f"no word occurs {min_count} times in {len(table):,} captions; lower --min-count"
+            f"none of the {len(table):,} captions is of an extracted photo; "
+            "`cap info --unreadable` lists the photos that could not be read"
         )
+    kept = np.flatnonzero(counts >= min_count)
+    if not len(kept):
+        raise VocabularyError(
+            f"no word occurs {min_count} times in {captions:,} captions; lower --min-count"
+        )
+    counted = [(table.words[number], int(counts[number])) for number in kept.tolist()]
+    counted.sort(key=lambda item: (-item[1], item[0]))
     return Vocabulary(
-        words=tuple(table.words[:kept]),
-        counts=tuple(table.counts[:kept].tolist()),
+        words=tuple(word for word, _ in counted),
+        counts=tuple(count for _, count in counted),
         min_count=min_count,
     )
+
+
+def _counts(
+    table: CaptionTable, rows: NDArray[np.int64] | None, max_length: int | None
+) -> tuple[NDArray[np.int64], int]:
+    """(how often each word of the table (W,) occurs in the chosen captions, their number)."""
+    lengths = np.diff(table.token_offsets)
+    chosen = np.ones(len(table), bool) if rows is None else np.isin(table.rows, rows)
+    counted = np.repeat(chosen, lengths)  # (K,)
+    if max_length is not None:
+        for caption in np.flatnonzero(lengths > max_length).tolist():
+            start, end = table.token_offsets[caption : caption + 2].tolist()
+            counted[start + max_length : end] = False
+    counts = np.bincount(table.tokens[counted], minlength=len(table.words))
+    return counts, int(chosen.sum())

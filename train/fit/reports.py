@@ -19,8 +19,26 @@ class Started:
     parameters: int
     epoch: int  # the first epoch and step to train; not 0 in a resumed run
     step: int
+    copies: int = 0  # photos that are copies of others, all of them on one side of the split
+    val_photos: int = 0
+    val_photos_trained_on: int = 0  # of `val_photos`, copies of training photos
 
     def summary(self) -> str:
+        """One line, and a line for each thing to know about equal photos."""
+        lines = [self._sizes()]
+        if self.copies:
+            lines.append(
+                f"{self.copies:,} photos are copies of others; a photo and its copies are either "
+                "all trained on or all held out"
+            )
+        if self.val_photos_trained_on:
+            lines.append(
+                f"{self.val_photos_trained_on:,} of {self.val_photos:,} validation photos are also "
+                "trained on, so the validation scores are too good"
+            )
+        return "\n".join(lines)
+
+    def _sizes(self) -> str:
         resumed = f"from epoch {self.epoch}, step {self.step}: " if self.epoch or self.step else ""
         return (
             f"{resumed}{self.captions:,} captions of {self.photos:,} photos, "

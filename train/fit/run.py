@@ -10,19 +10,21 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cache.record import CacheError
-from cache.store import FeatureCache, open_cache
-from train.captions.caption_set import CaptionSet, caption_set
-from train.captions.photo_split import split_photos
+from cache.store import DONE, FeatureCache, open_cache
+from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
+from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 from train.fit.reports import EpochLog, Saved, Started, StepLog, TrainReport
 from train.fit.run_folder import (
+    DATA_RULES,
     Checkpoint,
     RunFolder,
     TrainError,
@@ -81,10 +83,14 @@ class _Run:
             torch.cuda.set_device(self.device)
         cache = open_cache(config.from_cache)
         self.cache = cache
-        self.vocabulary = build_vocabulary(cache.captions, config.min_count)
-        self.training_captions, self.validation_captions, self.validation_photos = _load_data(
-            config, cache, self.vocabulary, self.device
-        )
+        self.folder = RunFolder(config.out)
+        checkpoint = self.folder.read_checkpoint() if config.resume else None
+        self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
+        self.data = _load_data(config, cache, self.device, self.data_rules)
+        self.vocabulary = self.data.vocabulary
+        self.training_captions = self.data.training_captions
+        self.validation_captions = self.data.validation_captions
+        self.validation_photos = self.data.validation_photos
         torch.manual_seed(config.seed)
         recipe = config.recipe
         self.decoder = CaptionDecoder(
@@ -107,9 +113,8 @@ class _Run:
         self.best_epoch = BestEpochTracker(by_loss=config.select_by == "loss")
         self._validates_first = False
         self._pending_log: _PendingLog | None = None
-        self.folder = RunFolder(config.out)
-        if config.resume:
-            self._resume(self.folder.read_checkpoint())
+        if checkpoint is not None:
+            self._resume(checkpoint)
         else:
             self.folder.start(overwrite=config.overwrite)
         self.metrics = self.folder.open_metrics()
@@ -121,9 +126,10 @@ class _Run:
         self.trainer.load(checkpoint.trainer)
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         # Scores by another measure or of other photos do not compare with those before.
-        self._validates_first = (
-            checkpoint.settings["select_by"] != self.config.select_by
-            or checkpoint.validated_on != self.validation_photos.identity
+        self._validates_first = checkpoint.settings[
+            "select_by"
+        ] != self.config.select_by or not self.validation_photos.is_recorded_as(
+            checkpoint.validated_on
         )
         if not self._validates_first:
             self.best_epoch.load(checkpoint.choice)
@@ -138,6 +144,9 @@ class _Run:
             parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
             epoch=self.epoch,
             step=self.step,
+            copies=self.data.copies,
+            val_photos=len(self.validation_photos.rows),
+            val_photos_trained_on=self.data.val_photos_trained_on,
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
@@ -307,35 +316,58 @@ class _Run:
                 step=self.step,
                 choice=self.best_epoch.state(),
                 validated_on=self.validation_photos.identity,
+                data_rules=self.data_rules,
             )
         )
         self._saved_at = time.monotonic()
 
 
-def _load_data(
-    config: TrainConfig, cache: FeatureCache, vocabulary: Vocabulary, device: torch.device
-) -> tuple[CaptionSet, CaptionSet, ValidationPhotos]:
-    """(training captions, validation captions, the validation photos with their references).
+@dataclass(frozen=True)
+class _Data:
+    """What a run trains on and validates on."""
 
-    Validation photos come from a cache of their own or are held out of the training cache.
+    vocabulary: Vocabulary
+    training_captions: CaptionSet
+    validation_captions: CaptionSet
+    validation_photos: ValidationPhotos  # with their references
+    copies: int  # photos, of those that are split, that are copies of another one
+    val_photos_trained_on: int  # validation photos that are copies of training photos
+
+
+def _load_data(config: TrainConfig, cache: FeatureCache, device: torch.device, rules: int) -> _Data:
+    """Validation photos come from a cache of their own or are held out of the training cache.
+
+    rules: as `DATA_RULES`.
     """
+    copies = 0
     if config.val_cache is not None:
         val_cache = open_cache(config.val_cache)
-        difference = val_cache.encoder.difference(cache.encoder)
-        if difference is not None:
-            raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
-        training_rows = validation_rows = None
+        _check_val_cache(val_cache, cache, may_be_the_same=rules == 1)
+        training_rows, validation_rows = cache.rows_with(DONE), None
     else:
         val_cache = cache
         training_rows, validation_rows = split_photos(
-            cache, held_out=config.val_share, seed=config.seed
+            cache, held_out=config.val_share, seed=config.seed, split_copies=rules == 1
         )
-        if len(training_rows) == 1 and not len(validation_rows):
+        if rules > 1:
+            copies = count_copies(cache.digests[np.union1d(training_rows, validation_rows)])
+        if len(training_rows) and not len(validation_rows):
+            photos = (
+                "only one photo has captions"
+                if len(training_rows) == 1
+                else f"the {len(training_rows):,} photos with captions are copies of one"
+            )
             raise TrainError(
-                f"{config.from_cache}: only one photo has captions, so none can be held out; "
-                "use --val-cache"
+                f"{config.from_cache}: {photos}, so none can be held out; use --val-cache"
             )
     length = config.max_length
+    vocabulary = (
+        build_vocabulary(cache.captions, config.min_count)
+        if rules == 1
+        else build_vocabulary(
+            cache.captions, config.min_count, rows=training_rows, max_length=length
+        )
+    )
     try:
         training = caption_set(
             cache, vocabulary, rows=training_rows, device=device, max_length=length
@@ -353,4 +385,34 @@ def _load_data(
         raise TrainError(
             f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
         ) from None
-    return training, validation, ValidationPhotos(val_cache, rows=validation_rows)
+    validation_photos = ValidationPhotos(val_cache, rows=validation_rows)
+    trained_on = cache.digests[np.unique(training.feature_rows)]
+    return _Data(
+        vocabulary=vocabulary,
+        training_captions=training,
+        validation_captions=validation,
+        validation_photos=validation_photos,
+        copies=copies,
+        val_photos_trained_on=count_copies_of(
+            trained_on, val_cache.digests[validation_photos.rows]
+        ),
+    )
+
+
+def _check_val_cache(
+    val_cache: FeatureCache, cache: FeatureCache, *, may_be_the_same: bool
+) -> None:
+    """Raise CacheError or TrainingSetError if a cache cannot validate training on another one."""
+    difference = val_cache.encoder.difference(cache.encoder)
+    if difference is not None:
+        raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
+    is_the_same = (
+        val_cache.photos_sha256 == cache.photos_sha256
+        and val_cache.captions_sha256 == cache.captions_sha256
+        and may_be_equal(val_cache.digests, cache.digests)
+    )
+    if is_the_same and not may_be_the_same:
+        raise TrainingSetError(
+            f"{val_cache.path}: holds the photos and captions that are trained on; leave out "
+            "--val-cache to hold some of them out, or name a cache of other photos"
+        )

@@ -29,6 +29,11 @@ from train.config import Recipe, TrainConfig
 
 CHECKPOINT_VERSION = 3
 
+# How a run splits its photos and counts its words, which a resumed run must not change:
+# 1, as 0.1.0 did: copies of a photo may be on both sides; all captions of the cache are counted.
+# 2: copies stay on one side; only the captions that are trained on are counted.
+DATA_RULES = 2
+
 
 class TrainError(CapError):
     """Raised when a run cannot start or continue. The message is one line."""
@@ -45,6 +50,7 @@ class Checkpoint:
     step: int
     choice: dict[str, Any]  # as `BestEpochTracker.state` gives it
     validated_on: str  # `ValidationPhotos.identity`
+    data_rules: int = 1  # as `DATA_RULES`; 0.1.0 wrote none
 
 
 class RunFolder:
@@ -83,7 +89,8 @@ class RunFolder:
             raise TrainError(f"{path}: cannot read ({reason[:120]})") from None
         if version != CHECKPOINT_VERSION:
             raise TrainError(f"{path}: format {version}, this program reads {CHECKPOINT_VERSION}")
-        return Checkpoint(**{field.name: state[field.name] for field in fields(Checkpoint)})
+        known = {field.name for field in fields(Checkpoint)}
+        return Checkpoint(**{name: value for name, value in state.items() if name in known})
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint. Raises WriteError."""

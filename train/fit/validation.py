@@ -6,6 +6,7 @@ of milliseconds for the scores, which equal those of `train.scores.metrics.score
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -93,12 +94,19 @@ class ValidationPhotos:
 
     @property
     def identity(self) -> str:
-        """Tells validation sets apart by their caches and sizes.
+        """Tells validation sets apart by their caches and by the rows that are validated on."""
+        rows = hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
+        return f"{self._identity_without_rows} {rows}"
 
-        Rows held out of one cache are not compared: the settings of a run decide which they are.
-        """
+    @property
+    def _identity_without_rows(self) -> str:
+        """The identity as 0.1.0 wrote it, with the number of rows alone."""
         cache = self._cache
         return f"{cache.photos_sha256} {cache.captions_sha256} {len(self.rows)}"
+
+    def is_recorded_as(self, identity: str) -> bool:
+        """Whether a recorded identity is that of these photos, as far as the record tells."""
+        return identity in (self.identity, self._identity_without_rows)
 
     def captions(
         self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
