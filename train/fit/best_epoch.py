@@ -5,6 +5,11 @@ epochs' scores is therefore the luckiest one, and often an early epoch's. So epo
 photo by photo, and one that trails by no more than the standard error of the difference counts as
 equal. Among equals the validation loss decides, because it changes smoothly. This is the
 one-standard-error rule of model selection (Breiman et al., 1984), with paired differences.
+
+Self-critical epochs are an exception. They raise CIDEr at the cost of the loss, so the loss cannot
+compare them with other epochs. Among equals, a self-critical epoch wins over an ordinary one,
+because whoever adds such epochs wants their effect, and the latest of them wins. One that trails by
+more than the standard error does not win.
 """
 
 from __future__ import annotations
