@@ -290,6 +290,30 @@ def test_copies_are_on_one_side_and_the_start_line_says_how_many(
         next(train(config(one, tmp_path / "c")))
 
 
+def test_a_run_of_0_1_0_keeps_its_split_and_says_what_is_wrong_with_it(
+    tmp_path: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    twins = make_cache([["a dog runs"]] * 40, digests=[*range(1, 21)] * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.fit.run.DATA_RULES", 1)
+        list(train(config(twins, run, epochs=1)))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state.pop("data_rules") == 1
+    state["validated_on"] = " ".join(state["validated_on"].split()[:3])
+    torch.save(state, run / "checkpoint.pt")
+    old = split_photos(twins, held_out=0.2, seed=0, split_copies=True)
+    both = len({row % 20 for row in old[0]} & {row % 20 for row in old[1]})
+    assert both
+    reports = list(train(config(twins, run, epochs=2, resume=True)))
+    assert isinstance(reports[0], Started)
+    assert reports[0].photos == len(old[0])
+    assert reports[0].val_photos == len(old[1]) == 8
+    assert f"\n{reports[0].val_photos_trained_on} of 8 validation photos" in reports[0].summary()
+    assert "copies" not in reports[0].summary()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["data_rules"] == 1
+
+
 def test_validation_photos_that_are_trained_on_are_counted(
     tmp_path: Path, make_cache: MakeCache
 ) -> None:
