@@ -9,7 +9,8 @@ from typing import Any
 
 from cache.atomic import write_text
 from cache.record import CacheError
-from cache.store import open_cache
+from cache.store import DONE, open_cache
+from cache.verify import check_rows
 from pipeline.captioner import Prediction, caption_cache
 from pipeline.evaluation.references import (
     cache_references,
@@ -84,7 +85,7 @@ def evaluate(
     meteor, spice: False to leave these scores out; they take most of the time. Writes
     `NAME.scores.json` and `NAME.predictions.json` beside the model. NAME is that of the cache for
     `best.cap`, and those of the model and the cache for another model: `last.val.scores.json`.
-    Raises BundleError, CacheError (no captions, or features of another encoder),
+    Raises BundleError, CacheError (no captions, damaged rows, or features of another encoder),
     CaptionError, DeviceError, SearchError, ViewError, MetricsError or WriteError.
     """
     check_search(search_config)
@@ -95,6 +96,7 @@ def evaluate(
         raise CacheError(
             f"{cache_path}: made with {difference} as the features that the model was trained on"
         )
+    check_rows(cache, cache.rows_with(DONE))
     references = {image: texts for image, texts in cache_references(cache).items() if texts}
     predictions = caption_cache(bundle, cache, search_config)
     captions = {image: prediction.caption for image, prediction in predictions.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cache.record import CacheError
 from cache.store import FeatureCache, open_cache
+from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, caption_set
 from train.captions.photo_split import split_photos
 from train.captions.vocabulary import Vocabulary, build_vocabulary
@@ -359,4 +360,6 @@ def _load_data(
         raise TrainError(
             f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
         ) from None
+    check_rows(cache, training.feature_rows)
+    check_rows(val_cache, validation.feature_rows)
     return training, validation, ValidationPhotos(val_cache, rows=validation_rows)
