@@ -8,6 +8,7 @@ for prediction in Captioner.load("runs/base").caption(["dog.jpg", "beach.png"]):
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cache.errors import CapError
 from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
 from pipeline.photos.captions_files import IMAGE_SUFFIXES
@@ -30,6 +32,10 @@ from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
 _CACHE_ROWS = 1024  # how many rows of a cache are captioned at once
+
+
+class CaptionError(CapError):
+    """Raised when a model computes no caption for a photo. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,12 @@ class Captioner:
 
 
 def _prediction(name: str, vocabulary: Vocabulary, found: list[Hypothesis]) -> Prediction:
+    """The prediction of the hypotheses found, or an error if the decoder computes no numbers."""
+    # Beam search then finds nothing; greedy search and sampling find something without a score.
+    if not found or not math.isfinite(found[0].score):
+        return Prediction(
+            name, "", float("-inf"), "the model's probabilities are not finite (NaN or infinity)"
+        )
     captions = tuple(Caption(vocabulary.decode(h.words), h.score, h.log_probs) for h in found)
     return Prediction(name, captions[0].caption, captions[0].score, captions=captions)
 
@@ -162,7 +174,7 @@ def caption_cache(
 ) -> dict[str, Prediction]:
     """Captions for every extracted photo of a cache, by image id. Reads no photo file.
 
-    Raises SearchError or ViewError.
+    Raises SearchError, ViewError or CaptionError (a photo gets no caption).
     """
     view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
     device = next(bundle.decoder.parameters()).device
@@ -177,9 +189,13 @@ def caption_cache(
             numbers=rows.tolist(),
         )
         for row, hypotheses in zip(rows.tolist(), found, strict=True):
-            predictions[cache.image_ids[row]] = _prediction(
-                cache.paths[row], bundle.vocabulary, hypotheses
-            )
+            prediction = _prediction(cache.paths[row], bundle.vocabulary, hypotheses)
+            if prediction.error:
+                raise CaptionError(
+                    f"{cache.path}: no caption for {prediction.path} ({prediction.error}); "
+                    "use another model"
+                )
+            predictions[cache.image_ids[row]] = prediction
     return predictions
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from cache.atomic import write_text
 from cache.record import CacheError
-from cache.store import open_cache
+from cache.store import DONE, open_cache
+from cache.verify import check_rows
 from pipeline.captioner import Prediction, caption_cache
 from pipeline.evaluation.references import (
     cache_references,
@@ -82,9 +83,10 @@ def evaluate(
     """Caption every photo of a cache and score the captions against those in the cache.
 
     meteor, spice: False to leave these scores out; they take most of the time. Writes
-    `NAME.scores.json` and `NAME.predictions.json` beside the model, where NAME is the cache's.
-    Raises BundleError, CacheError (no captions, or features of another encoder), DeviceError,
-    SearchError, ViewError, MetricsError or WriteError.
+    `NAME.scores.json` and `NAME.predictions.json` beside the model. NAME is that of the cache for
+    `best.cap`, and those of the model and the cache for another model: `last.val.scores.json`.
+    Raises BundleError, CacheError (no captions, damaged rows, or features of another encoder),
+    CaptionError, DeviceError, SearchError, ViewError, MetricsError or WriteError.
     """
     check_search(search_config)
     bundle = load_bundle(model, resolve_device(device))
@@ -94,6 +96,7 @@ def evaluate(
         raise CacheError(
             f"{cache_path}: made with {difference} as the features that the model was trained on"
         )
+    check_rows(cache, cache.rows_with(DONE))
     references = {image: texts for image, texts in cache_references(cache).items() if texts}
     predictions = caption_cache(bundle, cache, search_config)
     captions = {image: prediction.caption for image, prediction in predictions.items()}
@@ -104,13 +107,17 @@ def evaluate(
         meteor=meteor,
         spice=spice,
     )
-    folder = find_bundle(model).parent
-    scores_file = folder / f"{cache_path.stem}.scores.json"
-    predictions_file = folder / f"{cache_path.stem}.predictions.json"
+    bundle_path = find_bundle(model)
+    name = cache_path.stem
+    if bundle_path.name != "best.cap":
+        # A folder has one best.cap, whose files have always been named after the cache alone.
+        name = f"{bundle_path.stem}.{name}"
+    scores_file = bundle_path.with_name(f"{name}.scores.json")
+    predictions_file = bundle_path.with_name(f"{name}.predictions.json")
     _write_json(
         scores_file,
         {
-            "model": find_bundle(model).name,
+            "model": bundle_path.name,
             "cache": cache_path.name,
             **asdict(search_config),
             **result.as_dict(),
@@ -181,4 +188,7 @@ def _score(
 
 
 def _write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        text = json.dumps(value, indent=1)  # bytes of names that are not UTF-8, as \udc80
+    write_text(path, text + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.photos.captions_files import DatasetError, keep_listed, read_captions
+
+# Up to 18 digits, which fit into 64 bits.
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 class PredictionsError(CapError):
@@ -125,8 +129,14 @@ def match(
 
 
 def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`, with numbers as ids."""
+    """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`.
+
+    Ids are numbers if all of them are written as JSON writes whole numbers, as COCO's are, and
+    strings otherwise. So `00042` stays a string, and a captions file whose ids are all of one kind
+    gets predictions with ids of one kind.
+    """
+    numbers = all(_WHOLE_NUMBER.fullmatch(image_id) for image_id in captions)
     return [
-        {"image_id": int(image_id) if image_id.isdecimal() else image_id, "caption": caption}
+        {"image_id": int(image_id) if numbers else image_id, "caption": caption}
         for image_id, caption in captions.items()
     ]

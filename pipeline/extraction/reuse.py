@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cache.record import CacheError, EncoderRecord
 from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
+from cache.verify import damaged_rows
 from cache.writer import CacheWriter
 from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file
@@ -36,11 +37,12 @@ class KnownPhotos:
         self._keys, self._rows = keys[order], rows[order]  # keys: first halves of the digests
 
     def row(self, digest: NDArray[np.uint8]) -> int | None:
-        """The row with this (16,) digest and a correct checksum; None if there is none."""
+        """The row with this (16,) digest that is not damaged; None if there is none."""
         key = np.ascontiguousarray(digest).view(np.uint64)[0]
         start, stop = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
         for row in self._rows[start:stop].tolist():
-            if np.array_equal(self.cache.digests[row], digest) and self.cache.row_is_intact(row):
+            same = np.array_equal(self.cache.digests[row], digest)
+            if same and not damaged_rows(self.cache, np.array([row])):
                 return int(row)
         return None
 

@@ -15,7 +15,7 @@ import pytest
 
 from cache.record import CacheError, Strings
 from cache.store import DONE, PENDING, UNREADABLE, open_cache
-from cache.verify import verify
+from cache.verify import check_rows, verify
 from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
 
@@ -272,6 +272,42 @@ def test_verify_names_the_damaged_row(tmp_path: Path, make_cache: MakeCache) -> 
         file.write(b"\x55")
     report, _ = verify(open_cache(cache.path))
     assert report.damaged == ["0001.jpg: row 1 does not match its checksum"]
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("value", [NAN, -NAN, INFINITY, -INFINITY])
+def test_verify_names_the_rows_whose_features_are_not_finite(
+    make_cache: MakeCache, value: float
+) -> None:
+    """They match their checksums, as those of another program's cache would."""
+    largest = np.finfo(np.float16).max
+    features = np.full((700, 1, 8), [largest, -largest, 0, -0.0, 1, 6e-8, -6e-8, 2])
+    features[[3, 600], 0, 5] = value
+    cache = make_cache([["A dog ."]] * 700, features)
+    assert verify(cache)[0].damaged == [
+        "0003.jpg: row 3 has features that are not finite (NaN or infinity)",
+        "0600.jpg: row 600 has features that are not finite (NaN or infinity)",
+    ]
+    check_rows(cache, np.array([0, 2, 699]))  # others are not looked at
+    with pytest.raises(CacheError) as caught:
+        check_rows(cache, np.array([0, 600, 600, 3]))
+    assert str(caught.value) == (
+        f"{cache.path}: 2 of 3 photos are damaged (first: 0003.jpg, row 3, has features that are "
+        f"not finite (NaN or infinity)); `cap verify {cache.path}` names them, extract them again"
+    )
+
+
+def test_an_unreadable_row_may_hold_any_features(tmp_path: Path) -> None:
+    fill(tmp_path / "x.h5")
+    data = bytearray((tmp_path / "x.h5").read_bytes())
+    region = open_cache(tmp_path / "x.h5").region("features")
+    data[region.offset + 16 : region.offset + 32] = b"\xff" * 16  # NaN
+    (tmp_path / "x.h5").write_bytes(data)
+    cache = open_cache(tmp_path / "x.h5")
+    assert np.isnan(cache.features[1]).all()
+    assert verify(cache)[0].ok
 
 
 def test_strings_behave_like_a_sequence() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cache.store import DONE, FeatureCache, open_cache
-from pipeline.captioner import Captioner, caption_cache, find_photos
+from pipeline.captioner import Captioner, CaptionError, caption_cache, find_photos
 from pipeline.encoder.backbone import EncoderError
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
@@ -204,6 +204,29 @@ def test_model_files_that_are_none_are_one_line(
     (tmp_path / "sizes.cap").write_bytes(renamed)
     with pytest.raises(BundleError, match="damaged model file"):
         load_bundle(tmp_path / "sizes.cap")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SearchConfig(), SearchConfig(beam_size=1), SearchConfig(sample=True, captions=2)],
+    ids=["beam", "greedy", "sample"],
+)
+def test_probabilities_that_are_nan_are_an_error(
+    photos: Path, stitched: tuple[FeatureCache, Path], tmp_path: Path, config: SearchConfig
+) -> None:
+    """Of weights that are finite but so large that the logits are not."""
+    bundle = load_bundle(stitched[1])
+    with torch.no_grad():
+        bundle.decoder.head.weight.fill_(3e38)
+        bundle.decoder.head.bias.fill_(-3e38)
+        bundle.decoder.head.weight[::2] *= -1
+    bundle.save(tmp_path / "x.cap")
+    captioner = Captioner.load(tmp_path / "x.cap", device="cpu", search_config=config)
+    found = captioner.caption([photos / "a.jpg"])[0]
+    assert found.error == "the model's probabilities are not finite (NaN or infinity)"
+    assert not found.captions
+    with pytest.raises(CaptionError, match=r"x\.h5: no caption for a\.jpg \(the model's prob"):
+        caption_cache(bundle, stitched[0], config)
 
 
 def test_folders_and_globs_are_searched_for_photos(tmp_path: Path) -> None:

@@ -6,19 +6,22 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from cache.store import open_cache
 from pipeline.cli.app import app
 from pipeline.extraction.config import ExtractConfig
-from tests.conftest import ROOT, write_photo
+from tests.conftest import ROOT, MakeCache, write_photo
 from train.config import BEST, CLASSIC, Recipe
 
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
@@ -225,6 +228,90 @@ def test_a_file_of_predictions_scores_as_its_model_did(
         f"error: {predictions}: no caption for 1 of the 12 photos in {photos}/captions.txt "
         "(first: e.jpg); choose photos with --split or --only\n"
     )
+
+
+FAST = ["--no-meteor", "--no-spice", "--beam-size", 1]
+
+
+def test_two_models_of_a_folder_have_files_of_their_own(work: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(work / "run", tmp_path / "run")
+    for model in ("best", "last"):
+        shutil.copy(run / f"{model}.cap", tmp_path / f"{model}.cap")
+    shutil.copy(run / "last.cap", tmp_path / "a.cap")
+    for model in ("last", "a", "best"):
+        path = tmp_path / f"{model}.cap"
+        _, err = cap("evaluate", "--model", path, "--cache", work / "x.h5", *FAST)
+        name = "x" if model == "best" else f"{model}.x"
+        scores, predictions = (
+            tmp_path / f"{name}.{what}.json" for what in ("scores", "predictions")
+        )
+        assert f"written to {scores} and {predictions}\n" in err
+    written = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert len(written) == 6
+    assert written["x.scores.json"]["model"] == "best.cap"
+    assert written["last.x.scores.json"]["model"] == "last.cap"
+    assert written["a.x.scores.json"] == written["last.x.scores.json"] | {"model": "a.cap"}
+    assert written["a.x.predictions.json"] == written["last.x.predictions.json"]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[f"{n:05d}" for n in range(11)], [f"{n}" for n in range(11)], list(range(-5, 6))],
+    ids=["fixed width", "numbers as strings", "numbers"],
+)
+def test_predictions_of_a_coco_file_are_read_back_whatever_its_ids(
+    work: Path, photos: Path, tmp_path: Path, ids: list[int | str]
+) -> None:
+    names = [path.name for path in sorted(photos.glob("*.jpg")) if path.name != "e.jpg"]
+    images = [{"id": i, "file_name": name} for i, name in zip(ids, names, strict=True)]
+    notes = [{"id": n, "image_id": i, "caption": f"Noise {n} ."} for n, i in enumerate(ids)]
+    coco = tmp_path / "coco.json"
+    coco.write_text(json.dumps({"images": images, "annotations": notes}))
+    cache = tmp_path / "coco.h5"
+    cap(
+        "extract-features", "--images", photos, "--captions", coco, "--out", cache,
+        "--batch-size", 4, *SMALL,
+    )  # fmt: skip
+    shutil.copy(work / "run" / "best.cap", tmp_path)
+    model = tmp_path / "best.cap"
+    wanted = json.loads(cap("evaluate", "--model", model, "--cache", cache, "--json", *FAST)[0])
+    wanted["diversity"]["vocabulary"] = None
+    predictions = tmp_path / "coco.predictions.json"
+    for source in (["--cache", cache], ["--captions", coco]):
+        out, _ = cap("evaluate", "--predictions", predictions, *source, "--json", *FAST[:2])
+        assert json.loads(out) == wanted
+
+
+def test_features_that_are_not_finite_are_one_line(
+    work: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    """In a cache of another program, whose checksums are right."""
+    encoder = dataclasses.asdict(open_cache(work / "x.h5").encoder)
+    features = np.ones((5, 1, 512))
+    features[3, 0, 100] = np.nan
+    cache = make_cache([["A dog ."]] * 5, features, **encoder).path
+    out, err = cap("verify", cache, code=1)
+    assert out.endswith("\n1 problem\n")
+    assert err == "0003.jpg: row 3 has features that are not finite (NaN or infinity)\n"
+    for command in (
+        ["evaluate", "--model", work / "run", "--cache", cache],
+        ["train", "--from-cache", cache, "--val-share", 0.1, "--out", tmp_path / "run"],
+    ):
+        _, err = cap(*command, code=1)
+        assert re.fullmatch(
+            rf"error: {cache}: 1 of \d photos are damaged \(first: 0003\.jpg, row 3, has features "
+            rf"that are not finite .*\); `cap verify {cache}` names them, .*\n",
+            err.splitlines(keepends=True)[-1],
+        )
+
+
+def test_a_model_with_a_flipped_byte_is_one_line(work: Path, photos: Path, tmp_path: Path) -> None:
+    data = bytearray((work / "run" / "best.cap").read_bytes())
+    data[-1000] ^= 4
+    (tmp_path / "x.cap").write_bytes(data)
+    _, err = cap("predict", photos / "a.jpg", "--model", tmp_path / "x.cap", code=1)
+    assert err.startswith(f"error: {tmp_path}/x.cap: damaged model file (it does not match its")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("small_meteor")

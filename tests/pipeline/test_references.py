@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from pycocotools.coco import COCO as COCOFile
 
+from pipeline.evaluation.evaluate import _write_json
 from pipeline.evaluation.references import (
     PredictionsError,
     coco_results,
@@ -29,10 +31,43 @@ def written(path: Path, value: object) -> Path:
 
 
 def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
-    captions = {"42": "a dog", "b/c.jpg": "ein Hündchen"}
+    captions = {"42": "a dog", "7": "ein Hündchen"}
     entries = coco_results(captions)
     assert entries[0] == {"image_id": 42, "caption": "a dog"}
     assert read_predictions(written(tmp_path / "p.json", entries)) == captions
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [
+        (["42", "7", "0", "-3", "9" * 18], int),
+        (["00000", "00001", "12345"], str),  # numbers with a fixed width
+        (["7", "b/c.jpg"], str),
+        (["7", "-0"], str),
+        (["1_000", "7"], str),
+        (["٣", "7"], str),  # a decimal digit, which `int` reads as 3
+        (["1.0", "7"], str),
+        (["True", "None", "", " 7", "+7"], str),
+        (["9" * 19], str),
+        (["9" * 5000], str),
+        (["\udc80.jpg", "ü.jpg"], str),  # a name that is not UTF-8
+    ],
+)
+def test_ids_of_every_kind_are_read_back(tmp_path: Path, ids: list[str], kind: type) -> None:
+    captions = {image_id: f"caption {n} é" for n, image_id in enumerate(ids)}
+    _write_json(tmp_path / "p.json", coco_results(captions))
+    assert read_predictions(tmp_path / "p.json") == captions
+    assert {type(entry["image_id"]) for entry in coco_results(captions)} == {kind}
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 12345], ["00000", "00001", "12345"], ["a.jpg", "b.jpg"]])
+def test_coco_takes_the_predictions_for_its_own(tmp_path: Path, ids: list[int | str]) -> None:
+    images = [{"id": image_id, "file_name": f"{image_id}"} for image_id in ids]
+    notes = [{"id": n, "image_id": image_id, "caption": "a"} for n, image_id in enumerate(ids)]
+    truth = written(tmp_path / "coco.json", {"images": images, "annotations": notes})
+    results = coco_results(dict.fromkeys(read_references(truth), "a dog"))
+    assert [entry["image_id"] for entry in results] == ids
+    COCOFile(str(truth)).loadRes(str(written(tmp_path / "p.json", results)))
 
 
 def test_only_photos_with_references_are_matched(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cache.record import CacheError
-from cache.store import DONE, open_cache
+from cache.store import DONE, open_cache, row_checksum
+from cache.verify import verify
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
 from pipeline.extraction import encode_batches
 from pipeline.extraction.extract import Progress, extract
@@ -97,6 +98,25 @@ def test_damaged_and_unreadable_rows_are_not_reused(
     assert (last.done, last.unreadable) == (19, 1)
     assert sum(encodings) == 11
     assert open_cache(tmp_path / "x.h5").status[0] == DONE
+
+
+def test_features_that_are_not_finite_are_not_reused(
+    folder: Path, tmp_path: Path, encodings: list[int]
+) -> None:
+    """They match their checksum, as those of another program's cache would."""
+    old = open_cache(tmp_path / "old.h5")
+    features = np.array(old.features[2])
+    features[0, 5] = np.inf
+    with (tmp_path / "old.h5").open("rb+") as file:
+        file.seek(old.region("features").offset + 2 * features.nbytes)
+        file.write(features.tobytes())
+        file.seek(old.region("checksums").offset + 4 * 2)
+        checksum = row_checksum(old.digests[2], old.error_bytes[2], features)
+        file.write(checksum.to_bytes(4, "little"))
+    last, _ = run(folder, tmp_path / "x.h5", captions=None, reuse=tmp_path / "old.h5")
+    assert last.done == 20
+    assert sum(encodings) == 11
+    assert verify(open_cache(tmp_path / "x.h5"))[0].ok
 
 
 def test_another_encoders_rows_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.formats.plain_reader import (
     sha256_of,
     strings,
 )
+from train.model.bundle import load_bundle
 
 FILES = ROOT / "tests" / "formats" / "v0.1.0"
 CACHES = ("cache.h5", "pending.h5", "shard-1.h5", "shard-2.h5")
@@ -172,12 +174,22 @@ def _is_in_unread_features(arrays: Arrays, place: int) -> bool:
 
 def bundle(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tensors' places, the record) of a model file, read as docs/model-format.md says."""
-    data = (FILES / "run" / name).read_bytes()
+    return model_parts((FILES / "run" / name).read_bytes())
+
+
+def model_parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     record = json.loads(header.pop("__metadata__")["cap_bundle"])
     assert max(place["data_offsets"][1] for place in header.values()) == len(data) - 8 - length
     return header, record
+
+
+def model_checksum(data: bytes) -> str:
+    """The checksum of a model file, computed as docs/model-format.md says."""
+    before, digits, after = re.split(rb'(?<=\\"crc32\\": \\")([0-9a-f]{8})', data, maxsplit=1)
+    assert len(digits) == 8
+    return f"{zlib.crc32(before + b'00000000' + after):08x}"
 
 
 @pytest.mark.parametrize("name", ["best.cap", "last.cap"])
@@ -207,6 +219,23 @@ def test_a_model_file_is_as_its_page_says(name: str) -> None:
     for tensor, shape in shapes.items():
         assert tensors[tensor]["shape"] == shape, tensor
         assert tensors[tensor]["dtype"] == "F32"
+
+
+def test_a_model_of_today_has_the_checksum_that_its_page_says(tmp_path: Path) -> None:
+    load_bundle(FILES / "run" / "best.cap").save(tmp_path / "x.cap")
+    data = (tmp_path / "x.cap").read_bytes()
+    tensors, record = model_parts(data)
+    assert record["crc32"] == model_checksum(data)
+    old_tensors, old_record = bundle("best.cap")
+    assert record == old_record | {"crc32": record["crc32"]}
+    assert tensors == old_tensors
+    assert first_cells(MODEL_PAGE, "A model") >= {*record, *tensors}
+    load_bundle(tmp_path / "x.cap")
+    foreign = data.replace(rb"\"epoch\": ", rb"\"Epoch\": ", 1)  # by another program's writer
+    assert foreign != data
+    old, new = record["crc32"].encode(), model_checksum(foreign).encode()
+    (tmp_path / "y.cap").write_bytes(foreign.replace(old, new, 1))
+    assert "Epoch" in load_bundle(tmp_path / "y.cap").training
 
 
 def test_a_run_folder_is_as_its_page_says() -> None:

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -340,10 +342,86 @@ def test_validation_photos_that_are_trained_on_are_counted(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: MakeCache) -> None:
-    cache = make_cache([["a dog"]] * 9, np.full((9, 1, 8), np.nan))
-    with pytest.raises(TrainError, match=r"the loss is nan at epoch 0, step 1; .*learning-rate"):
-        for _ in train(config(cache, tmp_path / "run")):
+    cache = make_cache([["a dog"]] * 9)
+    with pytest.raises(TrainError, match=r"the loss is nan at epoch \d, step 1; .*learning-rate"):
+        for _ in train(config(cache, tmp_path / "run", learning_rate=1e30)):
             pass
+
+
+@pytest.mark.parametrize("in_validation", [False, True])
+def test_damaged_rows_are_named_before_training(
+    in_validation: bool, cache: FeatureCache, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    """In the training cache or in that of the validation photos."""
+    other = make_cache([["a dog"], [], ["a cat"]], name="other.h5")
+    damaged, row = (other, 2) if in_validation else (cache, 7)
+    place = damaged.region("features").offset + row * damaged.features[0].nbytes
+    data = bytearray(damaged.path.read_bytes())
+    data[place] ^= 1
+    damaged.path.write_bytes(data)
+    run = config(cache, tmp_path / "run", val_cache=other.path)
+    with pytest.raises(CacheError) as caught:
+        next(train(run))
+    assert str(caught.value) == (
+        f"{damaged.path}: 1 of {2 if in_validation else 30} photos are damaged "
+        f"(first: {row:04d}.jpg, row {row}, does not match its checksum); "
+        f"`cap verify {damaged.path}` names them, extract them again"
+    )
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_damage_in_a_row_without_captions_disturbs_nobody(
+    make_cache: MakeCache, tmp_path: Path
+) -> None:
+    features = np.ones((4, 1, 8))
+    features[1] = np.nan
+    cache = make_cache([["a dog"], [], ["a cat"], ["a bird"]], features)
+    for _ in train(config(cache, tmp_path / "run", epochs=1)):
+        pass
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named_before_training(
+    make_cache: MakeCache, tmp_path: Path, value: float
+) -> None:
+    features = np.ones((9, 1, 8))
+    features[4, 0, 3] = value
+    cache = make_cache([["a dog"]] * 9, features)
+    with pytest.raises(CacheError, match=r"x\.h5: 1 of . photos .*0004\.jpg, row 4, .* finite"):
+        next(train(config(cache, tmp_path / "run")))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_overwriting_a_run_keeps_files_of_others(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    others = ("mine.cap", "epoch-final-step-last.cap", "notes.txt", "val.scores.json")
+    for name in others:
+        (run / name).write_text("mine")
+    first = list(train(config(cache, run, epochs=2)))  # the folder holds no run yet
+    assert first
+    assert (run / "epoch-1-step-4.cap").exists()
+    with pytest.raises(TrainError, match="already holds a run"):
+        next(train(config(cache, run)))
+    for _ in train(config(cache, run, epochs=1, overwrite=True)):
+        pass
+    assert not (run / "epoch-1-step-4.cap").exists()
+    assert {(run / name).read_text() for name in others} == {"mine"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_all_files_of_a_run_have_the_same_mode(
+    umask: int, mode: int, cache: FeatureCache, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in train(config(cache, tmp_path / "run", epochs=1)):
+            pass
+    finally:
+        os.umask(before)
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").iterdir()}
+    assert {"best.cap", "last.cap", "checkpoint.pt", "metrics.jsonl"} <= set(files)
+    assert set(files.values()) == {mode}
 
 
 def test_self_critical_epochs_can_be_added_to_a_finished_run(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
+from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
 from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
 from train.captions.vocabulary import Vocabulary, build_vocabulary
@@ -385,6 +386,8 @@ def _load_data(config: TrainConfig, cache: FeatureCache, device: torch.device, r
         raise TrainError(
             f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
         ) from None
+    check_rows(cache, training.feature_rows)
+    check_rows(val_cache, validation.feature_rows)
     validation_photos = ValidationPhotos(val_cache, rows=validation_rows)
     trained_on = cache.digests[np.unique(training.feature_rows)]
     return _Data(

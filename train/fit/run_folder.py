@@ -67,7 +67,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainError(f"{self.path}: cannot make the folder ({error.strerror})") from None
-        earlier_run = [*self.path.glob("*.cap"), *self.path.glob("checkpoint.pt")]
+        # Other models in the folder are not this run's, and stay.
+        written = ("best.cap", "last.cap", "epoch-[0-9]*-step-[0-9]*.cap", "checkpoint.pt")
+        earlier_run = [path for name in written for path in self.path.glob(name)]
         if earlier_run and not overwrite:
             raise TrainError(
                 f"{self.path}: already holds a run; continue it with --resume, replace it with "

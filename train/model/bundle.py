@@ -1,17 +1,20 @@
 """The model file: decoder weights and sizes, vocabulary, and the identity of the encoder.
 
 A bundle is a safetensors file. It contains no code, so it is safe to load from strangers. Its
-metadata holds `cap_bundle`, a JSON object with `version`, `decoder` (DecoderConfig), `vocabulary`,
-`encoder` (EncoderRecord) and `training` (free-form facts about the run).
+metadata holds `cap_bundle`, a JSON object with `version`, `crc32` (the checksum of the whole file,
+which files of 0.1.0 do not have), `decoder` (DecoderConfig), `vocabulary`, `encoder`
+(EncoderRecord) and `training` (free-form facts about the run).
 """
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +29,10 @@ from train.model.decoder import CaptionDecoder, DecoderConfig
 
 VERSION = 1
 _KEY = "cap_bundle"
+_MEMBERS = {"version", "decoder", "vocabulary", "encoder", "training"}  # besides the checksum
+_BEFORE_DIGITS = rb"\"crc32\": \""  # in the header, where the record is a string in JSON
+_NO_DIGITS = "00000000"  # in place of the checksum while it is computed
+_READ_BYTES = 1 << 24  # at a time
 
 
 class BundleError(CapError):
@@ -48,6 +55,7 @@ class Bundle:
         """Write atomically. Raises WriteError."""
         record = {
             "version": VERSION,
+            "crc32": _NO_DIGITS,
             "decoder": asdict(self.decoder.config),
             "vocabulary": self.vocabulary.as_dict(),
             "encoder": asdict(self.encoder),
@@ -66,6 +74,10 @@ class Bundle:
                 save_file(tensors, temporary, metadata)
             except SafetensorError as error:  # a full disk, for one
                 raise OSError(str(error)) from None
+            with temporary.open("r+b") as file:
+                checksum, place = _checksum(file)
+                file.seek(place)
+                file.write(checksum.encode())
 
         write_atomically(path, write)
 
@@ -73,7 +85,8 @@ class Bundle:
 def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
     """Load a model file, or the best model of a run folder. The decoder is in eval mode.
 
-    Raises BundleError.
+    Raises BundleError if there is none, if it does not match its checksum, or if its weights are
+    not finite. Files of 0.1.0 have no checksum.
     """
     path = find_bundle(Path(path))
     record, tensors = _read(path, weights=True)
@@ -96,11 +109,19 @@ def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
         training = record["training"]
     except (RuntimeError, ValueError, TypeError, KeyError, VocabularyError) as error:
         raise BundleError(f"{path}: damaged model file ({str(error).splitlines()[0]})") from None
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise BundleError(
+            f"{path}: its weights are not finite (NaN or infinity); "
+            "train it again with a lower --learning-rate"
+        )
     return Bundle(decoder.to(device or "cpu").eval(), vocabulary, encoder, training)
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """Read only the `training` facts of a model file, not its weights. Raises BundleError."""
+    """Read only the `training` facts of a model file, not its weights.
+
+    The checksum is not checked, because that would read the whole file. Raises BundleError.
+    """
     training = _read(path, weights=False)[0].get("training")
     if not isinstance(training, dict):
         raise BundleError(f"{path}: damaged model file (no record of the run)")
@@ -116,9 +137,42 @@ def _read(path: Path, *, weights: bool) -> tuple[dict[str, Any], dict[str, Tenso
             tensors = {name: file.get_tensor(name) for name in names}
         if not isinstance(record, dict):
             raise ValueError(f"{_KEY} is not an object")
+        intact = not weights or _is_intact(path, record)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BundleError(f"{path}: not a model file ({error or type(error).__name__})") from None
+    if not intact:
+        raise BundleError(
+            f"{path}: damaged model file (it does not match its checksum); "
+            "copy it again or train it again"
+        )
     return record, tensors
+
+
+def _is_intact(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a model file matches its checksum, or was written without one, as by 0.1.0."""
+    if "crc32" not in record:
+        # The record of such a file has only these members. A further one is the checksum under a
+        # damaged name.
+        return set(record) <= _MEMBERS
+    with path.open("rb") as file:
+        checksum, _ = _checksum(file)
+    return bool(record["crc32"] == checksum)
+
+
+def _checksum(file: BinaryIO) -> tuple[str, int]:
+    """(checksum of a model file, position of its eight digits in the file).
+
+    The checksum is the CRC-32 of the whole file with eight zeros as digits. Raises ValueError if
+    there is no place for the digits.
+    """
+    start = file.read(8)
+    (length,) = struct.unpack("<Q", start)
+    start += file.read(length)
+    place = start.index(_BEFORE_DIGITS) + len(_BEFORE_DIGITS)
+    crc = zlib.crc32(start[:place] + _NO_DIGITS.encode() + start[place + len(_NO_DIGITS) :])
+    while part := file.read(_READ_BYTES):
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}", place
 
 
 def find_bundle(path: Path) -> Path:

@@ -149,5 +149,6 @@ def _roll_out(
                 state = state.rows(kept)
         logits, state = decoder.step(decoder.embed(word), state)
         logits = logits.float()
-    longest = int((words != PAD).sum(1).amax())
+    # At least 1, although `draw` gives only <pad> if all probabilities are NaN.
+    longest = max(1, int((words != PAD).sum(1).amax()))
     return words[:, :longest], log_probs[:, :longest]
