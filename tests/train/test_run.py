@@ -12,17 +12,21 @@ import pytest
 import torch
 
 from cache.record import CacheError
-from cache.store import FeatureCache
-from tests.conftest import MakeCache
+from cache.store import FeatureCache, open_cache
+from cache.writer import open_writer
+from tests.conftest import MakeCache, skeleton
+from train.captions.caption_set import caption_set
 from train.captions.photo_split import split_photos
-from train.captions.vocabulary import VocabularyError
+from train.captions.vocabulary import VocabularyError, build_vocabulary
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 from train.fit.reports import EpochLog, StepLog
 from train.fit.run import train
 from train.fit.run_folder import TrainError
+from train.fit.trainer import Trainer
 from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle
+from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.search.hypotheses import search
 
 SMALL: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "epochs": 3, "batch_size": 16}
@@ -402,3 +406,71 @@ def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCach
     for beam_size in (1, 3):
         found = search(bundle.decoder, features, SearchConfig(beam_size=beam_size))
         assert [bundle.vocabulary.decode(h.words) for h in found] == sentences
+
+
+def test_a_checkpoint_holds_each_number_once(cache: FeatureCache, tmp_path: Path) -> None:
+    list(train(config(cache, tmp_path / "run", epochs=1, average_decay=0.9)))
+    path = tmp_path / "run/checkpoint.pt"
+    trainer = torch.load(path, weights_only=True)["trainer"]
+    optimizer = trainer["optimizer"]
+    parts = [trainer["parameters"], trainer["buffers"], trainer["average"]]
+    parts += [optimizer["mean"], optimizer["mean_of_squares"]]
+    numbers = [tensor for part in parts for tensor in part.values()]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in numbers)
+    assert held == sum(tensor.nbytes for tensor in numbers)
+
+
+def test_the_state_of_a_trainer_does_not_follow_its_training(cache: FeatureCache) -> None:
+    vocabulary = build_vocabulary(cache.captions, 1)
+    decoder = CaptionDecoder(DecoderConfig(8, len(vocabulary), embedding_size=8, hidden_size=16))
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=16, average_decay=0.9)
+    captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=50)
+    trainer = Trainer(decoder, captions, recipe, seed=0)
+    before = weights_of(trainer)
+    state = trainer.state()
+    list(trainer.epoch(0))
+    assert not same(before, weights_of(trainer))
+    trainer.load(state)
+    assert same(before, weights_of(trainer))
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    assert trainer.average is not None
+    average = {f"average of {name}": value for name, value in trainer.average.state().items()}
+    values = trainer.decoder.state_dict() | average
+    return {name: value.clone() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"image_size": 96}, "features of image_size 64, .*other.h5 holds 96"),
+        ({"preprocessing": "squash"}, "features of preprocessing none, .*holds squash"),
+        ({"precision": "float16"}, "features of precision float32, .*holds float16"),
+        ({"views": ("full", "flip")}, "features of views full, .*holds full,flip"),
+        ({"backbone": "resnet50"}, "features of backbone resnet18, .*holds resnet50"),
+        ({"weights_sha256": "cd" * 32}, "other weights of the backbone than .*other.h5 holds"),
+        ({"digests": True}, r"other digests \(contents of the photo files\) than"),
+        ({"unreadable": True}, r"other status of its photos \(which of them are extracted\) than"),
+    ],
+)
+def test_a_run_goes_on_only_with_the_features_it_began_with(
+    changes: dict[str, Any], found: str, cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    captions = cache.captions.by_row(len(cache))
+    changes = dict(changes)
+    files_change, unreadable = changes.pop("digests", False), changes.pop("unreadable", False)
+    other = make_cache(captions, name="other.h5", **changes)
+    list(train(config(cache, tmp_path / "run", epochs=1)))
+    if files_change or unreadable:
+        made = skeleton(captions)
+        digest = np.full(16, 7 if files_change else 0, np.uint8)
+        with open_writer(other.path, made, library_versions={}) as writer:
+            if unreadable:
+                writer.set_unreadable(3, "not an image", digest)
+            else:
+                writer.write(np.array([3]), np.array(cache.features[3:4]), digest[None])
+        other = open_cache(other.path)
+    with pytest.raises(TrainError, match=f"run: was trained on {found}") as error:
+        next(train(config(other, tmp_path / "run", epochs=2, resume=True)))
+    assert str(error.value).endswith("; give the cache it began with, or another --out")

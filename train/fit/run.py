@@ -81,6 +81,7 @@ class _Run:
             torch.cuda.set_device(self.device)
         cache = open_cache(config.from_cache)
         self.cache = cache
+        self._data = data_identity(cache)
         self.vocabulary = build_vocabulary(cache.captions, config.min_count)
         self.training_captions, self.validation_captions, self.validation_photos = _load_data(
             config, cache, self.vocabulary, self.device
@@ -123,7 +124,7 @@ class _Run:
         self._logged_at = time.perf_counter()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        check_resumable(checkpoint, self.config, data_identity(self.cache))
+        check_resumable(checkpoint, self.config, self._data)
         self.trainer.load(checkpoint.trainer)
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         # Scores by another measure or of other photos do not compare with those before.
@@ -307,7 +308,7 @@ class _Run:
         self.folder.save_checkpoint(
             Checkpoint(
                 settings=run_settings(self.config),
-                data=data_identity(self.cache),
+                data=self._data,
                 trainer=self.trainer.state(),
                 epoch=self.epoch,
                 step=self.step,

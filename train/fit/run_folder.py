@@ -13,6 +13,7 @@ that prediction needs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
@@ -39,7 +42,7 @@ class Checkpoint:
     """All that a run needs to continue. In the file, the names of the fields are the keys."""
 
     settings: dict[str, Any]  # as `run_settings` gives them
-    data: dict[str, str]  # as `data_identity` gives it
+    data: dict[str, str]  # as `data_identity` gives it; older checkpoints have fewer members
     trainer: dict[str, Any]  # as `Trainer.state` gives it
     epoch: int  # epoch and step of the next step to train
     step: int
@@ -161,16 +164,46 @@ def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
 
 
 def data_identity(cache: FeatureCache) -> dict[str, str]:
-    """Digests of the photos, the captions and the encoder's weights behind a cache."""
+    """What the features and captions of a cache follow from.
+
+    Digests of the photos' names, the captions, the encoder's weights, the contents of the photo
+    files and the status of the rows; and the rest of the encoder's record.
+    """
+    encoder = cache.encoder
     return {
         "photos": cache.photos_sha256,
         "captions": cache.captions_sha256,
-        "weights": cache.encoder.weights_sha256,
+        "weights": encoder.weights_sha256,
+        "backbone": encoder.backbone,
+        "feature_dim": str(encoder.feature_dim),
+        "image_size": str(encoder.image_size),
+        "views": ",".join(encoder.views),
+        "preprocessing": encoder.preprocessing,
+        "precision": encoder.precision,
+        "digests": _sha256(cache.digests),
+        "status": _sha256(cache.status),
     }
 
 
+def _sha256(array: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+# Members of the identity whose values say nothing to a reader, and what is said instead.
+_OTHER_DATA = {
+    "photos": "photos",
+    "captions": "captions",
+    "weights": "weights of the backbone",
+    "digests": "digests (contents of the photo files)",
+    "status": "status of its photos (which of them are extracted)",
+}
+
+
 def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str, str]) -> None:
-    """Raise TrainError if a run began with other settings or other data than are asked for."""
+    """Raise TrainError if a run began with other settings or other data than are asked for.
+
+    What an older checkpoint does not record is not compared.
+    """
     asked = run_settings(config)
     for name, value in checkpoint.settings.items():
         if asked.get(name) != value and not _may_change(name, checkpoint, config.recipe):
@@ -178,10 +211,17 @@ def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str,
                 f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
                 "give the options it began with, or another --out"
             )
-    for name, digest in data.items():
-        if checkpoint.data[name] != digest:
+    for name, value in data.items():
+        before = checkpoint.data.get(name, value)
+        if before != value:
+            difference = (
+                f"other {_OTHER_DATA[name]} than {config.from_cache} holds"
+                if name in _OTHER_DATA
+                else f"features of {name} {before}, {config.from_cache} holds {value}"
+            )
             raise TrainError(
-                f"{config.out}: was trained on other {name} than {config.from_cache} holds"
+                f"{config.out}: was trained on {difference}; "
+                "give the cache it began with, or another --out"
             )
 
 
