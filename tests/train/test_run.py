@@ -474,3 +474,43 @@ def test_a_run_goes_on_only_with_the_features_it_began_with(
     with pytest.raises(TrainError, match=f"run: was trained on {found}") as error:
         next(train(config(other, tmp_path / "run", epochs=2, resume=True)))
     assert str(error.value).endswith("; give the cache it began with, or another --out")
+
+
+def test_two_runs_do_not_share_a_folder(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train(config(cache, run))
+    for _ in itertools.islice(first, 8):  # past the first checkpoint
+        pass
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    asked: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+    for changes in asked:
+        with pytest.raises(TrainError) as error:
+            next(train(config(cache, run, **changes)))
+        assert str(error.value) == (
+            f"{run}: another process is training into it; wait until it ends, or name another --out"
+        )
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    first.close()
+    assert not (run / "train.lock").exists()
+    list(train(config(cache, run, resume=True)))
+    list(train(config(cache, tmp_path / "whole")))
+    assert same(weights(tmp_path / "whole/last.cap"), weights(run / "last.cap"))
+
+
+def test_an_error_or_a_kill_leaves_no_folder_locked(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    with pytest.raises(TrainError, match="hidden_size"):
+        next(train(config(cache, run, resume=True, hidden_size=32)))
+    (run / "train.lock").touch()  # as a kill leaves it
+    list(train(config(cache, run, epochs=2, resume=True)))
+    assert not (run / "train.lock").exists()
+
+
+def test_a_model_without_a_checkpoint_is_not_to_be_resumed(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    list(train(config(cache, tmp_path / "run", epochs=1)))
+    (tmp_path / "run/checkpoint.pt").unlink()
+    with pytest.raises(TrainError, match="already holds a model; replace it with --overwrite, or"):
+        next(train(config(cache, tmp_path / "run")))

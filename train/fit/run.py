@@ -42,14 +42,15 @@ def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
     Closing the generator between two steps saves the run, so that it can be resumed at that step.
     Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
     """
-    run = _Run(config)
-    with run.metrics:
-        try:
-            yield run.started()
-            yield from run.epochs()
-        except GeneratorExit:
-            run.save_position()
-            raise
+    with RunFolder(config.out) as folder:
+        run = _Run(config, folder)
+        with run.metrics:
+            try:
+                yield run.started()
+                yield from run.epochs()
+            except GeneratorExit:
+                run.save_position()
+                raise
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def _reads_losses_late(device: torch.device) -> bool:
 class _Run:
     """A run between two steps. `epoch` and `step` are those of the next step to train."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
         self.config = config
+        self.folder = folder
         self.device = resolve_device(config.device)
         if self.device.index is not None:
             # Seeds and graphs belong to the current device.
@@ -114,7 +116,6 @@ class _Run:
         self.best_epoch = BestEpochTracker(by_loss=config.select_by == "loss")
         self._validates_first = False
         self._pending_log: _PendingLog | None = None
-        self.folder = RunFolder(config.out)
         if config.resume:
             self._resume(self.folder.read_checkpoint())
         else:

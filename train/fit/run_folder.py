@@ -6,6 +6,7 @@
       epoch-0-step-1000.cap …   a model every `save_every` steps, or at intervals if that is not set
       metrics.jsonl    one JSON object for each log line and each epoch
       checkpoint.pt    decoder, optimizer and position, which `--resume` reads
+      train.lock       empty; there while a process trains, which has it locked
 
 Models and checkpoints are written to a temporary file, which is then renamed. A `.cap` file is all
 that prediction needs.
@@ -13,9 +14,12 @@ that prediction needs.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -51,12 +55,55 @@ class Checkpoint:
 
 
 class RunFolder:
-    """Reads and writes the files of a run. `start` or `resume` comes first."""
+    """Reads and writes the files of a run. `start` or `read_checkpoint` comes first.
+
+    Both lock the folder against other processes until the context ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._checkpoint = path / "checkpoint.pt"
         self._metrics = path / "metrics.jsonl"
+        self._lock = path / "train.lock"
+        self._lock_fd: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock_fd is not None:
+            with contextlib.suppress(OSError):
+                self._lock.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _take_lock(self) -> None:
+        """Raises TrainError if another process trains into the folder."""
+        while self._lock_fd is None:
+            try:
+                fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise TrainError(f"{self.path}: cannot write there ({error.strerror})") from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(self._lock)):
+                    self._lock_fd = fd
+            except BlockingIOError:
+                raise TrainError(
+                    f"{self.path}: another process is training into it; "
+                    "wait until it ends, or name another --out"
+                ) from None
+            except FileNotFoundError:
+                pass  # the other process has just ended and removed the file: try again
+            except OSError as error:
+                raise TrainError(f"{self.path}: cannot lock ({error.strerror})") from None
+            finally:
+                if self._lock_fd != fd:
+                    os.close(fd)
 
     def start(self, *, overwrite: bool) -> None:
         """Make the folder. Raises TrainError if it holds a run and `overwrite` is off."""
@@ -64,20 +111,26 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainError(f"{self.path}: cannot make the folder ({error.strerror})") from None
+        self._take_lock()
         earlier_run = [*self.path.glob("*.cap"), *self.path.glob("checkpoint.pt")]
         if earlier_run and not overwrite:
+            found = "a run; continue it with --resume," if self.has_checkpoint() else "a model;"
             raise TrainError(
-                f"{self.path}: already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or name another --out"
+                f"{self.path}: already holds {found} replace it with --overwrite, "
+                "or name another --out"
             )
         for path in [*earlier_run, self._metrics]:
             path.unlink(missing_ok=True)
 
+    def has_checkpoint(self) -> bool:
+        return self._checkpoint.exists()
+
     def read_checkpoint(self) -> Checkpoint:
         """Raises TrainError if there is no checkpoint, or if it is damaged or of another format."""
         path = self._checkpoint
-        if not path.exists():
+        if not self.has_checkpoint():
             raise TrainError(f"{self.path}: nothing to resume (no checkpoint.pt)")
+        self._take_lock()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             version = state["version"]
@@ -86,7 +139,11 @@ class RunFolder:
             raise TrainError(f"{path}: cannot read ({reason[:120]})") from None
         if version != CHECKPOINT_VERSION:
             raise TrainError(f"{path}: format {version}, this program reads {CHECKPOINT_VERSION}")
-        return Checkpoint(**{field.name: state[field.name] for field in fields(Checkpoint)})
+        known = {field.name for field in fields(Checkpoint)}
+        try:
+            return Checkpoint(**{name: value for name, value in state.items() if name in known})
+        except TypeError:
+            raise TrainError(f"{path}: cannot read (it is incomplete)") from None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint. Raises WriteError."""

@@ -314,7 +314,7 @@ class Trainer:
         return float(total) / tokens
 
     def state(self) -> dict[str, Any]:
-        """Copies of weights, optimizer and average: plain tensors on the CPU, which `load` takes."""
+        """Copies of weights, optimizer and average, as plain tensors on the CPU for `load`."""
         return {
             "parameters": self.parameters.named(self.parameters.values),
             "buffers": {n: b.cpu().clone() for n, b in self.decoder.named_buffers()},
