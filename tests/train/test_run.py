@@ -303,6 +303,7 @@ def test_with_another_select_by_the_model_so_far_is_validated_again(
     run = tmp_path / "run"
     settings: dict[str, Any] = {"epochs": 2}
     list(train(config(cache, run, **settings)))
+    standing = load_bundle(run / "best.cap").training["epoch"]
     seen: list[ValidatedEpoch] = []
 
     def update(tracker: BestEpochTracker, newest: ValidatedEpoch) -> bool:
@@ -314,11 +315,12 @@ def test_with_another_select_by_the_model_so_far_is_validated_again(
     # Without learning, the next epoch gets the same scores as the model so far.
     more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
     list(train(config(cache, run, select_by="beam", **more)))
-    assert [epoch.epoch for epoch in seen] == [1, 2]
-    assert seen[0].ciders.tolist() == seen[1].ciders.tolist()
     best = load_bundle(run / "best.cap").training
+    # The best model so far, the present one, and the one after the next epoch.
+    assert [epoch.epoch for epoch in seen] == [standing, 1, 2]
+    assert seen[1].ciders.tolist() == seen[2].ciders.tolist()
     assert best["config"]["select_by"] == "beam"
-    assert best["scores"]["cider"] == pytest.approx(seen[0].ciders.mean())
+    assert best["scores"]["cider"] == pytest.approx(seen[best["epoch"] - standing].ciders.mean())
 
 
 def test_epochs_can_be_added_until_self_critical_ones_have_begun(
@@ -491,7 +493,7 @@ def test_two_runs_do_not_share_a_folder(cache: FeatureCache, tmp_path: Path) -> 
         )
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     first.close()
-    assert not (run / "train.lock").exists()
+    assert not (run / "run.lock").exists()
     list(train(config(cache, run, resume=True)))
     list(train(config(cache, tmp_path / "whole")))
     assert same(weights(tmp_path / "whole/last.cap"), weights(run / "last.cap"))
@@ -502,9 +504,9 @@ def test_an_error_or_a_kill_leaves_no_folder_locked(cache: FeatureCache, tmp_pat
     list(train(config(cache, run, epochs=1)))
     with pytest.raises(TrainError, match="hidden_size"):
         next(train(config(cache, run, resume=True, hidden_size=32)))
-    (run / "train.lock").touch()  # as a kill leaves it
+    (run / "run.lock").touch()  # as a kill leaves it
     list(train(config(cache, run, epochs=2, resume=True)))
-    assert not (run / "train.lock").exists()
+    assert not (run / "run.lock").exists()
 
 
 def test_a_model_without_a_checkpoint_is_not_to_be_resumed(
@@ -514,3 +516,131 @@ def test_a_model_without_a_checkpoint_is_not_to_be_resumed(
     (tmp_path / "run/checkpoint.pt").unlink()
     with pytest.raises(TrainError, match="already holds a model; replace it with --overwrite, or"):
         next(train(config(cache, tmp_path / "run")))
+
+
+def test_photos_that_were_trained_on_do_not_validate(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    """Neither photos of the training cache nor copies of them in another cache."""
+    run = tmp_path / "run"
+    val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
+    list(train(config(cache, run, epochs=1, val_cache=val.path)))
+    found = f"{run}: 6 of the 6 photos to validate on were trained on; give the --val-cache it"
+    with pytest.raises(TrainError, match=found):
+        next(train(config(cache, run, epochs=2, resume=True)))
+    # Still possible: the same validation photos, and others that are new to the run.
+    other = make_cache([["a bird sings"]] * 3, name="other.h5")
+    list(train(config(cache, run, epochs=2, val_cache=val.path, resume=True)))
+    list(train(config(cache, run, epochs=3, val_cache=other.path, resume=True)))
+
+
+def test_copies_of_photos_that_were_trained_on_do_not_validate(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run, captions = tmp_path / "run", cache.captions.by_row(len(cache))
+    numbered = skeleton(captions)
+    digests = np.arange(1, 31, dtype=np.uint8)[:, None].repeat(16, 1)
+    with open_writer(tmp_path / "numbered.h5", numbered, library_versions={}) as writer:
+        writer.write(np.arange(30), np.array(cache.features), digests)
+    numbered_cache = open_cache(tmp_path / "numbered.h5")
+    list(train(config(numbered_cache, run, epochs=1)))
+    training, held_out = split_photos(numbered_cache, held_out=0.2, seed=0)
+    rows = np.array([training[0], training[1], held_out[0]])  # two of them were trained on
+    few = skeleton([captions[row] for row in rows.tolist()])
+    with open_writer(tmp_path / "few.h5", few, library_versions={}) as writer:
+        writer.write(np.arange(3), np.array(cache.features[rows]), digests[rows])
+    found = f"{run}: 2 of the 3 photos to validate on were trained on; use those it began with, or"
+    with pytest.raises(TrainError, match=found):
+        next(train(config(numbered_cache, run, 2, val_cache=tmp_path / "few.h5", resume=True)))
+
+
+def test_photos_trained_on_in_any_part_of_a_run_are_remembered(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
+    # Now the photos that were held out are trained on, too.
+    list(train(config(cache, run, epochs=2, val_cache=val.path, resume=True)))
+    with pytest.raises(TrainError, match="6 of the 6 photos to validate on were trained on"):
+        next(train(config(cache, run, epochs=3, resume=True)))
+
+
+def test_an_epoch_ends_with_the_photos_it_began_with(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    reports = train(config(cache, run))
+    for _ in itertools.islice(reports, 3):
+        pass
+    reports.close()
+    val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
+    found = f"{run}: was interrupted in an epoch over 24 photos, asked for 30 others;"
+    with pytest.raises(TrainError, match=found):
+        next(train(config(cache, run, val_cache=val.path, resume=True)))
+
+
+@pytest.mark.parametrize("spoiled", ["checkpoint.pt", "best.cap"])
+@pytest.mark.parametrize("by", ["select_by", "photos"])
+def test_the_best_model_stays_unless_the_present_one_is_better(
+    spoiled: str, by: str, cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 4, "select_by": "cider" if by == "select_by" else "loss"}
+    list(train(config(cache, run, **settings)))
+    if spoiled == "checkpoint.pt":
+        state = torch.load(run / spoiled, weights_only=True)
+        state["trainer"]["parameters"]["head.weight"].mul_(-9)
+        torch.save(state, run / spoiled)
+        expected = weights(run / "best.cap")
+    else:
+        best = load_bundle(run / spoiled)
+        with torch.no_grad():
+            best.decoder.head.weight.mul_(-9)
+        best.save(run / spoiled)
+        expected = weights(run / "last.cap")
+    changes: dict[str, Any] = {"select_by": "loss"}
+    if by == "photos":
+        changes["val_cache"] = make_cache([["a cat"], ["the dog runs"]], name="val.h5").path
+    logs = list(train(config(cache, run, **(settings | changes), resume=True)))
+    assert not any(isinstance(log, EpochLog) for log in logs)  # nothing was trained
+    assert same(weights(run / "best.cap"), expected)
+    facts = load_bundle(run / "best.cap").training
+    assert facts["config"]["select_by"] == "loss"
+    assert facts["scores"]["count"] == (2 if by == "photos" else 6)
+    # A further resumption compares with these scores.
+    choice = torch.load(run / "checkpoint.pt", weights_only=True)["choice"]
+    assert choice["best"]["val_loss"] == facts["val_loss"]
+
+
+def test_a_run_is_not_resumed_with_fewer_epochs_than_it_has_begun(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    reports = train(config(cache, run, epochs=4))
+    for report in reports:
+        if isinstance(report, StepLog) and (report.epoch, report.step) == (2, 2):
+            break
+    reports.close()
+    for epochs, more in (1, 0), (2, 1):
+        found = f"{run}: has begun its epoch 3 already, asked for {epochs}; give --epochs 3 or more"
+        asked = config(cache, run, epochs, self_critical_epochs=more, resume=True)
+        with pytest.raises(TrainError, match=found):
+            next(train(asked))
+    list(train(config(cache, run, epochs=3, resume=True)))
+
+
+def test_self_critical_epochs_follow_when_patience_has_ended_the_others(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    def trained(**changes: Any) -> list[int]:
+        settings = {"epochs": 9, "patience": 1, "learning_rate": 0.0} | changes
+        reports = train(config(cache, tmp_path / "run", **settings))
+        return [report.epoch for report in reports if isinstance(report, EpochLog)]
+
+    early = trained()
+    assert early[-1] < 8
+    more = {"self_critical_epochs": 2, "self_critical_rate": 0.0, "self_critical_photos": 8}
+    assert trained(**more, resume=True)[0] == 9
+    assert trained(**more, resume=True, patience=None)[:1] in ([], [10])
+    assert trained(**more, overwrite=True)[: len(early) + 1] == [*early, 9]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cache.record import CacheError
-from cache.store import FeatureCache, open_cache
+from cache.store import DIGEST_BYTES, FeatureCache, open_cache
 from train.captions.caption_set import CaptionSet, caption_set
 from train.captions.photo_split import split_photos
 from train.captions.vocabulary import Vocabulary, build_vocabulary
@@ -32,7 +34,7 @@ from train.fit.run_folder import (
 )
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationPhotos, ValidationScores
-from train.model.bundle import Bundle
+from train.model.bundle import Bundle, load_bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
 
 
@@ -113,6 +115,10 @@ class _Run:
             plain=config.plain,
         )
         self.epoch, self.step = 0, 0
+        # (N,) photos of the training cache: those of an epoch, those that any step has trained on.
+        self._training = np.zeros(len(cache), bool)
+        self._training[self.training_captions.feature_rows] = True
+        self._trained_on = np.zeros(len(cache), bool)
         self.best_epoch = BestEpochTracker(by_loss=config.select_by == "loss")
         self._validates_first = False
         self._pending_log: _PendingLog | None = None
@@ -128,14 +134,57 @@ class _Run:
         check_resumable(checkpoint, self.config, self._data)
         self.trainer.load(checkpoint.trainer)
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        same_validation = self._resume_photos(checkpoint)
         # Scores by another measure or of other photos do not compare with those before.
         self._validates_first = (
-            checkpoint.settings["select_by"] != self.config.select_by
-            or checkpoint.validated_on != self.validation_photos.identity
+            checkpoint.settings["select_by"] != self.config.select_by or not same_validation
         )
         if not self._validates_first:
             self.best_epoch.load(checkpoint.choice)
         self.folder.drop_metrics_after(self.epoch, self.step)
+
+    def _resume_photos(self, checkpoint: Checkpoint) -> bool:
+        """Take over which photos were trained on. Returns whether the validation photos are the
+        same as before.
+
+        Raises TrainError if photos that were trained on would validate, or if the epoch that was
+        interrupted had other photos.
+        """
+        out, recorded = self.config.out, checkpoint.photos
+        same = checkpoint.validated_on == self.validation_photos.identity
+        if recorded is None:  # by 0.1.0
+            self._trained_on |= self._training & bool(checkpoint.epoch or checkpoint.step)
+            return same
+        self._trained_on |= recorded["trained_on"].numpy()
+        rows, before = self.validation_photos.rows, recorded["training"].numpy()
+        same = same and np.array_equal(recorded["validation"].numpy(), rows)
+        leaked = 0 if same else self._validation_photos_trained_on()
+        if leaked:
+            name = "give the --val-cache" if self.config.val_cache is None else "use those"
+            raise TrainError(
+                f"{out}: {leaked:,} of the {len(rows):,} photos to validate on were trained on; "
+                f"{name} it began with, or another --out"
+            )
+        if checkpoint.step and not np.array_equal(before, self._training):
+            raise TrainError(
+                f"{out}: was interrupted in an epoch over {before.sum():,} photos, asked for "
+                f"{self._training.sum():,} others; validate on the photos it began with until the "
+                "epoch ends, or name another --out"
+            )
+        return same
+
+    def _validation_photos_trained_on(self) -> int:
+        """How many validation photos have been trained on: the same photos, or copies of them."""
+        config, rows = self.config, self.validation_photos.rows
+        val_cache = self.cache if config.val_cache is None else open_cache(config.val_cache)
+        if val_cache.photos_sha256 == self.cache.photos_sha256:
+            leaked = self._trained_on[rows]
+        else:
+            leaked = np.zeros(len(rows), bool)
+        digests = {digest.tobytes() for digest in self.cache.digests[self._trained_on]}
+        digests.discard(bytes(DIGEST_BYTES))  # of files that could not be read
+        copies = [digest.tobytes() in digests for digest in val_cache.digests[rows]]
+        return int((leaked | np.array(copies, bool)).sum())
 
     def started(self) -> Started:
         return Started(
@@ -149,11 +198,15 @@ class _Run:
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
-        epochs = self.config.recipe.all_epochs
+        recipe = self.config.recipe
+        epochs = recipe.all_epochs
         if self._validates_first:
-            with self.trainer.evaluation_weights():
-                self._validate(self.epoch if self.step else self.epoch - 1)
-        while self.epoch < epochs and not self._out_of_patience():
+            self._judge_anew()
+        while self.epoch < epochs:
+            if self._out_of_patience():
+                if self.epoch >= recipe.epochs or not recipe.self_critical_epochs:
+                    break
+                self.epoch = recipe.epochs
             started_at = time.perf_counter()
             yield from self._train_epoch()
             with self.trainer.evaluation_weights():
@@ -183,9 +236,30 @@ class _Run:
             self._save_checkpoint()
             yield log
 
-    def _validate(self, epoch: int) -> tuple[float, ValidationScores, bool]:
+    def _judge_anew(self) -> None:
+        """Score the best model so far and the present one. The better one becomes the best."""
+        path = self.folder.path / "best.cap"
+        if path.exists():
+            standing = load_bundle(path, self.device)
+            try:
+                with self.trainer.weights_of(standing.decoder):
+                    self._validate(standing.training["epoch"], standing.training)
+            except RuntimeError:
+                raise TrainError(
+                    f"{path}: not a model of this run (other sizes); move it away, or name "
+                    "another --out"
+                ) from None
+        if self.epoch or self.step:
+            with self.trainer.evaluation_weights():
+                self._validate(self.epoch if self.step else self.epoch - 1)
+        self._save_checkpoint()  # the next resumption compares with the new scores
+
+    def _validate(
+        self, epoch: int, facts: Mapping[str, Any] | None = None
+    ) -> tuple[float, ValidationScores, bool]:
         """Score the decoder as it is, and save it if it is the best one so far.
 
+        facts: about the training of a model that was saved before; None: of the present one.
         Returns (validation loss, scores, whether it is the best).
         """
         loss = self.trainer.validation_loss(self.validation_captions)
@@ -196,20 +270,33 @@ class _Run:
         rewarded = epoch >= self.config.recipe.epochs
         best = self.best_epoch.update(ValidatedEpoch(epoch, val_loss, scores.ciders, rewarded))
         if best:
-            self._save_model("best.cap", val_loss, scores, epoch)
+            facts = facts or self._facts() | {"epoch": epoch}
+            chosen_by = {"select_by": self.config.select_by}
+            facts = {**facts, "config": {**facts["config"], **chosen_by}}
+            self._save_model("best.cap", val_loss, scores, facts)
         return val_loss, scores, best
 
     def _out_of_patience(self) -> bool:
+        """Whether too many epochs of the present kind, all finished, have brought no better model.
+
+        Self-critical epochs are counted for themselves.
+        """
         patience, best = self.config.patience, self.best_epoch.best
-        epochs_since_best = self.epoch - 1 - (best.epoch if best else -1)
-        return patience is not None and epochs_since_best >= patience
+        if patience is None or self.step:
+            return False
+        after_best = best.epoch + 1 if best else 0
+        first = self.config.recipe.epochs if self.epoch >= self.config.recipe.epochs else 0
+        return self.epoch - max(after_best, first) >= patience
 
     def _train_epoch(self) -> Generator[TrainReport | None, None, None]:
         """Train the rest of the current epoch, log, and save models in between."""
         log_every, reads_late = self.config.log_every, _reads_losses_late(self.device)
         losses: list[Tensor] = []
         captions, self._logged_at = 0, time.perf_counter()
+        first_step = self.step
         for result in self._train_steps():
+            if result.step == first_step:
+                self._trained_on |= self._training
             losses.append(result.loss)
             captions += result.captions
             self.step = result.step + 1
@@ -292,18 +379,24 @@ class _Run:
         name: str,
         val_loss: float | None = None,
         scores: ValidationScores | None = None,
-        epoch: int | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
+        """facts: about its training; None: of the present model."""
         facts = {
-            "epoch": self.epoch if epoch is None else epoch,
-            "step": self.step,
+            **(facts or self._facts()),
             "val_loss": val_loss,
             "scores": scores.as_dict() if scores else None,
-            "captions": len(self.training_captions),
-            "config": run_settings(self.config),
         }
         bundle = Bundle(self.decoder, self.vocabulary, self.cache.encoder, facts)
         bundle.save(self.folder.path / name)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "captions": len(self.training_captions),
+            "config": run_settings(self.config),
+        }
 
     def _save_checkpoint(self) -> None:
         self.folder.save_checkpoint(
@@ -315,6 +408,11 @@ class _Run:
                 step=self.step,
                 choice=self.best_epoch.state(),
                 validated_on=self.validation_photos.identity,
+                photos={
+                    "training": torch.from_numpy(self._training),
+                    "trained_on": torch.from_numpy(self._trained_on),
+                    "validation": torch.from_numpy(self.validation_photos.rows),
+                },
             )
         )
         self._saved_at = time.monotonic()

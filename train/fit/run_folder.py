@@ -6,7 +6,7 @@
       epoch-0-step-1000.cap …   a model every `save_every` steps, or at intervals if that is not set
       metrics.jsonl    one JSON object for each log line and each epoch
       checkpoint.pt    decoder, optimizer and position, which `--resume` reads
-      train.lock       empty; there while a process trains, which has it locked
+      run.lock         empty; there while a process trains, which has it locked
 
 Models and checkpoints are written to a temporary file, which is then renamed. A `.cap` file is all
 that prediction needs.
@@ -28,6 +28,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
@@ -52,18 +53,23 @@ class Checkpoint:
     step: int
     choice: dict[str, Any]  # as `BestEpochTracker.state` gives it
     validated_on: str  # `ValidationPhotos.identity`
+    # `training` and `trained_on`, (N,) bool: the photos of the training cache that an epoch trains
+    # on, and those that any step has trained on. `validation`, (K,) int64: the rows of the
+    # validation photos in their cache. 0.1.0 did not record them.
+    photos: dict[str, Tensor] | None = None
 
 
 class RunFolder:
     """Reads and writes the files of a run. `start` or `read_checkpoint` comes first.
 
-    Both lock the folder against other processes until the context ends."""
+    Both lock the folder against other processes until the context ends.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._checkpoint = path / "checkpoint.pt"
         self._metrics = path / "metrics.jsonl"
-        self._lock = path / "train.lock"
+        self._lock = path / "run.lock"
         self._lock_fd: int | None = None
 
     def __enter__(self) -> Self:
@@ -268,6 +274,13 @@ def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str,
                 f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
                 "give the options it began with, or another --out"
             )
+    # Self-critical epochs, which follow a fixed number of others, count from that number.
+    begun = min(checkpoint.epoch + bool(checkpoint.step), checkpoint.settings["epochs"])
+    if config.recipe.epochs < begun:
+        raise TrainError(
+            f"{config.out}: has begun its epoch {begun} already, asked for {config.recipe.epochs}; "
+            f"give --epochs {begun} or more, or another --out"
+        )
     for name, value in data.items():
         before = checkpoint.data.get(name, value)
         if before != value:
