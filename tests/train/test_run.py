@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +249,74 @@ def test_validation_may_come_from_its_own_cache(
         next(train(config(cache, tmp_path / "run2", val_cache=foreign.path)))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: MakeCache) -> None:
-    cache = make_cache([["a dog"]] * 9, np.full((9, 1, 8), np.nan))
-    with pytest.raises(TrainError, match=r"the loss is nan at epoch 0, step 1; .*learning-rate"):
-        for _ in train(config(cache, tmp_path / "run")):
-            pass
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_named(
+    value: float, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    features = np.random.default_rng(0).standard_normal((9, 1, 8))
+    features[[4, 6]] = value
+    cache = make_cache([["a dog"]] * 9, features)
+    # By one way or another, according to which of the photos are held out.
+    with pytest.raises(TrainError) as error:
+        list(train(config(cache, tmp_path / "run")))
+    path, _, rest = str(error.value).partition(": ")
+    assert path == str(cache.path)
+    assert re.fullmatch(
+        r"the features of [12] photos are not finite \(the first: 000[46]\.jpg\); "
+        "extract the photos again",
+        rest,
+    )
+
+
+def test_a_run_that_diverges_at_once_can_be_repeated(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = (
+        rf"{run}: the (loss is|weights are) .* at epoch 0, step \d; lower --learning-rate and run "
+        r"the command again \(nothing was saved\)"
+    )
+    with pytest.raises(TrainError, match=found):
+        list(train(config(cache, run, learning_rate=1e30)))
+    list(train(config(cache, run, epochs=1)))
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_weights_that_are_not_finite_replace_no_checkpoint(
+    interrupted: bool, cache: FeatureCache, tmp_path: Path
+) -> None:
+    """Also if the run is interrupted before the loss is logged."""
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["settings"]["learning_rate"] = 1e30
+    torch.save(state, run / "checkpoint.pt")
+    before = {path.name: path.read_bytes() for path in run.glob("*.[cp]*")}
+    reports = train(
+        config(cache, run, 2, learning_rate=1e30, log_every=99, save_every=99, resume=True)
+    )
+    found = (
+        rf"{run}: the (loss is|weights are) .* at epoch 1, step \d; begin with a lower "
+        r"--learning-rate and another --out \(the checkpoint of epoch 1, step 0 is kept\)"
+    )
+    if interrupted:
+        assert list(itertools.islice(reports, 5))[1:] == [None] * 4
+        with pytest.raises(TrainError, match=found):
+            reports.close()
+    else:
+        with pytest.raises(TrainError, match=found):
+            list(reports)
+    assert {path.name: path.read_bytes() for path in run.glob("*.[cp]*")} == before
+
+
+def test_a_run_interrupted_before_it_judges_anew_judges_later(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    reports = train(config(cache, run, epochs=2, select_by="loss", resume=True))
+    next(reports)
+    reports.close()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_self_critical_epochs_can_be_added_to_a_finished_run(

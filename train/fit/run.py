@@ -37,6 +37,8 @@ from train.fit.validation import ValidationPhotos, ValidationScores
 from train.model.bundle import Bundle, load_bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
 
+_CHUNK_ROWS = 4096  # photos whose features are in memory at a time
+
 
 def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
     """Train as configured. Yields a report, or None, after every step.
@@ -122,6 +124,9 @@ class _Run:
         self.best_epoch = BestEpochTracker(by_loss=config.select_by == "loss")
         self._validates_first = False
         self._pending_log: _PendingLog | None = None
+        self._checkpoint_at: tuple[int, int] | None = (
+            None  # epoch and step of the one in the folder
+        )
         if config.resume:
             self._resume(self.folder.read_checkpoint())
         else:
@@ -133,7 +138,7 @@ class _Run:
     def _resume(self, checkpoint: Checkpoint) -> None:
         check_resumable(checkpoint, self.config, self._data)
         self.trainer.load(checkpoint.trainer)
-        self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.epoch, self.step = self._checkpoint_at = checkpoint.epoch, checkpoint.step
         same_validation = self._resume_photos(checkpoint)
         # Scores by another measure or of other photos do not compare with those before.
         self._validates_first = (
@@ -209,6 +214,7 @@ class _Run:
                 self.epoch = recipe.epochs
             started_at = time.perf_counter()
             yield from self._train_epoch()
+            self._check_weights()
             with self.trainer.evaluation_weights():
                 val_loss, scores, best = self._validate(self.epoch)
                 self._save_model("last.cap", val_loss, scores)
@@ -252,6 +258,7 @@ class _Run:
         if self.epoch or self.step:
             with self.trainer.evaluation_weights():
                 self._validate(self.epoch if self.step else self.epoch - 1)
+        self._validates_first = False
         self._save_checkpoint()  # the next resumption compares with the new scores
 
     def _validate(
@@ -317,6 +324,7 @@ class _Run:
             else:
                 yield None
             if save:
+                self._check_weights()
                 name = f"epoch-{self.epoch}-step-{self.step}.cap"
                 with self.trainer.evaluation_weights():
                     self._save_model(name)
@@ -352,11 +360,42 @@ class _Run:
         )
 
     def _check_finite(self, loss: float, step: int) -> float:
-        if math.isfinite(loss):
-            return loss
-        raise TrainError(
-            f"{self.folder.path}: the loss is {loss} at epoch {self.epoch}, step {step}; "
-            "lower --learning-rate (the last checkpoint is kept)"
+        if not math.isfinite(loss):
+            raise self._divergence(f"the loss is {loss}", step)
+        return loss
+
+    def _check_weights(self) -> None:
+        """Raise TrainError rather than save weights that are not finite."""
+        if not self.trainer.is_finite():
+            raise self._divergence("the weights are not finite", self.step)
+
+    def _divergence(self, what: str, step: int) -> TrainError:
+        """The error of a run that cannot go on, with its cause and what is kept."""
+        for captions, path in (
+            (self.training_captions, self.config.from_cache),
+            (self.validation_captions, self.config.val_cache or self.config.from_cache),
+        ):
+            cache = self.cache if path == self.config.from_cache else open_cache(path)
+            rows = _rows_not_finite(cache, captions)
+            if rows:
+                return TrainError(
+                    f"{path}: the features of {len(rows):,} photos are not finite (the first: "
+                    f"{cache.paths[rows[0]]}); extract the photos again"
+                )
+        recipe, saved = self.config.recipe, self._checkpoint_at
+        rewarded = self.epoch >= recipe.epochs
+        option = "--self-critical-rate" if rewarded else "--learning-rate"
+        if saved is None:
+            remedy = f"lower {option} and run the command again (nothing was saved)"
+        elif rewarded and saved <= (recipe.epochs, 0):
+            remedy = f"go on with --resume and a lower {option}"
+        else:
+            remedy = (
+                f"begin with a lower {option} and another --out (the checkpoint of epoch "
+                f"{saved[0]}, step {saved[1]} is kept)"
+            )
+        return TrainError(
+            f"{self.folder.path}: {what} at epoch {self.epoch}, step {step}; {remedy}"
         )
 
     def _is_time_to_save(self) -> bool:
@@ -368,8 +407,11 @@ class _Run:
 
     def save_position(self) -> None:
         """Save the model and the checkpoint after an interruption between two steps."""
+        if self._validates_first:
+            return  # nothing has happened yet, and the checkpoint in the folder is as it should be
         if self._pending_log is not None:
             self._log(self._pending_log)
+        self._check_weights()
         with self.trainer.evaluation_weights():
             self._save_model("last.cap")
         self._save_checkpoint()
@@ -416,6 +458,18 @@ class _Run:
             )
         )
         self._saved_at = time.monotonic()
+        self._checkpoint_at = self.epoch, self.step
+
+
+def _rows_not_finite(cache: FeatureCache, captions: CaptionSet) -> list[int]:
+    """The photos of these captions that have infinite or NaN features: rows of their cache."""
+    rows = np.unique(captions.feature_rows)
+    found: list[int] = []
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        chunk = rows[start : start + _CHUNK_ROWS]
+        finite = np.isfinite(cache.features[chunk]).all((1, 2))
+        found.extend(chunk[~finite].tolist())
+    return found
 
 
 def _load_data(

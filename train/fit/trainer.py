@@ -329,6 +329,13 @@ class Trainer:
             tokens += count
         return float(total) / tokens
 
+    def is_finite(self) -> bool:
+        """Whether no weight, averaged weight or BatchNorm statistic is infinite or NaN."""
+        tensors = [self.parameters.values, *self.decoder.buffers()]
+        if self.average is not None:
+            tensors.append(self.average.values)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
     def state(self) -> dict[str, Any]:
         """Copies of weights, optimizer and average, as plain tensors on the CPU for `load`."""
         return {
