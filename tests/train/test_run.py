@@ -279,6 +279,26 @@ def test_a_run_that_diverges_at_once_can_be_repeated(cache: FeatureCache, tmp_pa
     list(train(config(cache, run, epochs=1)))
 
 
+def test_self_critical_epochs_that_diverge_can_be_tried_at_a_lower_rate(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 1, "self_critical_epochs": 1, "self_critical_photos": 8}
+
+    def diverge(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(1.0), torch.tensor(math.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.fit.self_critical.SelfCritical.gradients", diverge)
+        with pytest.raises(TrainError) as error:
+            list(train(config(cache, run, **settings)))
+    assert str(error.value) == (
+        f"{run}: the loss is nan at epoch 1, step 2; "
+        "go on with --resume and a lower --self-critical-rate"
+    )
+    list(train(config(cache, run, **settings, self_critical_rate=1e-6, resume=True)))
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_weights_that_are_not_finite_replace_no_checkpoint(
     interrupted: bool, cache: FeatureCache, tmp_path: Path
@@ -687,7 +707,7 @@ def test_a_run_is_not_resumed_with_fewer_epochs_than_it_has_begun(
             break
     reports.close()
     for epochs, more in (1, 0), (2, 1):
-        found = f"{run}: has begun its epoch 3 already, asked for {epochs}; give --epochs 3 or more"
+        found = f"{run}: has begun 3 epochs, asked for {epochs}; give --epochs 3 or more"
         asked = config(cache, run, epochs, self_critical_epochs=more, resume=True)
         with pytest.raises(TrainError, match=found):
             next(train(asked))

@@ -278,7 +278,7 @@ def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str,
     begun = min(checkpoint.epoch + bool(checkpoint.step), checkpoint.settings["epochs"])
     if config.recipe.epochs < begun:
         raise TrainError(
-            f"{config.out}: has begun its epoch {begun} already, asked for {config.recipe.epochs}; "
+            f"{config.out}: has begun {begun} epochs, asked for {config.recipe.epochs}; "
             f"give --epochs {begun} or more, or another --out"
         )
     for name, value in data.items():
