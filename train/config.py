@@ -147,7 +147,10 @@ class TrainConfig:
         choices=SELECT_BY,
     )
     patience: int | None = option(
-        None, "Stop after this many epochs without a better model.  [default: never]", min=1
+        None,
+        "Stop after this many epochs without a better model; self-critical epochs still follow.  "
+        "[default: never]",
+        min=1,
     )
     seed: int = option(0, "Seed of everything random.", min=0)
     save_every: int | None = option(

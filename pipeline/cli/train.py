@@ -50,18 +50,23 @@ def train(*, config: TrainConfig) -> None:
 
     Example: cap train --from-cache train.h5 --out runs/base
     """
-    started = False
+    started = saved = False
 
     def kept() -> str:
-        if started:
+        if not started:
+            return "training had not begun; run the same command again"
+        if saved:
             return f"the model so far is in {config.out}; go on with --resume"
-        return "training had not begun; run the same command again"
+        # A second Ctrl-C leaves what was saved before the first.
+        if (config.out / "checkpoint.pt").exists():
+            return f"the last checkpoint is in {config.out}; go on with --resume"
+        return "no checkpoint was saved; start again with --overwrite"
 
     with errors(kept):
         from train.fit.reports import EpochLog, Saved, Started, StepLog
         from train.fit.run import train as run_training
 
-        best = None
+        best, stopped = None, False
         with _between_steps() as interrupted, contextlib.closing(run_training(config)) as reports:
             for report in reports:
                 match report:
@@ -76,7 +81,11 @@ def train(*, config: TrainConfig) -> None:
                     case Saved():
                         say(f"saved {report.path}")
                 if interrupted():
-                    raise KeyboardInterrupt
+                    stopped = True
+                    break
+        if stopped:
+            saved = True
+            raise KeyboardInterrupt
         scores = (
             f" (epoch {best.epoch}: validation loss {best.val_loss:.4f}, "
             f"CIDEr {100 * best.cider:.1f})"

@@ -460,6 +460,47 @@ def test_ctrl_c_before_training_begins_promises_no_model(work: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("epoch", "kept"),
+    [
+        (0, "no checkpoint was saved; start again with --overwrite"),
+        (1, "the last checkpoint is in {run}; go on with --resume"),
+    ],
+)
+def test_a_second_ctrl_c_says_what_there_is(
+    epoch: int, kept: str, work: Path, tmp_path: Path
+) -> None:
+    # Two at once, in the middle of the first step of an epoch.
+    code = f"""
+import os, signal
+from train.fit.trainer import Trainer
+step = Trainer._step
+def interrupted(self, chosen, views, epoch, *rest):
+    if epoch == {epoch}:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self, chosen, views, epoch, *rest)
+Trainer._step = interrupted
+from pipeline.cli.main import main
+main()
+"""
+    arguments = ["train", "--from-cache", str(work / "x.h5"), "--out", str(tmp_path / "run")]
+    arguments += ["--batch-size", "8", "--min-count", "1", "--epochs", "3", "--device", "cpu"]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=50,
+    )
+    assert process.returncode == 130, process.stderr
+    said = f"interrupted; {kept}".replace("{run}", f"{tmp_path}/run")
+    assert process.stderr.splitlines()[-1] == said
+    assert (tmp_path / "run/checkpoint.pt").exists() == (epoch > 0)
+    again = ["--resume"] if epoch else ["--overwrite"]
+    cap(*arguments, *again)
+
+
 def test_a_closed_pipe_is_no_traceback(work: Path, photos: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

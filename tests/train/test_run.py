@@ -15,19 +15,22 @@ import pytest
 import torch
 
 from cache.record import CacheError
-from cache.store import FeatureCache
-from tests.conftest import MakeCache
-from train.captions.caption_set import TrainingSetError
+from cache.store import FeatureCache, open_cache
+from cache.writer import open_writer
+from tests.conftest import MakeCache, skeleton
+from train.captions.caption_set import TrainingSetError, caption_set
 from train.captions.photo_split import split_photos
 from train.captions.tokenizer import tokenize
-from train.captions.vocabulary import UNK, VocabularyError
+from train.captions.vocabulary import UNK, VocabularyError, build_vocabulary
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 from train.fit.reports import EpochLog, Started, StepLog
 from train.fit.run import train
 from train.fit.run_folder import TrainError
+from train.fit.trainer import Trainer
 from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle
+from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.search.hypotheses import search
 
 SMALL: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "epochs": 3, "batch_size": 16}
@@ -348,6 +351,77 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: Mak
             pass
 
 
+def test_a_run_that_diverges_at_once_can_be_repeated(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = (
+        rf"{run}: the (loss is|weights are) .* at epoch 0, step \d; lower --learning-rate and run "
+        r"the command again \(nothing was saved\)"
+    )
+    with pytest.raises(TrainError, match=found):
+        list(train(config(cache, run, learning_rate=1e30)))
+    list(train(config(cache, run, epochs=1)))
+
+
+def test_self_critical_epochs_that_diverge_can_be_tried_at_a_lower_rate(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 1, "self_critical_epochs": 1, "self_critical_photos": 8}
+
+    def diverge(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(1.0), torch.tensor(math.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.fit.self_critical.SelfCritical.gradients", diverge)
+        with pytest.raises(TrainError) as error:
+            list(train(config(cache, run, **settings)))
+    assert str(error.value) == (
+        f"{run}: the loss is nan at epoch 1, step 2; "
+        "go on with --resume and a lower --self-critical-rate"
+    )
+    list(train(config(cache, run, **settings, self_critical_rate=1e-6, resume=True)))
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_weights_that_are_not_finite_replace_no_checkpoint(
+    interrupted: bool, cache: FeatureCache, tmp_path: Path
+) -> None:
+    """Also if the run is interrupted before the loss is logged."""
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["settings"]["learning_rate"] = 1e30
+    torch.save(state, run / "checkpoint.pt")
+    before = {path.name: path.read_bytes() for path in run.glob("*.[cp]*")}
+    reports = train(
+        config(cache, run, 2, learning_rate=1e30, log_every=99, save_every=99, resume=True)
+    )
+    found = (
+        rf"{run}: the (loss is|weights are) .* at epoch 1, step \d; begin with a lower "
+        r"--learning-rate and another --out \(the checkpoint of epoch 1, step 0 is kept\)"
+    )
+    if interrupted:
+        assert list(itertools.islice(reports, 5))[1:] == [None] * 4
+        with pytest.raises(TrainError, match=found):
+            reports.close()
+    else:
+        with pytest.raises(TrainError, match=found):
+            list(reports)
+    assert {path.name: path.read_bytes() for path in run.glob("*.[cp]*")} == before
+
+
+def test_a_run_interrupted_before_it_judges_anew_judges_later(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    reports = train(config(cache, run, epochs=2, select_by="loss", resume=True))
+    next(reports)
+    reports.close()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 @pytest.mark.parametrize("in_validation", [False, True])
 def test_damaged_rows_are_named_before_training(
     in_validation: bool, cache: FeatureCache, make_cache: MakeCache, tmp_path: Path
@@ -472,6 +546,7 @@ def test_with_another_select_by_the_model_so_far_is_validated_again(
     run = tmp_path / "run"
     settings: dict[str, Any] = {"epochs": 2}
     list(train(config(cache, run, **settings)))
+    standing = load_bundle(run / "best.cap").training["epoch"]
     seen: list[ValidatedEpoch] = []
 
     def update(tracker: BestEpochTracker, newest: ValidatedEpoch) -> bool:
@@ -483,11 +558,12 @@ def test_with_another_select_by_the_model_so_far_is_validated_again(
     # Without learning, the next epoch gets the same scores as the model so far.
     more = settings | {"self_critical_epochs": 1, "self_critical_rate": 0.0, "resume": True}
     list(train(config(cache, run, select_by="beam", **more)))
-    assert [epoch.epoch for epoch in seen] == [1, 2]
-    assert seen[0].ciders.tolist() == seen[1].ciders.tolist()
     best = load_bundle(run / "best.cap").training
+    # The best model so far, the present one, and the one after the next epoch.
+    assert [epoch.epoch for epoch in seen] == [standing, 1, 2]
+    assert seen[1].ciders.tolist() == seen[2].ciders.tolist()
     assert best["config"]["select_by"] == "beam"
-    assert best["scores"]["cider"] == pytest.approx(seen[0].ciders.mean())
+    assert best["scores"]["cider"] == pytest.approx(seen[best["epoch"] - standing].ciders.mean())
 
 
 def test_epochs_can_be_added_until_self_critical_ones_have_begun(
@@ -576,3 +652,239 @@ def test_four_captions_are_learned_by_heart(tmp_path: Path, make_cache: MakeCach
     for beam_size in (1, 3):
         found = search(bundle.decoder, features, SearchConfig(beam_size=beam_size))
         assert [bundle.vocabulary.decode(h.words) for h in found] == sentences
+
+
+def test_a_checkpoint_holds_each_number_once(cache: FeatureCache, tmp_path: Path) -> None:
+    list(train(config(cache, tmp_path / "run", epochs=1, average_decay=0.9)))
+    path = tmp_path / "run/checkpoint.pt"
+    trainer = torch.load(path, weights_only=True)["trainer"]
+    optimizer = trainer["optimizer"]
+    parts = [trainer["parameters"], trainer["buffers"], trainer["average"]]
+    parts += [optimizer["mean"], optimizer["mean_of_squares"]]
+    numbers = [tensor for part in parts for tensor in part.values()]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in numbers)
+    assert held == sum(tensor.nbytes for tensor in numbers)
+
+
+def test_the_state_of_a_trainer_does_not_follow_its_training(cache: FeatureCache) -> None:
+    vocabulary = build_vocabulary(cache.captions, 1)
+    decoder = CaptionDecoder(DecoderConfig(8, len(vocabulary), embedding_size=8, hidden_size=16))
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=16, average_decay=0.9)
+    captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=50)
+    trainer = Trainer(decoder, captions, recipe, seed=0)
+    before = weights_of(trainer)
+    state = trainer.state()
+    list(trainer.epoch(0))
+    assert not same(before, weights_of(trainer))
+    trainer.load(state)
+    assert same(before, weights_of(trainer))
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    assert trainer.average is not None
+    average = {f"average of {name}": value for name, value in trainer.average.state().items()}
+    values = trainer.decoder.state_dict() | average
+    return {name: value.clone() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"image_size": 96}, "features of image_size 64, .*other.h5 holds 96"),
+        ({"preprocessing": "squash"}, "features of preprocessing none, .*holds squash"),
+        ({"precision": "float16"}, "features of precision float32, .*holds float16"),
+        ({"views": ("full", "flip")}, "features of views full, .*holds full,flip"),
+        ({"backbone": "resnet50"}, "features of backbone resnet18, .*holds resnet50"),
+        ({"weights_sha256": "cd" * 32}, "other weights of the backbone than .*other.h5 holds"),
+        ({"digests": True}, r"other digests \(contents of the photo files\) than"),
+        ({"unreadable": True}, r"other status of its photos \(which of them are extracted\) than"),
+    ],
+)
+def test_a_run_goes_on_only_with_the_features_it_began_with(
+    changes: dict[str, Any], found: str, cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    captions = cache.captions.by_row(len(cache))
+    changes = dict(changes)
+    files_change, unreadable = changes.pop("digests", False), changes.pop("unreadable", False)
+    other = make_cache(captions, name="other.h5", **changes)
+    list(train(config(cache, tmp_path / "run", epochs=1)))
+    if files_change or unreadable:
+        made = skeleton(captions)
+        digest = np.full(16, 7 if files_change else 0, np.uint8)
+        with open_writer(other.path, made, library_versions={}) as writer:
+            if unreadable:
+                writer.set_unreadable(3, "not an image", digest)
+            else:
+                writer.write(np.array([3]), np.array(cache.features[3:4]), digest[None])
+        other = open_cache(other.path)
+    with pytest.raises(TrainError, match=f"run: was trained on {found}") as error:
+        next(train(config(other, tmp_path / "run", epochs=2, resume=True)))
+    assert str(error.value).endswith("; give the cache it began with, or another --out")
+
+
+def test_two_runs_do_not_share_a_folder(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train(config(cache, run))
+    for _ in itertools.islice(first, 8):  # past the first checkpoint
+        pass
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    asked: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+    for changes in asked:
+        with pytest.raises(TrainError) as error:
+            next(train(config(cache, run, **changes)))
+        assert str(error.value) == (
+            f"{run}: another process is training into it; wait until it ends, or name another --out"
+        )
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    first.close()
+    assert not (run / "run.lock").exists()
+    list(train(config(cache, run, resume=True)))
+    list(train(config(cache, tmp_path / "whole")))
+    assert same(weights(tmp_path / "whole/last.cap"), weights(run / "last.cap"))
+
+
+def test_an_error_or_a_kill_leaves_no_folder_locked(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    with pytest.raises(TrainError, match="hidden_size"):
+        next(train(config(cache, run, resume=True, hidden_size=32)))
+    (run / "run.lock").touch()  # as a kill leaves it
+    list(train(config(cache, run, epochs=2, resume=True)))
+    assert not (run / "run.lock").exists()
+
+
+def test_a_model_without_a_checkpoint_is_not_to_be_resumed(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    list(train(config(cache, tmp_path / "run", epochs=1)))
+    (tmp_path / "run/checkpoint.pt").unlink()
+    with pytest.raises(TrainError, match="already holds a model; replace it with --overwrite, or"):
+        next(train(config(cache, tmp_path / "run")))
+
+
+def test_photos_that_were_trained_on_do_not_validate(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    """Neither photos of the training cache nor copies of them in another cache."""
+    run = tmp_path / "run"
+    val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
+    list(train(config(cache, run, epochs=1, val_cache=val.path)))
+    found = f"{run}: 6 of the 6 photos to validate on were trained on; give the --val-cache it"
+    with pytest.raises(TrainError, match=found):
+        next(train(config(cache, run, epochs=2, resume=True)))
+    # Still possible: the same validation photos, and others that are new to the run.
+    other = make_cache([["a bird sings"]] * 3, name="other.h5")
+    list(train(config(cache, run, epochs=2, val_cache=val.path, resume=True)))
+    list(train(config(cache, run, epochs=3, val_cache=other.path, resume=True)))
+
+
+def test_copies_of_photos_that_were_trained_on_do_not_validate(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run, captions = tmp_path / "run", cache.captions.by_row(len(cache))
+    numbered = skeleton(captions)
+    digests = np.arange(1, 31, dtype=np.uint8)[:, None].repeat(16, 1)
+    with open_writer(tmp_path / "numbered.h5", numbered, library_versions={}) as writer:
+        writer.write(np.arange(30), np.array(cache.features), digests)
+    numbered_cache = open_cache(tmp_path / "numbered.h5")
+    list(train(config(numbered_cache, run, epochs=1)))
+    training, held_out = split_photos(numbered_cache, held_out=0.2, seed=0)
+    rows = np.array([training[0], training[1], held_out[0]])  # two of them were trained on
+    few = skeleton([captions[row] for row in rows.tolist()])
+    with open_writer(tmp_path / "few.h5", few, library_versions={}) as writer:
+        writer.write(np.arange(3), np.array(cache.features[rows]), digests[rows])
+    found = f"{run}: 2 of the 3 photos to validate on were trained on; use those it began with, or"
+    with pytest.raises(TrainError, match=found):
+        next(train(config(numbered_cache, run, 2, val_cache=tmp_path / "few.h5", resume=True)))
+
+
+def test_photos_trained_on_in_any_part_of_a_run_are_remembered(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
+    # Now the photos that were held out are trained on, too.
+    list(train(config(cache, run, epochs=2, val_cache=val.path, resume=True)))
+    with pytest.raises(TrainError, match="6 of the 6 photos to validate on were trained on"):
+        next(train(config(cache, run, epochs=3, resume=True)))
+
+
+def test_an_epoch_ends_with_the_photos_it_began_with(
+    cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    reports = train(config(cache, run))
+    for _ in itertools.islice(reports, 3):
+        pass
+    reports.close()
+    val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
+    found = f"{run}: was interrupted in an epoch over 24 photos, asked for 30 others;"
+    with pytest.raises(TrainError, match=found):
+        next(train(config(cache, run, val_cache=val.path, resume=True)))
+
+
+@pytest.mark.parametrize("spoiled", ["checkpoint.pt", "best.cap"])
+@pytest.mark.parametrize("by", ["select_by", "photos"])
+def test_the_best_model_stays_unless_the_present_one_is_better(
+    spoiled: str, by: str, cache: FeatureCache, tmp_path: Path, make_cache: MakeCache
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 4, "select_by": "cider" if by == "select_by" else "loss"}
+    list(train(config(cache, run, **settings)))
+    if spoiled == "checkpoint.pt":
+        state = torch.load(run / spoiled, weights_only=True)
+        state["trainer"]["parameters"]["head.weight"].mul_(-9)
+        torch.save(state, run / spoiled)
+        expected = weights(run / "best.cap")
+    else:
+        best = load_bundle(run / spoiled)
+        with torch.no_grad():
+            best.decoder.head.weight.mul_(-9)
+        best.save(run / spoiled)
+        expected = weights(run / "last.cap")
+    changes: dict[str, Any] = {"select_by": "loss"}
+    if by == "photos":
+        changes["val_cache"] = make_cache([["a cat"], ["the dog runs"]], name="val.h5").path
+    logs = list(train(config(cache, run, **(settings | changes), resume=True)))
+    assert not any(isinstance(log, EpochLog) for log in logs)  # nothing was trained
+    assert same(weights(run / "best.cap"), expected)
+    facts = load_bundle(run / "best.cap").training
+    assert facts["config"]["select_by"] == "loss"
+    assert facts["scores"]["count"] == (2 if by == "photos" else 6)
+    # A further resumption compares with these scores.
+    choice = torch.load(run / "checkpoint.pt", weights_only=True)["choice"]
+    assert choice["best"]["val_loss"] == facts["val_loss"]
+
+
+def test_a_run_is_not_resumed_with_fewer_epochs_than_it_has_begun(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    reports = train(config(cache, run, epochs=4))
+    for report in reports:
+        if isinstance(report, StepLog) and (report.epoch, report.step) == (2, 2):
+            break
+    reports.close()
+    for epochs, more in (1, 0), (2, 1):
+        found = f"{run}: has begun 3 epochs, asked for {epochs}; give --epochs 3 or more"
+        asked = config(cache, run, epochs, self_critical_epochs=more, resume=True)
+        with pytest.raises(TrainError, match=found):
+            next(train(asked))
+    list(train(config(cache, run, epochs=3, resume=True)))
+
+
+def test_self_critical_epochs_follow_when_patience_has_ended_the_others(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    def trained(**changes: Any) -> list[int]:
+        settings = {"epochs": 9, "patience": 1, "learning_rate": 0.0} | changes
+        reports = train(config(cache, tmp_path / "run", **settings))
+        return [report.epoch for report in reports if isinstance(report, EpochLog)]
+
+    early = trained()
+    assert early[-1] < 8
+    more = {"self_critical_epochs": 2, "self_critical_rate": 0.0, "self_critical_photos": 8}
+    assert trained(**more, resume=True)[0] == 9
+    assert trained(**more, resume=True, patience=None)[:1] in ([], [10])
+    assert trained(**more, overwrite=True)[: len(early) + 1] == [*early, 9]

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache.record import CacheError
-from cache.store import DONE, FeatureCache, open_cache
+from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
 from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
 from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
@@ -35,8 +36,10 @@ from train.fit.run_folder import (
 )
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationPhotos, ValidationScores
-from train.model.bundle import Bundle
+from train.model.bundle import Bundle, load_bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
+
+_CHUNK_ROWS = 4096  # photos whose features are in memory at a time
 
 
 def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
@@ -45,14 +48,15 @@ def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
     Closing the generator between two steps saves the run, so that it can be resumed at that step.
     Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
     """
-    run = _Run(config)
-    with run.metrics:
-        try:
-            yield run.started()
-            yield from run.epochs()
-        except GeneratorExit:
-            run.save_position()
-            raise
+    with RunFolder(config.out) as folder:
+        run = _Run(config, folder)
+        with run.metrics:
+            try:
+                yield run.started()
+                yield from run.epochs()
+            except GeneratorExit:
+                run.save_position()
+                raise
 
 
 @dataclass(frozen=True)
@@ -76,16 +80,17 @@ def _reads_losses_late(device: torch.device) -> bool:
 class _Run:
     """A run between two steps. `epoch` and `step` are those of the next step to train."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
         self.config = config
+        self.folder = folder
         self.device = resolve_device(config.device)
         if self.device.index is not None:
             # Seeds and graphs belong to the current device.
             torch.cuda.set_device(self.device)
         cache = open_cache(config.from_cache)
         self.cache = cache
-        self.folder = RunFolder(config.out)
-        checkpoint = self.folder.read_checkpoint() if config.resume else None
+        self._identity = data_identity(cache)
+        checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         self.data = _load_data(config, cache, self.device, self.data_rules)
         self.vocabulary = self.data.vocabulary
@@ -111,9 +116,15 @@ class _Run:
             plain=config.plain,
         )
         self.epoch, self.step = 0, 0
+        # (N,) photos of the training cache: those of an epoch, those that any step has trained on.
+        self._training = np.zeros(len(cache), bool)
+        self._training[self.training_captions.feature_rows] = True
+        self._trained_on = np.zeros(len(cache), bool)
         self.best_epoch = BestEpochTracker(by_loss=config.select_by == "loss")
         self._validates_first = False
         self._pending_log: _PendingLog | None = None
+        # Epoch and step of the checkpoint in the folder.
+        self._checkpoint_at: tuple[int, int] | None = None
         if checkpoint is not None:
             self._resume(checkpoint)
         else:
@@ -123,18 +134,60 @@ class _Run:
         self._logged_at = time.perf_counter()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        check_resumable(checkpoint, self.config, data_identity(self.cache))
+        check_resumable(checkpoint, self.config, self._identity)
         self.trainer.load(checkpoint.trainer)
-        self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.epoch, self.step = self._checkpoint_at = checkpoint.epoch, checkpoint.step
+        same_validation = self._resume_photos(checkpoint)
         # Scores by another measure or of other photos do not compare with those before.
-        self._validates_first = checkpoint.settings[
-            "select_by"
-        ] != self.config.select_by or not self.validation_photos.is_recorded_as(
-            checkpoint.validated_on
+        self._validates_first = (
+            checkpoint.settings["select_by"] != self.config.select_by or not same_validation
         )
         if not self._validates_first:
             self.best_epoch.load(checkpoint.choice)
         self.folder.drop_metrics_after(self.epoch, self.step)
+
+    def _resume_photos(self, checkpoint: Checkpoint) -> bool:
+        """Take over which photos were trained on. Returns whether the validation photos are the
+        same as before.
+
+        Raises TrainError if photos that were trained on would validate, or if the epoch that was
+        interrupted had other photos.
+        """
+        out, recorded = self.config.out, checkpoint.photos
+        same = self.validation_photos.is_recorded_as(checkpoint.validated_on)
+        if recorded is None:  # by 0.1.0
+            self._trained_on |= self._training & bool(checkpoint.epoch or checkpoint.step)
+            return same
+        self._trained_on |= recorded["trained_on"].numpy()
+        rows, before = self.validation_photos.rows, recorded["training"].numpy()
+        same = same and np.array_equal(recorded["validation"].numpy(), rows)
+        leaked = 0 if same else self._validation_photos_trained_on()
+        if leaked:
+            name = "give the --val-cache" if self.config.val_cache is None else "use those"
+            raise TrainError(
+                f"{out}: {leaked:,} of the {len(rows):,} photos to validate on were trained on; "
+                f"{name} it began with, or another --out"
+            )
+        if checkpoint.step and not np.array_equal(before, self._training):
+            raise TrainError(
+                f"{out}: was interrupted in an epoch over {before.sum():,} photos, asked for "
+                f"{self._training.sum():,} others; validate on the photos it began with until the "
+                "epoch ends, or name another --out"
+            )
+        return same
+
+    def _validation_photos_trained_on(self) -> int:
+        """How many validation photos have been trained on: the same photos, or copies of them."""
+        config, rows = self.config, self.validation_photos.rows
+        val_cache = self.cache if config.val_cache is None else open_cache(config.val_cache)
+        if val_cache.photos_sha256 == self.cache.photos_sha256:
+            leaked = self._trained_on[rows]
+        else:
+            leaked = np.zeros(len(rows), bool)
+        digests = {digest.tobytes() for digest in self.cache.digests[self._trained_on]}
+        digests.discard(bytes(DIGEST_BYTES))  # of files that could not be read
+        copies = [digest.tobytes() in digests for digest in val_cache.digests[rows]]
+        return int((leaked | np.array(copies, bool)).sum())
 
     def started(self) -> Started:
         return Started(
@@ -151,13 +204,18 @@ class _Run:
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
-        epochs = self.config.recipe.all_epochs
+        recipe = self.config.recipe
+        epochs = recipe.all_epochs
         if self._validates_first:
-            with self.trainer.evaluation_weights():
-                self._validate(self.epoch if self.step else self.epoch - 1)
-        while self.epoch < epochs and not self._out_of_patience():
+            self._judge_anew()
+        while self.epoch < epochs:
+            if self._out_of_patience():
+                if self.epoch >= recipe.epochs or not recipe.self_critical_epochs:
+                    break
+                self.epoch = recipe.epochs
             started_at = time.perf_counter()
             yield from self._train_epoch()
+            self._check_weights()
             with self.trainer.evaluation_weights():
                 val_loss, scores, best = self._validate(self.epoch)
                 self._save_model("last.cap", val_loss, scores)
@@ -185,9 +243,31 @@ class _Run:
             self._save_checkpoint()
             yield log
 
-    def _validate(self, epoch: int) -> tuple[float, ValidationScores, bool]:
+    def _judge_anew(self) -> None:
+        """Score the best model so far and the present one. The better one becomes the best."""
+        path = self.folder.path / "best.cap"
+        if path.exists():
+            standing = load_bundle(path, self.device)
+            try:
+                with self.trainer.weights_of(standing.decoder):
+                    self._validate(standing.training["epoch"], standing.training)
+            except RuntimeError:
+                raise TrainError(
+                    f"{path}: not a model of this run (other sizes); move it away, or name "
+                    "another --out"
+                ) from None
+        if self.epoch or self.step:
+            with self.trainer.evaluation_weights():
+                self._validate(self.epoch if self.step else self.epoch - 1)
+        self._validates_first = False
+        self._save_checkpoint()  # the next resumption compares with the new scores
+
+    def _validate(
+        self, epoch: int, facts: Mapping[str, Any] | None = None
+    ) -> tuple[float, ValidationScores, bool]:
         """Score the decoder as it is, and save it if it is the best one so far.
 
+        facts: about the training of a model that was saved before; None: of the present one.
         Returns (validation loss, scores, whether it is the best).
         """
         loss = self.trainer.validation_loss(self.validation_captions)
@@ -198,20 +278,33 @@ class _Run:
         rewarded = epoch >= self.config.recipe.epochs
         best = self.best_epoch.update(ValidatedEpoch(epoch, val_loss, scores.ciders, rewarded))
         if best:
-            self._save_model("best.cap", val_loss, scores, epoch)
+            facts = facts or self._facts() | {"epoch": epoch}
+            chosen_by = {"select_by": self.config.select_by}
+            facts = {**facts, "config": {**facts["config"], **chosen_by}}
+            self._save_model("best.cap", val_loss, scores, facts)
         return val_loss, scores, best
 
     def _out_of_patience(self) -> bool:
+        """Whether too many epochs of the present kind, all finished, have brought no better model.
+
+        Self-critical epochs are counted for themselves.
+        """
         patience, best = self.config.patience, self.best_epoch.best
-        epochs_since_best = self.epoch - 1 - (best.epoch if best else -1)
-        return patience is not None and epochs_since_best >= patience
+        if patience is None or self.step:
+            return False
+        after_best = best.epoch + 1 if best else 0
+        first = self.config.recipe.epochs if self.epoch >= self.config.recipe.epochs else 0
+        return self.epoch - max(after_best, first) >= patience
 
     def _train_epoch(self) -> Generator[TrainReport | None, None, None]:
         """Train the rest of the current epoch, log, and save models in between."""
         log_every, reads_late = self.config.log_every, _reads_losses_late(self.device)
         losses: list[Tensor] = []
         captions, self._logged_at = 0, time.perf_counter()
+        first_step = self.step
         for result in self._train_steps():
+            if result.step == first_step:
+                self._trained_on |= self._training
             losses.append(result.loss)
             captions += result.captions
             self.step = result.step + 1
@@ -232,6 +325,7 @@ class _Run:
             else:
                 yield None
             if save:
+                self._check_weights()
                 name = f"epoch-{self.epoch}-step-{self.step}.cap"
                 with self.trainer.evaluation_weights():
                     self._save_model(name)
@@ -267,11 +361,31 @@ class _Run:
         )
 
     def _check_finite(self, loss: float, step: int) -> float:
-        if math.isfinite(loss):
-            return loss
-        raise TrainError(
-            f"{self.folder.path}: the loss is {loss} at epoch {self.epoch}, step {step}; "
-            "lower --learning-rate (the last checkpoint is kept)"
+        if not math.isfinite(loss):
+            raise self._divergence(f"the loss is {loss}", step)
+        return loss
+
+    def _check_weights(self) -> None:
+        """Raise TrainError rather than save weights that are not finite."""
+        if not self.trainer.is_finite():
+            raise self._divergence("the weights are not finite", self.step)
+
+    def _divergence(self, what: str, step: int) -> TrainError:
+        """The error of a run that cannot go on, with its cause and what is kept."""
+        recipe, saved = self.config.recipe, self._checkpoint_at
+        rewarded = self.epoch >= recipe.epochs
+        option = "--self-critical-rate" if rewarded else "--learning-rate"
+        if saved is None:
+            remedy = f"lower {option} and run the command again (nothing was saved)"
+        elif rewarded and saved <= (recipe.epochs, 0):
+            remedy = f"go on with --resume and a lower {option}"
+        else:
+            remedy = (
+                f"begin with a lower {option} and another --out (the checkpoint of epoch "
+                f"{saved[0]}, step {saved[1]} is kept)"
+            )
+        return TrainError(
+            f"{self.folder.path}: {what} at epoch {self.epoch}, step {step}; {remedy}"
         )
 
     def _is_time_to_save(self) -> bool:
@@ -283,8 +397,11 @@ class _Run:
 
     def save_position(self) -> None:
         """Save the model and the checkpoint after an interruption between two steps."""
+        if self._validates_first:
+            return  # nothing has happened yet, and the checkpoint in the folder is as it should be
         if self._pending_log is not None:
             self._log(self._pending_log)
+        self._check_weights()
         with self.trainer.evaluation_weights():
             self._save_model("last.cap")
         self._save_checkpoint()
@@ -294,33 +411,45 @@ class _Run:
         name: str,
         val_loss: float | None = None,
         scores: ValidationScores | None = None,
-        epoch: int | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
+        """facts: about its training; None: of the present model."""
         facts = {
-            "epoch": self.epoch if epoch is None else epoch,
-            "step": self.step,
+            **(facts or self._facts()),
             "val_loss": val_loss,
             "scores": scores.as_dict() if scores else None,
-            "captions": len(self.training_captions),
-            "config": run_settings(self.config),
         }
         bundle = Bundle(self.decoder, self.vocabulary, self.cache.encoder, facts)
         bundle.save(self.folder.path / name)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "captions": len(self.training_captions),
+            "config": run_settings(self.config),
+        }
 
     def _save_checkpoint(self) -> None:
         self.folder.save_checkpoint(
             Checkpoint(
                 settings=run_settings(self.config),
-                data=data_identity(self.cache),
+                data=self._identity,
                 trainer=self.trainer.state(),
                 epoch=self.epoch,
                 step=self.step,
                 choice=self.best_epoch.state(),
                 validated_on=self.validation_photos.identity,
                 data_rules=self.data_rules,
+                photos={
+                    "training": torch.from_numpy(self._training),
+                    "trained_on": torch.from_numpy(self._trained_on),
+                    "validation": torch.from_numpy(self.validation_photos.rows),
+                },
             )
         )
         self._saved_at = time.monotonic()
+        self._checkpoint_at = self.epoch, self.step
 
 
 @dataclass(frozen=True)

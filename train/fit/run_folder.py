@@ -6,6 +6,7 @@
       epoch-0-step-1000.cap …   a model every `save_every` steps, or at intervals if that is not set
       metrics.jsonl    one JSON object for each log line and each epoch
       checkpoint.pt    decoder, optimizer and position, which `--resume` reads
+      run.lock         empty; there while a process trains, which has it locked
 
 Models and checkpoints are written to a temporary file, which is then renamed. A `.cap` file is all
 that prediction needs.
@@ -13,14 +14,21 @@ that prediction needs.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
@@ -44,22 +52,70 @@ class Checkpoint:
     """All that a run needs to continue. In the file, the names of the fields are the keys."""
 
     settings: dict[str, Any]  # as `run_settings` gives them
-    data: dict[str, str]  # as `data_identity` gives it
+    data: dict[str, str]  # as `data_identity` gives it; older checkpoints have fewer members
     trainer: dict[str, Any]  # as `Trainer.state` gives it
     epoch: int  # epoch and step of the next step to train
     step: int
     choice: dict[str, Any]  # as `BestEpochTracker.state` gives it
     validated_on: str  # `ValidationPhotos.identity`
     data_rules: int = 1  # as `DATA_RULES`; 0.1.0 wrote none
+    # `training` and `trained_on`, (N,) bool: the photos of the training cache that an epoch trains
+    # on, and those that any step has trained on. `validation`, (K,) int64: the rows of the
+    # validation photos in their cache. 0.1.0 did not record them.
+    photos: dict[str, Tensor] | None = None
 
 
 class RunFolder:
-    """Reads and writes the files of a run. `start` or `resume` comes first."""
+    """Reads and writes the files of a run. `start` or `read_checkpoint` comes first.
+
+    Both lock the folder against other processes until the context ends.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._checkpoint = path / "checkpoint.pt"
         self._metrics = path / "metrics.jsonl"
+        self._lock = path / "run.lock"
+        self._lock_fd: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock_fd is not None:
+            with contextlib.suppress(OSError):
+                self._lock.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _take_lock(self) -> None:
+        """Raises TrainError if another process trains into the folder."""
+        while self._lock_fd is None:
+            try:
+                fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise TrainError(f"{self.path}: cannot write there ({error.strerror})") from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(self._lock)):
+                    self._lock_fd = fd
+            except BlockingIOError:
+                raise TrainError(
+                    f"{self.path}: another process is training into it; "
+                    "wait until it ends, or name another --out"
+                ) from None
+            except FileNotFoundError:
+                pass  # the other process has just ended and removed the file: try again
+            except OSError as error:
+                raise TrainError(f"{self.path}: cannot lock ({error.strerror})") from None
+            finally:
+                if self._lock_fd != fd:
+                    os.close(fd)
 
     def start(self, *, overwrite: bool) -> None:
         """Make the folder. Raises TrainError if it holds a run and `overwrite` is off."""
@@ -67,22 +123,28 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainError(f"{self.path}: cannot make the folder ({error.strerror})") from None
+        self._take_lock()
         # Other models in the folder are not this run's, and stay.
         written = ("best.cap", "last.cap", "epoch-[0-9]*-step-[0-9]*.cap", "checkpoint.pt")
         earlier_run = [path for name in written for path in self.path.glob(name)]
         if earlier_run and not overwrite:
+            found = "a run; continue it with --resume," if self.has_checkpoint() else "a model;"
             raise TrainError(
-                f"{self.path}: already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or name another --out"
+                f"{self.path}: already holds {found} replace it with --overwrite, "
+                "or name another --out"
             )
         for path in [*earlier_run, self._metrics]:
             path.unlink(missing_ok=True)
 
+    def has_checkpoint(self) -> bool:
+        return self._checkpoint.exists()
+
     def read_checkpoint(self) -> Checkpoint:
         """Raises TrainError if there is no checkpoint, or if it is damaged or of another format."""
         path = self._checkpoint
-        if not path.exists():
+        if not self.has_checkpoint():
             raise TrainError(f"{self.path}: nothing to resume (no checkpoint.pt)")
+        self._take_lock()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             version = state["version"]
@@ -92,7 +154,10 @@ class RunFolder:
         if version != CHECKPOINT_VERSION:
             raise TrainError(f"{path}: format {version}, this program reads {CHECKPOINT_VERSION}")
         known = {field.name for field in fields(Checkpoint)}
-        return Checkpoint(**{name: value for name, value in state.items() if name in known})
+        try:
+            return Checkpoint(**{name: value for name, value in state.items() if name in known})
+        except TypeError:
+            raise TrainError(f"{path}: cannot read (it is incomplete)") from None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint. Raises WriteError."""
@@ -170,16 +235,46 @@ def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
 
 
 def data_identity(cache: FeatureCache) -> dict[str, str]:
-    """Digests of the photos, the captions and the encoder's weights behind a cache."""
+    """What the features and captions of a cache follow from.
+
+    Digests of the photos' names, the captions, the encoder's weights, the contents of the photo
+    files and the status of the rows; and the rest of the encoder's record.
+    """
+    encoder = cache.encoder
     return {
         "photos": cache.photos_sha256,
         "captions": cache.captions_sha256,
-        "weights": cache.encoder.weights_sha256,
+        "weights": encoder.weights_sha256,
+        "backbone": encoder.backbone,
+        "feature_dim": str(encoder.feature_dim),
+        "image_size": str(encoder.image_size),
+        "views": ",".join(encoder.views),
+        "preprocessing": encoder.preprocessing,
+        "precision": encoder.precision,
+        "digests": _sha256(cache.digests),
+        "status": _sha256(cache.status),
     }
 
 
+def _sha256(array: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+# Members of the identity whose values say nothing to a reader, and what is said instead.
+_OTHER_DATA = {
+    "photos": "photos",
+    "captions": "captions",
+    "weights": "weights of the backbone",
+    "digests": "digests (contents of the photo files)",
+    "status": "status of its photos (which of them are extracted)",
+}
+
+
 def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str, str]) -> None:
-    """Raise TrainError if a run began with other settings or other data than are asked for."""
+    """Raise TrainError if a run began with other settings or other data than are asked for.
+
+    What an older checkpoint does not record is not compared.
+    """
     asked = run_settings(config)
     for name, value in checkpoint.settings.items():
         if asked.get(name) != value and not _may_change(name, checkpoint, config.recipe):
@@ -187,10 +282,24 @@ def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str,
                 f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
                 "give the options it began with, or another --out"
             )
-    for name, digest in data.items():
-        if checkpoint.data[name] != digest:
+    # Self-critical epochs, which follow a fixed number of others, count from that number.
+    begun = min(checkpoint.epoch + bool(checkpoint.step), checkpoint.settings["epochs"])
+    if config.recipe.epochs < begun:
+        raise TrainError(
+            f"{config.out}: has begun {begun} epochs, asked for {config.recipe.epochs}; "
+            f"give --epochs {begun} or more, or another --out"
+        )
+    for name, value in data.items():
+        before = checkpoint.data.get(name, value)
+        if before != value:
+            difference = (
+                f"other {_OTHER_DATA[name]} than {config.from_cache} holds"
+                if name in _OTHER_DATA
+                else f"features of {name} {before}, {config.from_cache} holds {value}"
+            )
             raise TrainError(
-                f"{config.out}: was trained on other {name} than {config.from_cache} holds"
+                f"{config.out}: was trained on {difference}; "
+                "give the cache it began with, or another --out"
             )
 
 

@@ -269,6 +269,22 @@ class Trainer:
             for buffer, value in zip(normalize.buffers(), saved, strict=True):
                 buffer.copy_(value)
 
+    @contextlib.contextmanager
+    def weights_of(self, other: CaptionDecoder) -> Iterator[None]:
+        """A context in which the decoder is in eval mode and has another decoder's weights.
+
+        Raises RuntimeError if the other has other sizes.
+        """
+        self.decoder.eval()
+        tensors = [self.parameters.values, *self.decoder.buffers()]
+        saved = [tensor.clone() for tensor in tensors]
+        try:
+            self.decoder.load_state_dict(other.state_dict())
+            yield
+        finally:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+
     @torch.no_grad()
     def _update_batchnorm_statistics(self) -> None:
         """Recompute BatchNorm's statistics from training photos, for the weights now in place.
@@ -313,8 +329,15 @@ class Trainer:
             tokens += count
         return float(total) / tokens
 
+    def is_finite(self) -> bool:
+        """Whether no weight, averaged weight or BatchNorm statistic is infinite or NaN."""
+        tensors = [self.parameters.values, *self.decoder.buffers()]
+        if self.average is not None:
+            tensors.append(self.average.values)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer and average as plain tensors, which `load` takes."""
+        """Copies of weights, optimizer and average, as plain tensors on the CPU for `load`."""
         return {
             "parameters": self.parameters.named(self.parameters.values),
             "buffers": {n: b.cpu().clone() for n, b in self.decoder.named_buffers()},

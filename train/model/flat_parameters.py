@@ -93,7 +93,13 @@ class FlatParameters:
 
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
         """Copies of a buffer's parts on the CPU, by parameter name: plain tensors to save."""
-        return {name: self.view(name, buffer).detach().cpu().contiguous() for name in self._places}
+        # `torch.save` writes the whole buffer behind a view, so each part gets memory of its own.
+        return {
+            name: self.view(name, buffer)
+            .detach()
+            .to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name in self._places
+        }
 
     def load(self, tensors: Mapping[str, Tensor], buffer: Tensor) -> None:
         """Restore what `named` returned. Raises KeyError or RuntimeError if it does not fit."""
