@@ -220,9 +220,28 @@ def test_diverse_groups_avoid_one_anothers_words() -> None:
         )
         for photo, found in zip(photos, search_several(model, photos, config), strict=True):
             expected = {h.words: h.score for h in diverse_by_hand(model, photo, config)}
-            assert {h.words for h in found} == expected.keys()
-            for h in found:
-                assert h.score == pytest.approx(expected[h.words], abs=1e-4)
+            scores = {h.words: h.score for h in found}
+            assert len(scores) == 4
+            # Equal captions of several groups are replaced by others.
+            assert {words: scores[words] for words in expected} == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("captions", "groups"), [(5, 5), (6, 3), (3, 3)])
+def test_groups_give_as_many_different_captions_as_were_asked_for(
+    captions: int, groups: int
+) -> None:
+    config = SearchConfig(captions, max_length=6, captions=captions, groups=groups, diversity=0.0)
+    for seed in range(4):
+        model, photos = decoder(seed), features(6, seed)
+        first = search(model, photos, SearchConfig(captions // groups, max_length=6))
+        for photo, found, best in zip(
+            photos, search_several(model, photos, config), first, strict=True
+        ):
+            # Without a cost of diversity all groups find the same captions.
+            assert len({h.words for h in found}) == captions
+            assert best.words in {h.words for h in found}
+            alone = search_several(model, photo.unsqueeze(0), config)[0]
+            assert [h.words for h in alone] == [h.words for h in found]
 
 
 def test_without_a_cost_every_group_is_the_plain_beam() -> None:
