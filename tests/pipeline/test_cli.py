@@ -196,7 +196,7 @@ def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Pa
     _, err = cap("predict", photo, "--model", run, "--captions", 9, code=2)
     assert "9 captions of each photo need as many beams, not 3" in err
     _, err = cap("predict", photo, "--model", run, "--sample", "--temperature", 0, code=2)
-    assert "temperature 0 must be above 0" in err
+    assert "'--temperature'" in err
 
 
 @pytest.mark.usefixtures("small_meteor")
