@@ -179,7 +179,9 @@ class TrainConfig:
         "bfloat16.",
         choices=PRECISIONS,
     )
-    plain: bool = option(False, "Use the slow, readable reference computation.")
+    plain: bool = option(
+        False, "Use the slow, readable reference computation, except in self-critical epochs."
+    )
     resume: bool = option(False, "Continue the run in --out; give its options again.")
     overwrite: bool = option(False, "Start afresh even if --out holds a run.")
 
@@ -217,8 +219,8 @@ class SweepConfig:
         check_bounds(self)
 
 
-# What a photo is captioned from: its full view, the mean of the views its encoder makes, or
-# whichever of the two the model was made for.
+# What a photo is captioned from: its full view, the mean of the views its encoder makes, or the
+# one of the two that the model's record names. `cap train` names none, which means the full view.
 FULL, MEAN, AUTO = "full", "mean", "auto"
 
 
@@ -258,7 +260,7 @@ class SearchConfig:
     view: str = option(
         AUTO,
         "Caption from full (the whole photo), mean (the mean of the encoder's views) or auto "
-        "(whichever the model was made for).",
+        "(the one that the model's record names, or else full).",
         choices=(AUTO, FULL, MEAN),
     )
 
