@@ -190,6 +190,10 @@ class TrainConfig:
         check_bounds(self)
         if self.plain and self.precision == "bfloat16":
             raise SettingError("--plain computes in float32; leave out --precision bfloat16")
+        if self.resume and self.overwrite:
+            raise SettingError(
+                "--resume continues the run in --out, --overwrite starts afresh; give one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def test_a_value_outside_the_bounds_is_exit_code_2_and_names_the_option(
         ("train", "--val-share=nan", "Invalid value"),
         ("train", "--plain --precision=bfloat16", "--plain computes in float32"),
         ("train", "--scheduled-sampling=0.2 --epochs=1", "so a single epoch has none"),
+        ("train", "--resume --overwrite", "give one of them"),
         ("predict", "--sample --temperature=nan", "Invalid value"),
         ("predict", "--sample --temperature=inf", "less than or equal to 10000"),
         ("predict", "--sample --temperature=1e-40", "greater than or equal to 0.0001"),
