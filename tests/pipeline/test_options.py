@@ -133,6 +133,12 @@ def test_a_setting_that_cannot_work_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
+def test_search_options_need_a_model_to_search_with() -> None:
+    told = ["--predictions", "p.json", "--cache", "x.h5", "--beam-size", "5"]
+    _, err = cap("evaluate", *told, code=2)
+    assert "no effect without --model" in err
+
+
 def test_a_recipe_made_in_python_is_checked_like_one_of_the_command_line() -> None:
     with pytest.raises(SettingError, match="decay 'linear' is not constant or cosine"):
         Recipe(decay="linear")
