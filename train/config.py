@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache.errors import CapError
-from train.option import about, option
+from train.option import SettingError, about, check_bounds, option
+
+# PyTorch's generators take seeds of 64 bits.
+MAX_SEED = 2**64 - 1
 
 # What the learning rate does after its warm-up.
 DECAYS = ("constant", "cosine")
@@ -80,6 +83,15 @@ class Recipe:
     self_critical_photos: int = option(32, "Photos per self-critical step.", min=1)
     self_critical_samples: int = option(5, "Captions drawn for each of those photos.", min=2)
 
+    def __post_init__(self) -> None:
+        """Raises SettingError."""
+        check_bounds(self)
+        if self.scheduled_sampling and self.epochs == 1:
+            raise SettingError(
+                "scheduled sampling grows from 0 over the epochs, so a single epoch has none; "
+                "raise --epochs or leave out --scheduled-sampling"
+            )
+
     @property
     def all_epochs(self) -> int:
         return self.epochs + self.self_critical_epochs
@@ -138,7 +150,10 @@ class TrainConfig:
     min_count: int = option(4, MIN_COUNT_HELP, min=1)
     max_length: int = 50  # words of a caption; the rest is cut off
     val_share: float = option(
-        0.05, "Share of the photos held out for validation without --val-cache.", min=0.0, max=0.9
+        0.05,
+        "Share of the photos held out for validation without --val-cache; at least one photo.",
+        min=0.0,
+        max=0.9,
     )
     select_by: str = option(
         "cider",
@@ -152,7 +167,7 @@ class TrainConfig:
         "[default: never]",
         min=1,
     )
-    seed: int = option(0, "Seed of everything random.", min=0)
+    seed: int = option(0, "Seed of everything random.", min=0, max=MAX_SEED)
     save_every: int | None = option(
         None,
         f"Steps between saved models.  [default: {SAVE_EVERY}, "
@@ -167,9 +182,21 @@ class TrainConfig:
         "bfloat16.",
         choices=PRECISIONS,
     )
-    plain: bool = option(False, "Use the slow, readable reference computation.")
+    plain: bool = option(
+        False, "Use the slow, readable reference computation, except in self-critical epochs."
+    )
     resume: bool = option(False, "Continue the run in --out; give its options again.")
     overwrite: bool = option(False, "Start afresh even if --out holds a run.")
+
+    def __post_init__(self) -> None:
+        """Raises SettingError."""
+        check_bounds(self)
+        if self.plain and self.precision == "bfloat16":
+            raise SettingError("--plain computes in float32; leave out --precision bfloat16")
+        if self.resume and self.overwrite:
+            raise SettingError(
+                "--resume continues the run in --out, --overwrite starts afresh; give one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -190,12 +217,17 @@ class SweepConfig:
         None, "Start no further trial after this many seconds.", min=0.0
     )
     min_count: int = option(4, MIN_COUNT_HELP, min=1)
-    seed: int = option(0, "Seed of everything random.", min=0)
+    # The sampler of trials takes 32 bits, and the number of trials is added.
+    seed: int = option(0, "Seed of everything random.", min=0, max=2**31 - 1)
     device: str = option("auto", DEVICE_HELP)
 
+    def __post_init__(self) -> None:
+        """Raises SettingError."""
+        check_bounds(self)
 
-# What a photo is captioned from: its full view, the mean of the views its encoder makes, or
-# whichever of the two the model was made for.
+
+# What a photo is captioned from: its full view, the mean of the views its encoder makes, or the
+# one of the two that the model's record names. `cap train` names none, which means the full view.
 FULL, MEAN, AUTO = "full", "mean", "auto"
 
 
@@ -209,6 +241,7 @@ class SearchConfig:
         1.0,
         "0 prefers short captions, 1 compares captions by their mean log-probability per word.",
         min=0.0,
+        max=10.0,
     )
     no_repeat_ngram: int = option(
         3, "Never repeat this many words in a row within a caption; 0 allows it.", min=0
@@ -219,10 +252,11 @@ class SearchConfig:
         0.5,
         "Log-probability that a word loses for each beam of an earlier group that chose it.",
         min=0.0,
+        max=1000.0,
     )
     sample: bool = option(False, "Draw words at random instead of searching.")
     temperature: float = option(
-        1.0, "Temperature of --sample, above 0; below 1 favours likely words."
+        1.0, "Temperature of --sample; below 1 favours likely words.", min=1e-4, max=1e4
     )
     top_p: float = option(
         1.0,
@@ -233,9 +267,17 @@ class SearchConfig:
     view: str = option(
         AUTO,
         "Caption from full (the whole photo), mean (the mean of the encoder's views) or auto "
-        "(whichever the model was made for).",
+        "(the one that the model's record names, or else full).",
         choices=(AUTO, FULL, MEAN),
     )
+
+    def __post_init__(self) -> None:
+        """Raises SettingError."""
+        check_bounds(self)
+
+
+# The settings that have no effect: without `sample`, and with it.
+_WITHOUT_EFFECT = (("temperature", "top_p", "seed"), ("beam_size", "groups", "diversity"))
 
 
 class SearchError(CapError):
@@ -253,7 +295,13 @@ def check_search(config: SearchConfig) -> None:
             f"{config.captions} captions of each photo need as many beams, not "
             f"{config.beam_size}; raise --beam-size or draw them with --sample"
         )
-    if config.temperature <= 0:
-        raise SearchError(f"temperature {config.temperature:g} must be above 0")
     if not 0 < config.top_p <= 1:
         raise SearchError(f"top-p {config.top_p:g} must be above 0 and at most 1")
+    for name in _WITHOUT_EFFECT[config.sample]:
+        if getattr(config, name) != getattr(SearchConfig, name):
+            flag = f"--{name.replace('_', '-')}"
+            if config.sample:
+                raise SearchError(f"{flag} has no effect on --sample; leave out one of the two")
+            raise SearchError(f"{flag} has no effect without --sample; add that or leave this out")
+    if config.diversity != SearchConfig.diversity and config.groups == 1:
+        raise SearchError("--diversity has no effect on one group; add --groups or leave it out")

@@ -10,13 +10,23 @@ command. Imports nothing heavy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
+from cache.errors import CapError
+
 T = TypeVar("T")
 
 _KEY = "option"
+
+
+class SettingError(CapError):
+    """Raised for a setting that is out of bounds or has no effect beside the others.
+
+    The message is one line.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,3 +67,29 @@ def option(
 def described(config: type) -> list[tuple[Field[Any], Option]]:
     """The fields of a dataclass that are options, in order."""
     return [(each, each.metadata[_KEY]) for each in fields(config) if _KEY in each.metadata]
+
+
+def check_bounds(config: Any) -> None:
+    """Raise SettingError if a field of a dataclass has a value that its option does not accept.
+
+    None is always accepted.
+    """
+    for each, option in described(type(config)):
+        value = getattr(config, each.name)
+        problem = None if value is None else _problem(value, option)
+        if problem is not None:
+            raise SettingError(f"{each.name.replace('_', ' ')} {problem}")
+
+
+def _problem(value: Any, option: Option) -> str | None:
+    if option.choices and value not in option.choices:
+        *words, last = option.choices
+        return f"{value!r} is not {', '.join(words)} or {last}"
+    low, high = option.min, option.max
+    if isinstance(value, float) and math.isnan(value):
+        return "nan is not a number"
+    if low is not None and value < low:
+        return f"{value} must be at least {low}"
+    if high is not None and value > high:
+        return f"{value} must be at most {high}"
+    return None

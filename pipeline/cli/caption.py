@@ -62,6 +62,8 @@ def evaluate(
     """
     _check_search(search)
     _check_what_is_scored(model, predictions, human, cache, captions, split or only)
+    if model is None and search != SearchConfig():
+        raise typer.BadParameter("the options of the search have no effect without --model")
     with errors():
         from pipeline.evaluation import evaluate as stage
 

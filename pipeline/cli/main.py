@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
+
 from pipeline.cli.interrupts import leave_at_once
 from train.openmp import spin_briefly
 
@@ -10,6 +13,9 @@ def main() -> None:
     """Run the command line."""
     leave_at_once()
     spin_briefly()
+    if isinstance(sys.stdout, TextIOWrapper):
+        # As Python does for the C locale: the name of a file need not be UTF-8.
+        sys.stdout.reconfigure(errors="surrogateescape")
     from pipeline.cli.app import app  # most of the start-up time goes into this import
 
     app()

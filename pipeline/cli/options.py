@@ -20,7 +20,7 @@ import typer
 
 from pipeline.extraction.config import BACKBONE_HELP
 from train.config import DEVICE_HELP
-from train.option import Option, described
+from train.option import Option, SettingError, described
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
@@ -112,17 +112,24 @@ def _typer_option(option: Option, default: Any, *flags: str) -> Any:
 
 
 def _from_options(config: type, given: dict[str, Any]) -> Any:
-    """The settings, made of the values of their options, which are taken out of `given`."""
+    """The settings, made of the values of their options, which are taken out of `given`.
+
+    Raises BadParameter if the settings refuse a value.
+    """
     values = {}
-    for field, option in described(config):
-        value = given.pop(field.name)
-        if option.presets is not None:
-            preset = option.presets[value]
-            changes = {inner.name: given.pop(inner.name) for inner, _ in described(type(preset))}
-            told = {name: change for name, change in changes.items() if change is not None}
-            value = dataclasses.replace(preset, **told)
-        values[field.name] = value
-    return config(**values)
+    try:
+        for field, option in described(config):
+            value = given.pop(field.name)
+            if option.presets is not None:
+                preset = option.presets[value]
+                names = [inner.name for inner, _ in described(type(preset))]
+                changes = {name: given.pop(name) for name in names}
+                told = {name: change for name, change in changes.items() if change is not None}
+                value = dataclasses.replace(preset, **told)
+            values[field.name] = value
+        return config(**values)
+    except SettingError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _reader(option: Option) -> Callable[[str | None], Any] | None:

@@ -103,10 +103,27 @@ def read_captions(
     if not photos:
         raise DatasetError(f"{captions}: names no photo")
     for photo in photos:
+        _check_text(captions, photo)
         parts = PurePosixPath(photo.path)
         if parts.is_absolute() or ".." in parts.parts or "\0" in photo.path:
             raise DatasetError(f"{captions}: names a photo outside the folder ({photo.path!r})")
     return photos
+
+
+def _check_text(captions: Path, photo: Photo) -> None:
+    r"""Raise DatasetError if half of a surrogate pair, as JSON can hold (`"\ud83d"`), is among the
+    strings. It is no text, and no file in UTF-8 can hold it.
+    """
+    # Python gives such halves to the bytes of a file's name that are not UTF-8.
+    names = [(text, "surrogateescape") for text in (photo.image_id, photo.path)]
+    for text, errors in names + [(text, "strict") for text in photo.captions]:
+        try:
+            text.encode(errors=errors)
+        except UnicodeEncodeError as error:
+            raise DatasetError(
+                f"{captions}: half of a character ({text[error.start]!r}) in {text!r} of photo "
+                f"{photo.path!r}, instead of text; correct it in the file"
+            ) from None
 
 
 def _folder_photos(images: Path) -> list[Photo]:

@@ -20,6 +20,7 @@ from train.captions.views import ViewError
 from train.config import Recipe, SearchConfig, TrainConfig
 from train.fit.run import train
 from train.model.bundle import BundleError, load_bundle
+from train.option import SettingError
 from train.search.hypotheses import search
 
 
@@ -134,8 +135,11 @@ def test_a_view_that_is_not_there_is_one_line(
 ) -> None:
     with pytest.raises(ViewError, match="needs several views; the model's encoder makes only full"):
         Captioner.load(stitched[1], device="cpu", search_config=SearchConfig(view="mean"))
+    with pytest.raises(SettingError, match="view 'left' is not auto, full or mean"):
+        SearchConfig(view="left")
+    bundle = load_bundle(stitched[1])
     with pytest.raises(ViewError, match="no view 'left'; choose auto, full or mean"):
-        caption_cache(load_bundle(stitched[1]), stitched[0], SearchConfig(view="left"))
+        caption_cache(replace(bundle, training={"view": "left"}), stitched[0], SearchConfig())
 
 
 def test_a_large_cache_is_captioned_piece_by_piece_alike(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,18 @@ def test_text_that_turns_out_not_to_be_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text('a.jpg,"' + "x" * 200_000 + '"\n')
     with pytest.raises(DatasetError, match="not a CSV"):
         read_captions(tmp_path / "captions.csv")
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udcff"])
+def test_half_of_a_character_is_found_while_the_file_is_read(tmp_path: Path, half: str) -> None:
+    record = (
+        '{"images": [{"id": 1, "file_name": "a.jpg"}],'
+        ' "annotations": [{"id": 1, "image_id": 1, "caption": "a dog %s runs"}]}'
+    )
+    (tmp_path / "x.json").write_text(record % half)
+    message = re.escape(f"x.json: half of a character ('{half}') in 'a dog {half} runs' of photo")
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_captions(tmp_path / "x.json")
+    str(caught.value).encode()
+    (tmp_path / "x.json").write_text(record % "\\ud83d\\ude00")  # a whole one
+    assert read_captions(tmp_path / "x.json")[0].captions == ("a dog 😀 runs",)

@@ -23,7 +23,7 @@ from pipeline.extraction.config import PRECISIONS, ExtractConfig
 from tests.conftest import ROOT
 from tests.pipeline.test_cli import cap
 from train.config import BEST, CLASSIC, RECIPES, Recipe, SearchConfig, SweepConfig, TrainConfig
-from train.option import about, described, option
+from train.option import SettingError, about, described, option
 
 GROUP: Any = typer.main.get_command(app)
 # The settings of each command, and how little it must be told.
@@ -105,6 +105,49 @@ def test_a_value_outside_the_bounds_is_exit_code_2_and_names_the_option(
         assert f"'{flag(name)}'" in err
         if value == "nonsense":
             assert value in err
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "message"),
+    [
+        ("train", "--seed=18446744073709551616", "less than or equal to 18446744073709551615"),
+        ("sweep", "--seed=2147483648", "less than or equal to 2147483647"),
+        ("train", "--learning-rate=nan", "Invalid value"),
+        ("train", "--val-share=nan", "Invalid value"),
+        ("train", "--plain --precision=bfloat16", "--plain computes in float32"),
+        ("train", "--scheduled-sampling=0.2 --epochs=1", "so a single epoch has none"),
+        ("train", "--resume --overwrite", "give one of them"),
+        ("predict", "--sample --temperature=nan", "Invalid value"),
+        ("predict", "--sample --temperature=inf", "less than or equal to 10000"),
+        ("predict", "--sample --temperature=1e-40", "greater than or equal to 0.0001"),
+        ("predict", "--temperature=0.7", "--temperature has no effect without --sample"),
+        ("evaluate", "--top-p=0.9", "--top-p has no effect without --sample"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line_and_exit_code_2(
+    command: str, told: str, message: str
+) -> None:
+    required = next(arguments for name, _, arguments in COMMANDS if name == command)
+    _, err = cap(command, *required, *told.split(), code=2)
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+def test_search_options_need_a_model_to_search_with() -> None:
+    told = ["--predictions", "p.json", "--cache", "x.h5", "--beam-size", "5"]
+    _, err = cap("evaluate", *told, code=2)
+    assert "no effect without --model" in err
+
+
+def test_a_recipe_made_in_python_is_checked_like_one_of_the_command_line() -> None:
+    with pytest.raises(SettingError, match="decay 'linear' is not constant or cosine"):
+        Recipe(decay="linear")
+    with pytest.raises(SettingError, match=r"dropout 1.0 must be at most 0.95"):
+        Recipe(dropout=1.0)
+    with pytest.raises(SettingError, match="learning rate nan is not a number"):
+        Recipe(learning_rate=float("nan"))
+    with pytest.raises(SettingError, match="seed 18446744073709551616 must be at most"):
+        TrainConfig(Path("a"), Path("b"), seed=2**64)
 
 
 def test_a_wrong_word_is_told_the_right_ones() -> None:

@@ -127,6 +127,27 @@ def test_loss_and_gradients_are_autograds(
     assert torch.isfinite(again)  # the next batch has another size
 
 
+@pytest.mark.parametrize("scale", [30.0, 3000.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_hopeless_targets_is_autograds_too(scale: float, smoothing: float) -> None:
+    batch, plain = BATCHES["more than a rounded step"], decoder()
+    plain.head.weight.data.mul_(scale)
+    plain.head.bias.data.normal_(std=scale)
+    model = copy.deepcopy(plain)
+    expected = plain.loss(batch, smoothing)
+    expected.backward()
+    assert expected > scale  # with a scale of 3,000 no probability of a target is above 0
+    objective = fast(model, torch.float32, smoothing)
+    packed = pack(batch, round_up=True)
+    loss = objective.loss_and_gradients(packed) / packed.count()
+    objective.parameters.gradients.div_(packed.count())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_same_gradients(model, plain, 1e-4)
+    with torch.no_grad():
+        expected = plain.eval().loss(batch)
+    torch.testing.assert_close(objective.loss(packed), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_bfloat16_stays_within_its_bound(options: dict[str, float]) -> None:
     options = dict(options)

@@ -8,6 +8,7 @@ import torch
 from train.captions.vocabulary import END, PAD, START, UNK
 from train.config import SearchConfig, SearchError
 from train.model.decoder import CaptionDecoder, DecoderConfig
+from train.option import SettingError
 from train.search.beam import beam_search
 from train.search.hypotheses import Hypothesis, search, search_several
 
@@ -220,9 +221,28 @@ def test_diverse_groups_avoid_one_anothers_words() -> None:
         )
         for photo, found in zip(photos, search_several(model, photos, config), strict=True):
             expected = {h.words: h.score for h in diverse_by_hand(model, photo, config)}
-            assert {h.words for h in found} == expected.keys()
-            for h in found:
-                assert h.score == pytest.approx(expected[h.words], abs=1e-4)
+            scores = {h.words: h.score for h in found}
+            assert len(scores) == 4
+            # Equal captions of several groups are replaced by others.
+            assert {words: scores[words] for words in expected} == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("captions", "groups"), [(5, 5), (6, 3), (3, 3)])
+def test_groups_give_as_many_different_captions_as_were_asked_for(
+    captions: int, groups: int
+) -> None:
+    config = SearchConfig(captions, max_length=6, captions=captions, groups=groups, diversity=0.0)
+    for seed in range(4):
+        model, photos = decoder(seed), features(6, seed)
+        first = search(model, photos, SearchConfig(captions // groups, max_length=6))
+        for photo, found, best in zip(
+            photos, search_several(model, photos, config), first, strict=True
+        ):
+            # Without a cost of diversity all groups find the same captions.
+            assert len({h.words for h in found}) == captions
+            assert best.words in {h.words for h in found}
+            alone = search_several(model, photo.unsqueeze(0), config)[0]
+            assert [h.words for h in alone] == [h.words for h in found]
 
 
 def test_without_a_cost_every_group_is_the_plain_beam() -> None:
@@ -260,13 +280,36 @@ def test_the_batch_changes_nothing(config: SearchConfig) -> None:
     [
         ({"beam_size": 5, "groups": 2}, "5 beams cannot be shared by 2 groups equally"),
         ({"beam_size": 3, "captions": 4}, "4 captions of each photo need as many beams, not 3"),
-        ({"temperature": 0.0}, "temperature 0 must be above 0"),
-        ({"top_p": 1.5}, "top-p 1.5 must be above 0 and at most 1"),
+        ({"sample": True, "top_p": 1.5}, "top-p 1.5 must be above 0 and at most 1"),
+        ({"sample": True, "top_p": float("nan")}, "top p nan is not a number"),
+        *(
+            ({"sample": True, "temperature": float(wrong)}, f"temperature {wrong}")
+            for wrong in ("nan", "inf", "1e-40", "0.0", "-1.0")
+        ),
+        ({"temperature": 0.7}, "--temperature has no effect without --sample"),
+        ({"top_p": 0.9}, "--top-p has no effect without --sample"),
+        ({"seed": 1}, "--seed has no effect without --sample"),
+        ({"sample": True, "beam_size": 5}, "--beam-size has no effect on --sample"),
+        ({"diversity": 1.0}, "--diversity has no effect on one group"),
+        ({"diversity": float("inf")}, "diversity inf must be at most 1000"),
+        ({"length_penalty": 1e4}, "length penalty 10000.0 must be at most 10"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, float], message: str) -> None:
-    with pytest.raises(SearchError, match=message):
+    with pytest.raises((SearchError, SettingError), match=message):
         search(decoder(0), features(1), SearchConfig(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e4])
+def test_the_lowest_and_the_highest_temperature_draw_words(temperature: float) -> None:
+    model, photos = decoder(0), features(4)
+    config = SearchConfig(sample=True, temperature=temperature, captions=5, max_length=6)
+    found = [h.words for captions in search_several(model, photos, config) for h in captions]
+    if temperature < 1:  # as good as greedy search
+        greedy = search(model, photos, SearchConfig(beam_size=1, max_length=6))
+        assert found == [h.words for h in greedy for _ in range(5)]
+    else:  # all four words alike
+        assert {words[0] for words in found} == {4, 5, 6, 7}
 
 
 def test_a_tiny_vocabulary_gives_what_captions_there_are() -> None:

@@ -129,3 +129,22 @@ def test_the_gradient_is_the_reward_weighted_log_likelihoods(
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
     for (name, _), wanted in zip(decoder.named_parameters(), expected, strict=True):
         torch.testing.assert_close(gradients[name], wanted, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("random_views", [False, True])
+def test_self_critical_epochs_take_random_views_only_if_the_recipe_does(
+    make_cache: MakeCache, random_views: bool
+) -> None:
+    cache = make_cache([["a dog runs", "a dog"]] * 12, views=("flip", "full"))
+    vocabulary = build_vocabulary(cache.captions, 1)
+    recipe = Recipe(
+        embedding_size=8, hidden_size=8, epochs=1, self_critical_epochs=1,
+        random_views=random_views,
+    )  # fmt: skip
+    decoder = CaptionDecoder(DecoderConfig(8, len(vocabulary), 8, 8))
+    captions = caption_set(cache, vocabulary, device=CPU, max_length=50)
+    made = Trainer(decoder, captions, recipe, seed=0, vocabulary=vocabulary, precision="float32")
+    next(iter(made.epoch(1)))
+    assert made._self_critical is not None
+    ((_, views),) = made._self_critical.epoch_batches(12, seed=0, epoch=1)
+    assert set(views.tolist()) == ({0, 1} if random_views else {1})

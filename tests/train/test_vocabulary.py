@@ -53,6 +53,15 @@ def test_no_word_often_enough_is_one_line() -> None:
         build_vocabulary(build_caption_table(CAPTIONS), min_count=9)
 
 
+def test_a_word_that_no_file_can_hold_is_found_before_training() -> None:
+    table = build_caption_table([["a a a dog \udcff\udcff"]])
+    assert build_vocabulary(table, min_count=2).words == ("a",)
+    with pytest.raises(
+        VocabularyError, match=r"a word contains '\\udcff\\udcff', which is not text"
+    ):
+        build_vocabulary(table, min_count=1)
+
+
 def test_a_saved_vocabulary_is_loaded_back(tmp_path: Path) -> None:
     vocabulary = build_vocabulary(build_caption_table([["é dog"]]), min_count=1)
     vocabulary.save(tmp_path / "v.json")

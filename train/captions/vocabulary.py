@@ -36,6 +36,18 @@ class Vocabulary:
     counts: tuple[int, ...]
     min_count: int
 
+    def __post_init__(self) -> None:
+        """Raises VocabularyError for a word that UTF-8 cannot hold, before a model trains with it
+        that could not be saved.
+        """
+        try:
+            "".join(self.words).encode()
+        except UnicodeEncodeError as error:
+            raise VocabularyError(
+                f"a word contains {error.object[error.start : error.end]!r}, which is not text; "
+                "correct the captions and extract them again"
+            ) from None
+
     def __len__(self) -> int:
         return len(SPECIALS) + len(self.words)
 

@@ -58,20 +58,23 @@ class StepLog:
     epochs: int
     step: int
     steps: int
-    loss: float  # mean cross-entropy per target token, or minus the mean reward
+    loss: float  # mean cross-entropy per target token, smoothed or not, or minus the mean reward
     captions_per_s: float
     rewarded: bool = False  # self-critical: the reward is CIDEr-D, 0 to 10
+    smoothed: bool = False  # the loss is against smoothed targets
 
     @property
-    def perplexity(self) -> float:
-        return _perplexity(self.loss)
+    def perplexity(self) -> float | None:
+        """None if the loss is not the cross-entropy of the true words, of which it is made."""
+        return None if self.rewarded or self.smoothed else _perplexity(self.loss)
 
     def line(self) -> str:
-        measure = (
-            f"Reward: {-self.loss:.4f}"
-            if self.rewarded
-            else f"Loss: {self.loss:.4f}, Perplexity: {self.perplexity:.2f}"
-        )
+        if self.rewarded:
+            measure = f"Reward: {-self.loss:.4f}"
+        elif self.smoothed:
+            measure = f"Smoothed loss: {self.loss:.4f}"
+        else:
+            measure = f"Loss: {self.loss:.4f}, Perplexity: {_perplexity(self.loss):.2f}"
         return (
             f"Epoch [{self.epoch}/{self.epochs}], Step [{self.step}/{self.steps}], "
             f"{measure}, {self.captions_per_s:,.0f} captions/s"

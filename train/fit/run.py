@@ -358,6 +358,7 @@ class _Run:
             loss,
             pending.captions / seconds,
             rewarded=self.epoch >= recipe.epochs,
+            smoothed=recipe.label_smoothing > 0,
         )
 
     def _check_finite(self, loss: float, step: int) -> float:

@@ -48,15 +48,18 @@ class SelfCritical:
         *,
         samples: int,
         anchor: float,
+        random_views: bool = True,
     ) -> None:
         """samples: captions sampled for each photo, at least two. anchor: weight of the true
-        captions' cross-entropy.
+        captions' cross-entropy. random_views: train on a random view of each photo, not always on
+        the full one.
         """
         self._decoder = decoder
         self._objective = objective
         self._captions = captions
         self._samples = samples
         self._anchor = anchor
+        self._random_views = random_views
         self._by_photo = np.argsort(captions.feature_rows, kind="stable")
         self.photos = np.unique(captions.feature_rows)  # rows of the cache, ascending
         marks = [vocabulary.number(mark) for mark in PUNCTUATION]
@@ -74,7 +77,9 @@ class SelfCritical:
         """The photos (rows of the cache) and their views for each step of an epoch: (B,) each."""
         random = np.random.default_rng((seed, epoch, 2))
         order = random.permutation(self.photos)
-        views = random.integers(self._captions.views, size=len(order))
+        views = np.full(len(order), self._captions.full_view)
+        if self._random_views:
+            views = random.integers(self._captions.views, size=len(order))
         return [
             (order[start : start + batch_photos], views[start : start + batch_photos])
             for start in range(0, len(order), batch_photos)

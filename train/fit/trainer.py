@@ -127,6 +127,7 @@ class Trainer:
                 self.captions,
                 self._vocabulary,
                 samples=recipe.self_critical_samples,
+                random_views=recipe.random_views,
                 anchor=recipe.self_critical_anchor,
             )
         if epoch == recipe.epochs and not first_step:
@@ -290,9 +291,12 @@ class Trainer:
         """Recompute BatchNorm's statistics from training photos, for the weights now in place.
 
         The running statistics belong to the weights of training. The averaged weights project
-        photos to a smaller spread.
+        photos to a smaller spread. Batches of one caption train with the running statistics, which
+        then never change, and so these are kept.
         """
         captions, normalize = self.captions, self.decoder.normalize
+        if min(self.recipe.batch_size, len(captions)) == 1:
+            return
         random = np.random.default_rng((self.seed, 3))
         count = min(_STATISTICS_PHOTOS, len(captions))
         rows = captions.feature_rows[random.permutation(len(captions))[:count]]
@@ -302,9 +306,8 @@ class Trainer:
         projected = self.decoder.project(captions.photo_features(rows, views).float())
         assert normalize.running_mean is not None
         assert normalize.running_var is not None
-        if count > 1:
-            normalize.running_mean.copy_(projected.mean(0))
-            normalize.running_var.copy_(projected.var(0))
+        normalize.running_mean.copy_(projected.mean(0))
+        normalize.running_var.copy_(projected.var(0))
 
     # No inference mode: the objective's buffers may grow here, and training uses them later.
     @torch.no_grad()

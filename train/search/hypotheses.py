@@ -7,6 +7,7 @@ Its score is the sum of the log-probabilities of its words and `<end>`, divided 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,8 +57,9 @@ def search_several(
     """The `config.captions` best different captions for each photo, best first.
 
     With groups of beams, the best caption of each group comes first, then their second ones, and so
-    on. Samples may be equal to each other. There is at least one caption for each photo; more may
-    be impossible with a vocabulary of a few words.
+    on. A caption that another group has found as well is replaced by the next one of its group.
+    Samples may be equal to each other. There is at least one caption for each photo; more may be
+    impossible with a vocabulary of a few words.
 
     decoder: in eval mode. features: (N, D) on its device. batch_size: photos searched at a time.
     numbers: (N,) a number for each photo, or None for 0, 1, …; together with the seed it determines
@@ -87,28 +89,60 @@ def search_several(
 def _search_beams(
     decoder: CaptionDecoder, features: Tensor, config: SearchConfig
 ) -> list[list[Hypothesis]]:
+    found = _captions_of_groups(decoder, features, config)
+    best = [_best_of_groups(groups, config.captions) for groups in found]
+    # Groups may find equal captions. Then a search with more beams finds each group's next ones:
+    # as many beams as captions are enough for every group.
+    wider = config.captions * config.groups
+    short = [n for n, captions in enumerate(best) if len(captions) < config.captions]
+    if config.groups == 1 or wider <= config.beam_size or not short:
+        return best
+    more = dataclasses.replace(config, beam_size=wider)
+    at_a_time = max(1, len(features) * config.beam_size // wider)  # as much memory as above
+    for start in range(0, len(short), at_a_time):
+        photos = short[start : start + at_a_time]
+        found_more = _captions_of_groups(decoder, features[photos], more)
+        for n, groups in zip(photos, found_more, strict=True):
+            longer = [own + others for own, others in zip(found[n], groups, strict=True)]
+            best[n] = _best_of_groups(longer, config.captions)
+    return best
+
+
+def _captions_of_groups(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+) -> list[list[list[Hypothesis]]]:
+    """The captions of each group of beams for each photo, best first."""
     found = beam_search(decoder, features, config)
     photos, groups, captions = found.scores.shape
     flat = _hypotheses(found.words.flatten(0, 2), found.log_probs.flatten(0, 2), config)
     exists = (found.scores > IMPOSSIBLE).flatten().tolist()
-    ranked = [h if there else None for h, there in zip(flat, exists, strict=True)]
-    by_group = [ranked[i : i + captions] for i in range(0, len(ranked), captions)]
-    return [
-        _best_of_groups(by_group[i : i + groups], config.captions)
-        for i in range(0, photos * groups, groups)
+    ranked = list(zip(flat, exists, strict=True))
+    by_group = [
+        [hypothesis for hypothesis, there in ranked[i : i + captions] if there]
+        for i in range(0, len(ranked), captions)
     ]
+    return [by_group[i : i + groups] for i in range(0, photos * groups, groups)]
 
 
-def _best_of_groups(groups: list[list[Hypothesis | None]], count: int) -> list[Hypothesis]:
+def _best_of_groups(groups: list[list[Hypothesis]], count: int) -> list[Hypothesis]:
     """The best caption of each group, sorted by score, then their second ones, and so on.
 
-    groups: best first, None where there are fewer captions. Returns `count` different captions.
+    A group whose caption is chosen already contributes its next one. groups: captions, best first.
+    Returns `count` different captions, or fewer if the groups have no more.
     """
-    chosen: dict[tuple[int, ...], Hypothesis] = {}
-    for rank in zip(*groups, strict=True):
-        for hypothesis in sorted((h for h in rank if h is not None), key=lambda h: -h.score):
-            chosen.setdefault(hypothesis.words, hypothesis)
-    return list(chosen.values())[:count]
+    best: list[Hypothesis] = []
+    chosen: set[tuple[int, ...]] = set()
+    while len(best) < count:
+        rank: list[Hypothesis] = []
+        for captions in groups:
+            fresh = next((h for h in captions if h.words not in chosen), None)
+            if fresh is not None:
+                chosen.add(fresh.words)
+                rank.append(fresh)
+        if not rank:
+            break
+        best.extend(sorted(rank, key=lambda h: -h.score))
+    return best[:count]
 
 
 def _sample(

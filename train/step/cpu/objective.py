@@ -37,6 +37,8 @@ from train.step.packed_batch import PackedBatch
 # cache.
 _SOFTMAX_ROWS = 128
 _SAMPLED_ROWS_MULTIPLE = 64
+# Below this, the loss is not taken of the probability, which float32 cannot hold much further down.
+_LEAST_PROBABILITY = 1e-30
 
 
 class CpuObjective:
@@ -211,6 +213,7 @@ class CpuObjective:
         bias_gradient = self.parameters.memory("head.bias", self.parameters.gradients)
         index = targets.unsqueeze(1)
         at_target = torch.full_like(target_probs, smoothing - 1.0)
+        unlikely: list[tuple[Tensor, Tensor]] = []  # rows, and their losses by log-sum-exp
         for start in range(0, rows, _SOFTMAX_ROWS):
             part = slice(start, min(start + _SOFTMAX_ROWS, rows))
             values = chunk[: part.stop - start]  # logits, then probabilities, then gradients
@@ -219,6 +222,13 @@ class CpuObjective:
                 torch.gather(values, 1, index[part], out=target_logits[part])
             torch.softmax(values, 1, out=values)
             torch.gather(values, 1, index[part], out=target_probs[part])
+            too_low = target_probs[part, 0] < _LEAST_PROBABILITY
+            found = too_low.logical_and_(~ignored[part]).nonzero().squeeze(1)
+            if len(found):
+                found += start
+                exact = logits[found].float()
+                target = exact.gather(1, index[found]).squeeze(1)
+                unlikely.append((found, exact.logsumexp(1) - target))
             values.scatter_add_(1, index[part], at_target[part])
             values.mul_(row_weights[part].unsqueeze(1))
             if start:
@@ -226,7 +236,9 @@ class CpuObjective:
             else:
                 torch.sum(values, 0, out=bias_gradient)
             logits[part].copy_(values)
-        losses = -target_probs.clamp_min(1e-38).log().squeeze(1)
+        losses = -target_probs.clamp_min(_LEAST_PROBABILITY).log().squeeze(1)
+        for found, exact in unlikely:
+            losses[found] = exact
         if smoothing:
             # The loss against uniform targets, -Σ_v log p_v / W, is the log-sum-exp of the logits
             # minus their mean; the log-sum-exp is the target's logit plus its loss.
