@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -217,6 +218,36 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "done"]
     by_beam = dataclasses.replace(listed, settings={"select_by": "beam"})
     assert "CIDEr, beam" in runs_table([by_beam, by_beam])
+
+
+def test_a_run_is_listed_with_the_epoch_that_was_chosen_if_its_models_are_unreadable(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    write_metrics(
+        run,
+        {"epoch": 0, "val_loss": 3.0, "cider": 0.6, "bleu_4": 0.1, "best": True},
+        {"epoch": 1, "val_loss": 2.5, "cider": 0.5, "bleu_4": 0.2, "best": True},
+        {"epoch": 2, "val_loss": 2.6, "cider": 0.7, "bleu_4": 0.3, "best": False},
+    )
+    (run / "best.cap").write_bytes(b"damaged")
+    (listed,) = find_runs(tmp_path)
+    assert "not a model file" in listed.problem
+    assert (listed.best_epoch, listed.cider, listed.bleu_4) == (1, 0.5, 0.2)
+
+
+def test_a_run_stopped_in_its_first_epoch_has_no_best_epoch(
+    make_cache: MakeCache, tmp_path: Path
+) -> None:
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=1)
+    config = TrainConfig(
+        make_cache(CAPTIONS).path, tmp_path / "run", recipe=recipe, min_count=1, device="cpu"
+    )
+    with contextlib.closing(train(config)) as reports:
+        next(reports), next(reports)
+    (listed,) = find_runs(tmp_path)
+    assert (listed.epochs, listed.best_epoch, listed.cider) == (0, None, None)
+    assert listed.settings["hidden_size"] == 16
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
