@@ -17,8 +17,8 @@ from train.config import SweepConfig
 def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
     """Search for good training settings.
 
-    The best trial is the one with the highest validation CIDEr. After an interruption, the same
-    command continues the sweep.
+    The best trial is the one whose best.cap has the highest validation CIDEr. After an
+    interruption, the same command continues the sweep.
 
     Example: cap sweep --from-cache train.h5 --out runs/sweep --trials 16
     """
@@ -33,6 +33,11 @@ def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
                 print_json(report.as_dict())
             else:
                 say(f"{report.trials} trials; `cap runs {config.out}` lists them")
+                if report.threads is not None:
+                    say(
+                        "`cap train` with these options and another --out trains the best model "
+                        f"again; with OMP_NUM_THREADS={report.threads} on this machine, to the bit"
+                    )
                 print(f"{report.folder / 'best.cap'} (CIDEr {100 * report.cider:.2f})")
                 print(report.options())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,10 @@ class TrialLog:
 
     number: int
     folder: Path
-    state: str  # complete, stopped (for its low scores) or failed
-    cider: float | None  # of its best epoch, on the validation photos
+    # complete, stopped (for its low scores), failed, or lost (its process died, and a new trial
+    # has its settings)
+    state: str
+    cider: float | None  # of its best.cap, on the validation photos
     epochs: int  # trained
     seconds: float
     settings: dict[str, Any]
@@ -136,7 +139,12 @@ class TrialLog:
         settings = " ".join(f"{name}={_short(value)}" for name, value in self.settings.items())
         score = "no score" if self.cider is None else f"CIDEr {100 * self.cider:.2f}"
         best = " (best so far)" if self.best else ""
-        ending = {"complete": "", "stopped": ", stopped early", "failed": f", {self.problem}"}
+        ending = {
+            "complete": "",
+            "stopped": ", stopped early",
+            "failed": f", {self.problem}",
+            "lost": f", {self.problem}; tried once more",
+        }
         return (
             f"trial {self.number}: {score}{best}{ending[self.state]}, {self.epochs} epochs "
             f"in {self.seconds:.1f} s: {settings}"
@@ -148,18 +156,24 @@ class SweepResult:
     """The best trial of a sweep, and the number of trials."""
 
     folder: Path
-    cider: float
-    settings: dict[str, Any]
+    cider: float  # of its best.cap
+    settings: dict[str, Any]  # all that `cap train` needs, but for `out`, to train this model again
     trials: int
+    threads: int | None = None  # of PyTorch on a CPU, which the last bits of the weights depend on
 
     def options(self) -> str:
         """The settings as options of `cap train`."""
         return " ".join(
-            f"--{name.replace('_', '-')} {_short(value)}" for name, value in self.settings.items()
+            f"--{name.replace('_', '-')} {shlex.quote(str(value))}"  # str of a float is exact
+            for name, value in self.settings.items()
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder)}
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in self.settings.items()
+        }
+        return {**asdict(self), "folder": str(self.folder), "settings": settings}
 
 
 def _perplexity(loss: float) -> float:

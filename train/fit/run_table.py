@@ -18,7 +18,11 @@ class RunsError(CapError):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run folder with the scores of its best model, which are None before the first epoch ends.
+    """A run folder with the scores of its best.cap, which are None before the first epoch ends.
+
+    Without a best.cap they are those of last.cap. If neither has scores, they are those in the log
+    of the epoch whose model was best.cap, or, in a log that does not name it, of the epoch with the
+    highest CIDEr.
 
     Scores are those of greedy captions of the validation photos, or of beam search's captions if
     `select_by` is beam.
@@ -63,13 +67,7 @@ def _sort_key(run: RunSummary) -> tuple[float, float]:
 def _read(path: Path) -> RunSummary:
     epochs = _epoch_records(path / "metrics.jsonl")
     settings, scores, problem = _read_model(path)
-    # The model file tells the scores of the best model, which `select_by` chose. Without the file,
-    # the metrics tell which epoch was the best.
-    best: dict[str, Any] = scores
-    if scores.get("cider") is None or not (path / "best.cap").exists():
-        best = max(
-            epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default=scores
-        )
+    best = scores if scores.get("cider") is not None else _best_record(epochs)
     return RunSummary(
         path=path,
         epochs=len({record["epoch"] for record in epochs}),
@@ -80,6 +78,14 @@ def _read(path: Path) -> RunSummary:
         settings=settings,
         problem=problem,
     )
+
+
+def _best_record(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the epoch that made the best model; empty if there are no epochs."""
+    chosen = [record for record in epochs if record.get("best")]
+    if chosen:
+        return chosen[-1]
+    return max(epochs, key=lambda e: (e.get("cider", float("-inf")), -e["val_loss"]), default={})
 
 
 def _epoch_records(path: Path) -> list[dict[str, Any]]:

@@ -6,33 +6,32 @@ ordinary run folder below `out`: `trial-000`, `trial-001` and so on.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from multiprocessing import connection, get_context
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, Self
 
 from cache.store import open_cache
 from train.config import BEST, SweepConfig, TrainConfig
 from train.device import resolve_device
 from train.fit.reports import SweepResult, TrialLog
-from train.fit.run_folder import data_identity
 from train.fit.sweep_study import (
     SweepError,
     best_trial,
     ended_trials,
     open_study,
+    retry,
     search_space,
+    study_identity,
     trial_folder,
 )
-from train.fit.sweep_worker import EpochScore, Failed, Finished, work
+from train.fit.sweep_worker import EpochScore, Failed, Finished, Worker
 
 if TYPE_CHECKING:
-    from multiprocessing.context import SpawnProcess
-
+    import torch
     from optuna.study import Study
     from optuna.trial import Trial
 
@@ -47,11 +46,8 @@ def sweep(config: SweepConfig) -> Iterator[TrialLog | SweepResult]:
     another CapError, such as CacheError, if no trial could run.
     """
     cache = open_cache(config.from_cache)
-    identity = data_identity(cache) | {
-        "epochs": config.epochs,
-        "min_count": config.min_count,
-        "val_cache": open_cache(config.val_cache).photos_sha256 if config.val_cache else "",
-    }
+    val_cache = open_cache(config.val_cache) if config.val_cache else None
+    identity = study_identity(config, cache, val_cache)
     captions = len(cache.captions)
     device = resolve_device(config.device)
     cores = len(os.sched_getaffinity(0))
@@ -60,132 +56,171 @@ def sweep(config: SweepConfig) -> Iterator[TrialLog | SweepResult]:
         missing = config.trials - ended_trials(study)
         jobs = max(1, min(jobs, missing))
         if missing > 0:
-            with _start_workers(jobs, threads=max(1, cores // jobs)) as workers:
-                yield from _run_trials(config, study, workers, missing, captions)
+            with _Workers(max(1, cores // jobs), device) as workers:
+                yield from _run_trials(config, study, workers, jobs, missing, captions)
         yield _result(config, study)
 
 
 def _run_trials(
-    config: SweepConfig, study: Study, workers: list[Connection], count: int, captions: int
+    config: SweepConfig, study: Study, workers: _Workers, jobs: int, count: int, captions: int
 ) -> Iterator[TrialLog]:
-    deadline = time.monotonic() + config.timeout_s if config.timeout_s is not None else None
-    idle, running = list(workers), dict[Connection, _RunningTrial]()
+    """Run `count` trials, `jobs` at a time. captions: as in `search_space`."""
+    deadline = time.monotonic() + config.timeout_s if config.timeout_s is not None else math.inf
+    running: list[_RunningTrial] = []
     while True:
-        while idle and count and (deadline is None or time.monotonic() < deadline):
-            trial, worker = study.ask(search_space(captions)), idle.pop()
-            running[worker] = _RunningTrial(trial)
+        while len(running) < jobs and count and time.monotonic() < deadline:
+            trial = study.ask(search_space(captions))
+            for name, value in workers.circumstances.items():
+                trial.set_user_attr(name, value)
+            worker = workers.take()
+            running.append(_RunningTrial(trial, worker))
             worker.send(_train_config(config, trial))
             count -= 1
         if not running:
             return
-        ready = connection.wait(list(running))
-        for worker in [worker for worker in running if worker in ready]:
-            log = _receive(config, study, worker, running[worker])
-            if log is not None:
-                del running[worker]
-                idle.append(worker)
-                yield log
+        ready = connection.wait([one.worker.pipe for one in running])
+        for one in [one for one in running if one.worker.pipe in ready]:
+            log = _receive(config, study, one)
+            if log is None:
+                continue
+            running.remove(one)
+            count += log.state == "lost"  # a new trial takes its place
+            workers.take_back(one.worker, died=one.worker_died)
+            yield log
 
 
-@dataclass
+@dataclass(eq=False)
 class _RunningTrial:
     trial: Trial
-    cider: float | None = None  # best so far
+    worker: Worker
+    cider: float | None = None  # of its best.cap so far
     epochs: int = 0
     stopped: bool = False
+    worker_died: bool = False
     started_at: float = field(default_factory=time.perf_counter)
 
 
-def _receive(
-    config: SweepConfig, study: Study, worker: Connection, running: _RunningTrial
-) -> TrialLog | None:
+def _receive(config: SweepConfig, study: Study, running: _RunningTrial) -> TrialLog | None:
     """Handle one message from a worker. Returns the trial's log if the trial has ended."""
     from optuna.trial import TrialState
 
     trial = running.trial
     try:
-        message = worker.recv()
+        message = running.worker.pipe.recv()
     except (EOFError, OSError):
-        raise SweepError(
-            f"{trial_folder(config, trial.number)}: its process died (out of memory? try "
-            "--jobs 1); run the same command again to continue"
-        ) from None
+        message = None
     state, problem = "complete", ""
     match message:
         case EpochScore():
             running.epochs += 1
-            running.cider = max(message.cider, running.cider or 0.0)
+            if message.best:
+                running.cider = message.cider
             trial.report(message.cider, running.epochs)
             running.stopped = trial.should_prune()
-            worker.send(not running.stopped)
+            running.worker.send(not running.stopped)
             return None
         case Failed(in_every_trial=True):
             raise SweepError(message.reason)
         case Failed():
             state, problem = "failed", message.reason
-            trial.set_user_attr("problem", problem)
-            study.tell(trial, state=TrialState.FAIL)
         case Finished() if running.stopped:
             state = "stopped"
             study.tell(trial, state=TrialState.PRUNED)
         case Finished():
             study.tell(trial, running.cider)
-    best = best_trial(study)
+        case _:
+            running.worker_died = True
+            problem = f"its process {running.worker.end()} (out of memory? try --jobs 1)"
+            state = "lost" if retry(config, study, trial) else "failed"
+    if state == "failed":
+        trial.set_user_attr("problem", problem)
+        study.tell(trial, state=TrialState.FAIL)
+    best = best_trial(config, study)
     return TrialLog(
         number=trial.number,
         folder=trial_folder(config, trial.number),
         state=state,
-        cider=running.cider,
+        cider=None if state == "lost" else running.cider,
         epochs=running.epochs,
         seconds=time.perf_counter() - running.started_at,
         settings=trial.params,
-        best=best is not None and best.number == trial.number,
+        best=best is not None and best[0].number == trial.number,
         problem=problem,
     )
 
 
+# The settings that a sweep passes on to its trials as they are.
+_SHARED = [
+    each.name
+    for each in fields(SweepConfig)
+    if each.name in {other.name for other in fields(TrainConfig)} - {"out"}
+]
+
+
 def _train_config(config: SweepConfig, trial: Trial) -> TrainConfig:
     return TrainConfig(
-        from_cache=config.from_cache,
+        **{name: getattr(config, name) for name in _SHARED},
         out=trial_folder(config, trial.number),
         recipe=replace(BEST, epochs=config.epochs, **trial.params),
-        val_cache=config.val_cache,
-        min_count=config.min_count,
-        seed=config.seed,
         save_every=_NEVER,
-        device=config.device,
         overwrite=True,
     )
 
 
 def _result(config: SweepConfig, study: Study) -> SweepResult:
-    best = best_trial(study)
+    from optuna.trial import TrialState
+
+    best = best_trial(config, study)
     if best is None:
         problems = [t.user_attrs["problem"] for t in study.trials if "problem" in t.user_attrs]
         reason = problems[-1] if problems else "no trial has finished; give it more time"
+        if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            reason = "the best.cap of every finished trial is gone; raise --trials"
         raise SweepError(f"{config.out}: no result yet ({reason})")
-    assert best.value is not None
-    settings = {**best.params, "epochs": config.epochs}
-    return SweepResult(trial_folder(config, best.number), best.value, settings, ended_trials(study))
+    trial, cider = best
+    # A sweep that goes on may have another device; what the trial was trained on counts.
+    shared = {name: getattr(config, name) for name in _SHARED}
+    shared["device"] = trial.user_attrs.get("device", config.device)
+    settings: dict[str, Any] = {**shared, "epochs": config.epochs, **trial.params}
+    return SweepResult(
+        folder=trial_folder(config, trial.number),
+        cider=cider,
+        settings={name: value for name, value in settings.items() if value is not None},
+        trials=ended_trials(study),
+        threads=trial.user_attrs.get("threads"),
+    )
 
 
-@contextlib.contextmanager
-def _start_workers(count: int, threads: int) -> Iterator[list[Connection]]:
-    """Processes that train what they are sent, by their pipes. They are stopped on leaving."""
-    context = get_context("spawn")  # a fork would share the state of torch's threads
-    pipes: list[Connection] = []
-    processes: list[SpawnProcess] = []
-    try:
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, threads), daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        yield pipes
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+class _Workers:
+    """The processes that train. They start when they are needed and end on leaving the context."""
+
+    def __init__(self, threads: int, device: torch.device) -> None:
+        """threads: of each process."""
+        self._threads = threads
+        self._all: list[Worker] = []
+        self._idle: list[Worker] = []
+        # What a trial's weights depend on beside its settings. On a GPU the threads do not matter.
+        self.circumstances: dict[str, str | int] = {"device": str(device)}
+        if device.type == "cpu":
+            self.circumstances["threads"] = threads
+
+    def take(self) -> Worker:
+        """A process that has nothing to do, or a new one."""
+        if self._idle:
+            return self._idle.pop()
+        worker = Worker(self._threads)
+        self._all.append(worker)
+        return worker
+
+    def take_back(self, worker: Worker, *, died: bool) -> None:
+        """Take back the process of a trial that has ended."""
+        (self._all.remove if died else self._idle.append)(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._all:
+            worker.terminate()
+        for worker in self._all:
+            worker.end()

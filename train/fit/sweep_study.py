@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.errors import CapError
+from cache.record import EncoderRecord
+from cache.store import FeatureCache
 from train.config import BEST, SweepConfig
+from train.model.bundle import BundleError, load_bundle, read_training
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, Trial
 
 _NEVER_PRUNED = 4  # trials that are never stopped early, so that others can be compared with them
 _MANY_CAPTIONS = 100_000
+_TRIES = 2  # of a trial whose process died: another process may have taken the memory
 
 
 class SweepError(CapError):
@@ -47,12 +53,47 @@ def search_space(captions: int) -> dict[str, BaseDistribution]:
     }
 
 
+def study_identity(
+    config: SweepConfig, cache: FeatureCache, val_cache: FeatureCache | None
+) -> dict[str, Any]:
+    """What all trials of a sweep share, so that their scores can be compared.
+
+    The caches are those of `config`. Digests are strings of 64 hexadecimal digits.
+    """
+    return {
+        "epochs": config.epochs,
+        "min_count": config.min_count,
+        "seed": config.seed,
+        **_encoder_identity(cache.encoder),
+        "photos": cache.photos_sha256,
+        "captions": cache.captions_sha256,
+        "rows": _rows_sha256(cache),
+        "val_cache": val_cache.photos_sha256 if val_cache else "",
+        "val_captions": val_cache.captions_sha256 if val_cache else "",
+        "val_rows": _rows_sha256(val_cache) if val_cache else "",
+    }
+
+
+def _encoder_identity(encoder: EncoderRecord) -> dict[str, Any]:
+    """The encoder's record, without the name that the user gave the weights."""
+    record = asdict(encoder) | {"views": ",".join(encoder.views)}
+    record["weights"] = record.pop("weights_sha256")
+    return record
+
+
+def _rows_sha256(cache: FeatureCache) -> str:
+    """Identifies the content of all rows: their status, photo digests and features."""
+    digest = hashlib.sha256(cache.status.tobytes())
+    digest.update(cache.checksums.tobytes())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def open_study(config: SweepConfig, identity: dict[str, Any], captions: int) -> Iterator[Study]:
     """The study in the folder `config.out`, new or continued, locked against other processes.
 
-    identity: what all trials of a sweep share. captions: as in `search_space`. Raises SweepError
-    if the folder's study has another identity, is in use or cannot be written.
+    identity: as `study_identity` gives it. captions: as in `search_space`. Raises SweepError if
+    the folder's study has another identity, is in use or cannot be written.
     """
     try:
         import optuna
@@ -79,12 +120,10 @@ def open_study(config: SweepConfig, identity: dict[str, Any], captions: int) -> 
         study = optuna.create_study(
             storage=storage, study_name="sweep", direction="maximize", load_if_exists=True
         )
+        recorded = _recorded_identity(config, study)
         for name, value in identity.items():
-            recorded = study.user_attrs.setdefault(name, value)
-            if recorded != value:
-                raise SweepError(
-                    f"{config.out}: its sweep began with other {name}; name another --out"
-                )
+            if recorded.get(name, value) != value:
+                raise SweepError(_difference(config, name, recorded[name], value))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant_liar is experimental
             # A continued sweep must not draw the same settings again.
@@ -94,15 +133,71 @@ def open_study(config: SweepConfig, identity: dict[str, Any], captions: int) -> 
         study.pruner = optuna.pruners.MedianPruner(
             n_startup_trials=_NEVER_PRUNED, n_warmup_steps=max(1, config.epochs // 4)
         )
+        for name in identity.keys() - study.user_attrs.keys():
+            study.set_user_attr(name, identity[name])
         if not study.trials:
-            for name, value in identity.items():
-                study.set_user_attr(name, value)
             study.enqueue_trial({name: getattr(BEST, name) for name in search_space(captions)})
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
-            shutil.rmtree(trial_folder(config, trial.number), ignore_errors=True)
+            _enqueue_again(config, study, trial)
         yield study
+
+
+def _recorded_identity(config: SweepConfig, study: Study) -> dict[str, Any]:
+    """What the study says about itself. Version 0.1.0 recorded less: models of its trials tell."""
+    recorded = dict(study.user_attrs)
+    if "seed" not in recorded:
+        for trial in study.get_trials(deepcopy=False):
+            with contextlib.suppress(BundleError):
+                model = load_bundle(trial_folder(config, trial.number))
+                known = _encoder_identity(model.encoder) | recorded
+                seed = model.training.get("config", {}).get("seed")
+                return known if seed is None else known | {"seed": seed}
+    return recorded
+
+
+def _difference(config: SweepConfig, name: str, recorded: Any, found: Any) -> str:
+    """The message about an entry of the identity that is not as recorded."""
+    if name in ("epochs", "min_count", "seed"):
+        option = f"--{name.replace('_', '-')}"
+        began, now = f"with {option} {recorded}", f"asked for {option} {found}"
+    elif name.startswith("val_") and not (recorded and found):
+        began = "with --val-cache" if recorded else "without --val-cache"
+        now = f"asked for {config.val_cache}" if found else "asked for none"
+    else:
+        validates = name.startswith("val_")
+        cache = config.val_cache if validates else config.from_cache
+        name = {"val_cache": "photos"}.get(name, name.removeprefix("val_"))
+        digest = name in ("photos", "captions", "rows", "weights")
+        began = f"with other {name}" if digest else f"with {name} {recorded}"
+        now = f"than {cache} holds" if digest else f"{cache} has {found}"
+        return (
+            f"{config.out}: its sweep began {began}{' ' if digest else ', '}{now}; "
+            "give the cache it began with, or name another --out"
+        )
+    return f"{config.out}: its sweep began {began}, {now}; give that again, or name another --out"
+
+
+def _enqueue_again(config: SweepConfig, study: Study, trial: FrozenTrial) -> None:
+    """End a trial that was cut off, and have its settings tried by a new trial."""
+    from optuna.trial import TrialState
+
+    settings = trial.params or trial.system_attrs.get("fixed_params", {})
+    study.tell(trial.number, state=TrialState.FAIL)
+    study.enqueue_trial(settings, user_attrs=trial.user_attrs)
+    shutil.rmtree(trial_folder(config, trial.number), ignore_errors=True)
+
+
+def retry(config: SweepConfig, study: Study, trial: Trial) -> bool:
+    """Have the settings of a trial whose process died tried by a new trial, if they were not yet.
+
+    Returns whether they are tried again.
+    """
+    tries = trial.user_attrs.get("tries", 1)
+    if tries >= _TRIES:
+        return False
+    trial.set_user_attr("tries", tries + 1)
+    _enqueue_again(config, study, study.get_trials(deepcopy=False)[trial.number])
+    return True
 
 
 def trial_folder(config: SweepConfig, number: int) -> Path:
@@ -119,9 +214,19 @@ def ended_trials(study: Study) -> int:
     )
 
 
-def best_trial(study: Study) -> FrozenTrial | None:
-    """The complete trial with the highest CIDEr, the earlier one of two equals."""
+def best_trial(config: SweepConfig, study: Study) -> tuple[FrozenTrial, float] | None:
+    """The complete trial whose best.cap has the highest CIDEr, and that CIDEr.
+
+    Of two equals the earlier trial is the better one. Trials whose model was deleted do not count.
+    """
     from optuna.trial import TrialState
 
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+    # Not the trials' values: version 0.1.0 recorded the highest CIDEr of any epoch there.
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        with contextlib.suppress(BundleError):
+            training = read_training(trial_folder(config, trial.number) / "best.cap")
+            cider = (training.get("scores") or {}).get("cider")
+            if cider is not None:
+                found.append((trial, float(cider)))
+    return max(found, key=lambda one: (one[1], -one[0].number), default=None)
