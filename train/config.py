@@ -171,7 +171,7 @@ class TrainConfig:
     save_every: int | None = option(
         None,
         f"Steps between saved models.  [default: {SAVE_EVERY}, "
-        f"but not within {SAVE_PAUSE_S:.0f} s of the last]",
+        f"but not within {SAVE_PAUSE_S:.0f} s of the last; the last three are kept]",
         min=1,
     )
     log_every: int = option(10, "Steps between log lines.", min=1)

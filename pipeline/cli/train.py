@@ -63,7 +63,7 @@ def train(*, config: TrainConfig) -> None:
         return "no checkpoint was saved; start again with --overwrite"
 
     with errors(kept):
-        from train.fit.reports import EpochLog, Saved, Started, StepLog
+        from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog
         from train.fit.run import train as run_training
 
         best, stopped = None, False
@@ -78,6 +78,8 @@ def train(*, config: TrainConfig) -> None:
                     case EpochLog():
                         say(report.line())
                         best = report if report.best else best
+                    case OutOfPatience():
+                        say(report.line())
                     case Saved():
                         say(f"saved {report.path}")
                 if interrupted():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from train.captions.tokenizer import tokenize
 from train.captions.vocabulary import UNK, VocabularyError, build_vocabulary
 from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
-from train.fit.reports import EpochLog, Started, StepLog
+from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog
 from train.fit.run import train
 from train.fit.run_folder import TrainError
 from train.fit.trainer import Trainer
@@ -112,9 +113,8 @@ def test_by_default_a_run_saves_at_intervals_and_not_too_often(
 ) -> None:
     monkeypatch.setattr("train.fit.run.SAVE_EVERY", 2)
     monkeypatch.setattr("train.fit.run.SAVE_PAUSE_S", pause_s)
-    for _ in train(config(cache, tmp_path / "run", save_every=None)):
-        pass
-    assert len(list((tmp_path / "run").glob("epoch-*.cap"))) == saved
+    reports = list(train(config(cache, tmp_path / "run", save_every=None)))
+    assert sum(isinstance(report, Saved) for report in reports) == saved
 
 
 def test_losses_that_are_read_late_make_the_same_log(
@@ -888,3 +888,56 @@ def test_self_critical_epochs_follow_when_patience_has_ended_the_others(
     assert trained(**more, resume=True)[0] == 9
     assert trained(**more, resume=True, patience=None)[:1] in ([], [10])
     assert trained(**more, overwrite=True)[: len(early) + 1] == [*early, 9]
+
+
+def test_self_critical_epochs_that_go_astray_are_an_error(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    """Their loss stays finite, but the model has unlearned everything."""
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"epochs": 1, "self_critical_epochs": 1, "self_critical_photos": 8}
+    with pytest.raises(TrainError) as error:
+        list(train(config(cache, run, **settings, self_critical_rate=1e4)))
+    assert re.fullmatch(
+        rf"{run}: the validation loss is [\de.+]+ at epoch 1, step 3; "
+        "go on with --resume and a lower --self-critical-rate",
+        str(error.value),
+    )
+    assert load_bundle(run / "best.cap").training["epoch"] == 0
+    list(train(config(cache, run, **settings, self_critical_rate=1e-6, resume=True)))
+
+
+def test_a_run_says_which_epochs_patience_leaves_out(cache: FeatureCache, tmp_path: Path) -> None:
+    stopped = config(cache, tmp_path / "a", epochs=9, patience=1, select_by="loss")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "validation_loss", lambda *_: 1.0)
+        reports = list(train(stopped))
+    assert isinstance(reports[-1], OutOfPatience)
+    assert reports[-1].line() == (
+        "no better model within --patience, so epochs 2 to 8 are left out"
+    )
+
+
+@pytest.mark.parametrize(("save_every", "kept"), [(None, 3), (2, 6)])
+def test_a_few_models_within_epochs_are_kept_unless_asked_for(
+    save_every: int | None,
+    kept: int,
+    cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("train.fit.run.SAVE_EVERY", 2)
+    monkeypatch.setattr("train.fit.run.SAVE_PAUSE_S", 0.0)
+    run = tmp_path / "run"
+    reports = list(train(config(cache, run, epochs=3, save_every=save_every)))
+    saved = [report.path.name for report in reports if isinstance(report, Saved)]
+    assert len(saved) == 6
+    assert sorted(path.name for path in run.glob("epoch-*.cap")) == sorted(saved[-kept:])
+
+
+def test_a_decoder_too_large_for_the_memory_is_one_line(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainError, match="out of memory for a decoder of hidden size 30000000, "):
+        next(train(config(cache, tmp_path / "run", hidden_size=30_000_000)))
+    assert not (tmp_path / "run").exists()

@@ -110,13 +110,27 @@ class EpochLog:
 
 
 @dataclass(frozen=True)
+class OutOfPatience:
+    """Epochs are left out, because none of the last ones has brought a better model."""
+
+    epoch: int  # the first one left out, from 0
+    epochs: int  # of this kind, as planned
+    self_critical_follow: bool
+
+    def line(self) -> str:
+        then = "; self-critical epochs follow" if self.self_critical_follow else ""
+        left_out = f"epochs {self.epoch} to {self.epochs - 1} are left out"
+        return f"no better model within --patience, so {left_out}{then}"
+
+
+@dataclass(frozen=True)
 class Saved:
     """A model was written in the middle of an epoch."""
 
     path: Path
 
 
-TrainReport = Started | StepLog | EpochLog | Saved
+TrainReport = Started | StepLog | EpochLog | Saved | OutOfPatience
 
 
 @dataclass(frozen=True)

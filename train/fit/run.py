@@ -24,7 +24,7 @@ from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
-from train.fit.reports import EpochLog, Saved, Started, StepLog, TrainReport
+from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog, TrainReport
 from train.fit.run_folder import (
     DATA_RULES,
     Checkpoint,
@@ -77,6 +77,14 @@ def _reads_losses_late(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+# A mean loss beyond this gives the true words a probability of 1e-13 each. No model that has
+# learned something does that, however much it overfits.
+_DIVERGED_LOSS = 30.0
+# How many of the models saved within epochs are kept, unless the user asked for them. On a GPU one
+# of some 30 MB is saved every 10 s.
+_KEPT_MODELS = 3
+
+
 class _Run:
     """A run between two steps. `epoch` and `step` are those of the next step to train."""
 
@@ -99,22 +107,31 @@ class _Run:
         self.validation_photos = self.data.validation_photos
         torch.manual_seed(config.seed)
         recipe = config.recipe
-        self.decoder = CaptionDecoder(
-            DecoderConfig.of_recipe(
+        try:
+            self.decoder = CaptionDecoder(
+                DecoderConfig.of_recipe(
+                    recipe,
+                    feature_dim=cache.encoder.feature_dim,
+                    vocab_size=len(self.vocabulary),
+                )
+            ).to(self.device)
+            self.trainer = Trainer(
+                self.decoder,
+                self.training_captions,
                 recipe,
-                feature_dim=cache.encoder.feature_dim,
-                vocab_size=len(self.vocabulary),
+                seed=config.seed,
+                vocabulary=self.vocabulary,
+                precision=config.precision,
+                plain=config.plain,
             )
-        ).to(self.device)
-        self.trainer = Trainer(
-            self.decoder,
-            self.training_captions,
-            recipe,
-            seed=config.seed,
-            vocabulary=self.vocabulary,
-            precision=config.precision,
-            plain=config.plain,
-        )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainError(
+                f"{self.device}: out of memory for a decoder of hidden size {recipe.hidden_size}, "
+                f"embedding size {recipe.embedding_size} and {len(self.vocabulary):,} words; "
+                "lower --hidden-size or --embedding-size, or raise --min-count"
+            ) from None
         self.epoch, self.step = 0, 0
         # (N,) photos of the training cache: those of an epoch, those that any step has trained on.
         self._training = np.zeros(len(cache), bool)
@@ -210,7 +227,11 @@ class _Run:
             self._judge_anew()
         while self.epoch < epochs:
             if self._out_of_patience():
-                if self.epoch >= recipe.epochs or not recipe.self_critical_epochs:
+                rewarded = self.epoch >= recipe.epochs
+                follows = recipe.self_critical_epochs and not rewarded
+                planned = epochs if rewarded else recipe.epochs
+                yield OutOfPatience(self.epoch, planned, bool(follows))
+                if not follows:
                     break
                 self.epoch = recipe.epochs
             started_at = time.perf_counter()
@@ -272,6 +293,8 @@ class _Run:
         """
         loss = self.trainer.validation_loss(self.validation_captions)
         val_loss = self._check_finite(loss, self.step)
+        if facts is None and val_loss > _DIVERGED_LOSS:
+            raise self._divergence(f"the validation loss is {val_loss:.4g}", self.step)
         by_beam = self.config.select_by == "beam"
         search = SearchConfig() if by_beam else SearchConfig(beam_size=1)
         scores = self.validation_photos.score(self.decoder, self.vocabulary, search)
@@ -329,6 +352,8 @@ class _Run:
                 name = f"epoch-{self.epoch}-step-{self.step}.cap"
                 with self.trainer.evaluation_weights():
                     self._save_model(name)
+                if self.config.save_every is None:
+                    self.folder.remove_older_models(_KEPT_MODELS)
                 self._save_checkpoint()
                 yield Saved(self.folder.path / name)
 
@@ -338,10 +363,14 @@ class _Run:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            size = self.config.recipe.batch_size
+            recipe = self.config.recipe
+            size, photos = recipe.batch_size, recipe.self_critical_photos
             raise TrainError(
                 f"{self.device}: out of memory with batches of {size} captions; "
                 f"try --batch-size {max(1, size // 2)}"
+                if self.epoch < recipe.epochs
+                else f"{self.device}: out of memory with {photos} photos per self-critical step; "
+                f"go on with --resume and --self-critical-photos {max(1, photos // 2)}"
             ) from None
 
     def _log(self, pending: _PendingLog) -> StepLog:

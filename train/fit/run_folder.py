@@ -3,7 +3,8 @@
     runs/base/
       best.cap         the model with the best validation scores
       last.cap         the model after the last epoch, or where the run was interrupted
-      epoch-0-step-1000.cap …   a model every `save_every` steps, or at intervals if that is not set
+      epoch-0-step-1000.cap …   a model every `save_every` steps; if that is not set, the last three
+                       of those saved at intervals
       metrics.jsonl    one JSON object for each log line and each epoch
       checkpoint.pt    decoder, optimizer and position, which `--resume` reads
       run.lock         empty; there while a process trains, which has it locked
@@ -134,6 +135,13 @@ class RunFolder:
                 "or name another --out"
             )
         for path in [*earlier_run, self._metrics]:
+            path.unlink(missing_ok=True)
+
+    def remove_older_models(self, kept: int) -> None:
+        """Remove the models saved within epochs, apart from the newest `kept`."""
+        models = list(self.path.glob("epoch-[0-9]*-step-[0-9]*.cap"))
+        models.sort(key=lambda path: tuple(map(int, path.stem.split("-")[1::2])))
+        for path in models[:-kept]:
             path.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
