@@ -15,16 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.record import CacheError
-from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
-from cache.verify import check_rows
-from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
-from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
-from train.captions.vocabulary import Vocabulary, build_vocabulary
+from cache.store import DIGEST_BYTES, open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog, TrainReport
+from train.fit.run_data import load_run_data
 from train.fit.run_folder import (
     DATA_RULES,
     Checkpoint,
@@ -35,11 +31,9 @@ from train.fit.run_folder import (
     run_settings,
 )
 from train.fit.trainer import StepResult, Trainer
-from train.fit.validation import ValidationPhotos, ValidationScores
+from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
-
-_CHUNK_ROWS = 4096  # photos whose features are in memory at a time
 
 
 def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
@@ -100,7 +94,7 @@ class _Run:
         self._identity = data_identity(cache)
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
-        self.data = _load_data(config, cache, self.device, self.data_rules)
+        self.data = load_run_data(config, cache, self.device, self.data_rules)
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions
         self.validation_captions = self.data.validation_captions
@@ -480,101 +474,3 @@ class _Run:
         )
         self._saved_at = time.monotonic()
         self._checkpoint_at = self.epoch, self.step
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What a run trains on and validates on."""
-
-    vocabulary: Vocabulary
-    training_captions: CaptionSet
-    validation_captions: CaptionSet
-    validation_photos: ValidationPhotos  # with their references
-    copies: int  # photos, of those that are split, that are copies of another one
-    val_photos_trained_on: int  # validation photos that are copies of training photos
-
-
-def _load_data(config: TrainConfig, cache: FeatureCache, device: torch.device, rules: int) -> _Data:
-    """Validation photos come from a cache of their own or are held out of the training cache.
-
-    rules: as `DATA_RULES`.
-    """
-    copies = 0
-    if config.val_cache is not None:
-        val_cache = open_cache(config.val_cache)
-        _check_val_cache(val_cache, cache, may_be_the_same=rules == 1)
-        training_rows, validation_rows = cache.rows_with(DONE), None
-    else:
-        val_cache = cache
-        training_rows, validation_rows = split_photos(
-            cache, held_out=config.val_share, seed=config.seed, split_copies=rules == 1
-        )
-        if rules > 1:
-            copies = count_copies(cache.digests[np.union1d(training_rows, validation_rows)])
-        if len(training_rows) and not len(validation_rows):
-            photos = (
-                "only one photo has captions"
-                if len(training_rows) == 1
-                else f"the {len(training_rows):,} photos with captions are copies of one"
-            )
-            raise TrainError(
-                f"{config.from_cache}: {photos}, so none can be held out; use --val-cache"
-            )
-    length = config.max_length
-    vocabulary = (
-        build_vocabulary(cache.captions, config.min_count)
-        if rules == 1
-        else build_vocabulary(
-            cache.captions, config.min_count, rows=training_rows, max_length=length
-        )
-    )
-    try:
-        training = caption_set(
-            cache, vocabulary, rows=training_rows, device=device, max_length=length
-        )
-        validation = caption_set(
-            val_cache,
-            vocabulary,
-            rows=validation_rows,
-            device=device,
-            max_length=length,
-            features_from=training if val_cache is cache else None,
-        )
-    except torch.OutOfMemoryError:
-        size = cache.features.nbytes + (0 if val_cache is cache else val_cache.features.nbytes)
-        raise TrainError(
-            f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
-        ) from None
-    check_rows(cache, training.feature_rows)
-    check_rows(val_cache, validation.feature_rows)
-    validation_photos = ValidationPhotos(val_cache, rows=validation_rows)
-    trained_on = cache.digests[np.unique(training.feature_rows)]
-    return _Data(
-        vocabulary=vocabulary,
-        training_captions=training,
-        validation_captions=validation,
-        validation_photos=validation_photos,
-        copies=copies,
-        val_photos_trained_on=count_copies_of(
-            trained_on, val_cache.digests[validation_photos.rows]
-        ),
-    )
-
-
-def _check_val_cache(
-    val_cache: FeatureCache, cache: FeatureCache, *, may_be_the_same: bool
-) -> None:
-    """Raise CacheError or TrainingSetError if a cache cannot validate training on another one."""
-    difference = val_cache.encoder.difference(cache.encoder)
-    if difference is not None:
-        raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
-    is_the_same = (
-        val_cache.photos_sha256 == cache.photos_sha256
-        and val_cache.captions_sha256 == cache.captions_sha256
-        and may_be_equal(val_cache.digests, cache.digests)
-    )
-    if is_the_same and not may_be_the_same:
-        raise TrainingSetError(
-            f"{val_cache.path}: holds the photos and captions that are trained on; leave out "
-            "--val-cache to hold some of them out, or name a cache of other photos"
-        )
