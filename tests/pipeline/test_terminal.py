@@ -104,7 +104,7 @@ def test_a_bar_moves_on_one_line_of_the_terminal() -> None:
     before, between, bar = screen(written)
     assert before == "before: [1/2] :dog:"
     assert between == f"{PATH}x.jpg: in between"
-    assert re.fullmatch("extracting ━{10,40} 6,000/6,000 photos, 987.6/s, 3 set aside", bar)
+    assert re.fullmatch("extracting +━{10,40} 6,000/6,000 photos, 987.6/s, 3 set aside", bar)
 
 
 def test_a_kill_leaves_the_cursor_visible() -> None:
@@ -195,7 +195,7 @@ def test_the_rate_is_that_of_this_run_alone(tmp_path: Path) -> None:
     process, terminal = start(["-m", "pipeline", *arguments])
     bar, *_ = screen(everything(terminal))
     assert process.wait() == 0
-    assert re.fullmatch("extracting ━+ 12/12 photos, 1 set aside", bar)  # nothing new, no rate
+    assert re.fullmatch("extracting +━+ 12/12 photos, 1 set aside", bar)  # nothing new, no rate
 
 
 def test_durations_are_in_words() -> None:
