@@ -219,7 +219,9 @@ def curves_lie_on_one_another(setting: TrainingSetting) -> Figures:
         ("auto", False, "auto"),
     ):
         trainer = _trainer(captions, vocabulary, recipe, precision=precision, plain=plain)
-        steps = (step.loss for epoch in range(recipe.epochs) for step in trainer.epoch(epoch))
+        steps = (
+            step.loss for epoch in range(trainer.recipe.epochs) for step in trainer.epoch(epoch)
+        )
         first_steps = itertools.islice(steps, setting.sizes.curve_steps)
         losses = torch.stack([loss.clone() for loss in first_steps]).cpu()
         assert len(losses) == setting.sizes.curve_steps
@@ -240,7 +242,13 @@ def resumed_training_reaches_what_an_unbroken_run_does(setting: TrainingSetting)
     _caption_set(setting)
     work = setting.work
     recipe = replace(
-        BEST, embedding_size=64, hidden_size=96, batch_size=64, epochs=3, learning_rate=1e-3
+        BEST,
+        embedding_size=64,
+        hidden_size=96,
+        batch_size=64,
+        epochs=3,
+        learning_rate=1e-3,
+        min_count=1,
     )
 
     def config(name: str, **changes: Any) -> TrainConfig:
@@ -248,7 +256,6 @@ def resumed_training_reaches_what_an_unbroken_run_does(setting: TrainingSetting)
             from_cache=work / "captions.h5",
             out=work / name,
             recipe=recipe,
-            min_count=1,
             device=str(setting.device),
             **changes,
         )

@@ -14,13 +14,22 @@ MAX_SEED = 2**64 - 1
 # What the learning rate does after its warm-up.
 DECAYS = ("constant", "cosine")
 
+MIN_COUNT_HELP = "Words that occur less often become <unk>."
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that shapes a model and its training, apart from the data."""
 
-    epochs: int = option(2, "Passes over the training captions.", min=1)
-    batch_size: int = option(128, "Captions per step.", min=1)
+    # None leaves a number to the data: `train/fit/data_recipe.py` chooses it.
+    epochs: int | None = option(
+        2,
+        "Passes over the training captions; by the data: until validation shows that nothing more "
+        "is gained.",
+        min=1,
+    )
+    batch_size: int | None = option(128, "Captions per step.", min=1)
+    min_count: int | None = option(4, MIN_COUNT_HELP, min=1)
 
     # The decoder.
     embedding_size: int = option(256, "Size of word embeddings and of the projected photo.", min=1)
@@ -92,6 +101,18 @@ class Recipe:
                 "raise --epochs or leave out --scheduled-sampling"
             )
 
+
+@dataclass(frozen=True)
+class FixedRecipe(Recipe):
+    """A recipe that leaves nothing to the data."""
+
+    epochs: int = 2
+    batch_size: int = 128
+    min_count: int = 4
+    # Training by cross-entropy ends after this many steps without a better model, and at the
+    # latest after `epochs`; None: not before.
+    patience_steps: int | None = None
+
     @property
     def all_epochs(self) -> int:
         return self.epochs + self.self_critical_epochs
@@ -107,7 +128,9 @@ BEST = Recipe(
     photo_every_step=True,
     dropout=0.5,
     feature_dropout=0.3,
-    epochs=20,
+    epochs=None,
+    batch_size=None,
+    min_count=None,
     learning_rate=0.002,  # constant: the averaged weights settle without a falling rate
     weight_decay=0.05,
     average_decay=0.999,
@@ -131,7 +154,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 TRAIN_CACHE_HELP = "Cache of the training photos."
 VAL_CACHE_HELP = "Cache to validate on; without it, some of the photos are held out."
-MIN_COUNT_HELP = "Words that occur less often become <unk>."
 
 
 @dataclass(frozen=True)
@@ -147,11 +169,11 @@ class TrainConfig:
         "for each recipe override it.",
         presets=RECIPES,
     )
-    min_count: int = option(4, MIN_COUNT_HELP, min=1)
     max_length: int = 50  # words of a caption; the rest is cut off
-    val_share: float = option(
-        0.05,
-        "Share of the photos held out for validation without --val-cache; at least one photo.",
+    val_share: float | None = option(
+        None,
+        "Share of the photos held out for validation without --val-cache; at least one photo.  "
+        "[default: by their number]",
         min=0.0,
         max=0.9,
     )

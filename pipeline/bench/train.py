@@ -38,6 +38,7 @@ from train.captions.epoch_order import epoch_batches
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import CLASSIC, Recipe
 from train.device import resolve_device
+from train.fit.data_recipe import data_recipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.step.cuda.objective import CudaObjective
@@ -154,12 +155,13 @@ def _time_steps(
     captions: CaptionSet,
     vocabulary: Vocabulary,
     device: torch.device,
-    recipe: Recipe,
+    asked: Recipe,
     precision: str,
     measurements: int,
     first_step_s: float,
 ) -> TrainBench:
     on_gpu = device.type == "cuda"
+    recipe = data_recipe(asked, len(captions))
     batches = epoch_batches(captions.lengths, recipe.batch_size, seed=0, epoch=0)
     trainer = _trainer(captions, vocabulary, device, recipe, precision)
     before_mb = _own_memory_mb()

@@ -20,7 +20,7 @@ def build_vocab(
     source: Annotated[Path, typer.Option("--from", help="A cache or a captions file.")],
     min_count: Annotated[
         int, typer.Option(min=1, help="Keep words that occur at least this often.")
-    ] = TrainConfig.min_count,
+    ] = 4,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the vocabulary to.")] = None,
     as_json: Json = False,
 ) -> None:

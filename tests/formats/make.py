@@ -34,6 +34,7 @@ RECIPE = Recipe(
     epochs=64,
     batch_size=8,
     learning_rate=0.01,
+    min_count=1,
 )
 
 
@@ -94,7 +95,6 @@ def main(folder: Path) -> None:
         out=folder / "run",
         recipe=RECIPE,
         val_share=0.25,
-        min_count=1,
         device="cpu",
         precision="float32",
         select_by="loss",

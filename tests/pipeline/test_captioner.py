@@ -42,9 +42,13 @@ def trained(photos: Path, folder: Path, **changes: object) -> tuple[FeatureCache
             from_cache=folder / "x.h5",
             out=folder / "run",
             val_share=0.1,
-            min_count=1,
             recipe=Recipe(
-                embedding_size=16, hidden_size=32, epochs=8, batch_size=8, learning_rate=0.01
+                min_count=1,
+                embedding_size=16,
+                hidden_size=32,
+                epochs=8,
+                batch_size=8,
+                learning_rate=0.01,
             ),
             device="cpu",
         )

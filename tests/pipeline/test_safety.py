@@ -78,10 +78,8 @@ def test_a_disk_that_fills_up_during_training_is_one_line(
 ) -> None:
     """The disk has room for a share of a file. The run can be resumed from its last checkpoint."""
     cache = make_cache([["a dog runs", "a cat"], ["the dog", "a bird"]] * 3, feature_dim=8)
-    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=2)
-    asked = TrainConfig(
-        from_cache=cache.path, out=small_disk / "run", recipe=recipe, min_count=1, device="cpu"
-    )
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=2, min_count=1)
+    asked = TrainConfig(from_cache=cache.path, out=small_disk / "run", recipe=recipe, device="cpu")
     reports = train(asked)
     for report in reports:
         if isinstance(report, EpochLog):

@@ -19,9 +19,11 @@ CAPTIONS = [["a dog runs", "the dog runs on"], ["a cat sleeps"]] * 4
 def test_a_perplexity_is_that_of_the_true_words_or_is_not_printed(
     make_cache: MakeCache, tmp_path: Path, smoothing: float
 ) -> None:
-    recipe = Recipe(embedding_size=8, hidden_size=16, epochs=1, label_smoothing=smoothing)
+    recipe = Recipe(
+        embedding_size=8, hidden_size=16, epochs=1, min_count=1, label_smoothing=smoothing
+    )
     cache = make_cache(CAPTIONS)
-    config = TrainConfig(cache.path, tmp_path / "run", recipe=recipe, min_count=1, device="cpu")
+    config = TrainConfig(cache.path, tmp_path / "run", recipe=recipe, device="cpu")
     logs = [report for report in train(config) if isinstance(report, StepLog)]
     assert logs
     for log in logs:

@@ -48,7 +48,7 @@ def trainer(make_cache: MakeCache, seed: int = 0) -> Trainer:
     decoder = CaptionDecoder(DecoderConfig(8, len(vocabulary), 16, 32))
     captions = caption_set(cache, vocabulary, device=CPU, max_length=50)
     made = Trainer(decoder, captions, recipe, seed=seed, vocabulary=vocabulary, precision="float32")
-    for epoch in range(recipe.epochs):
+    for epoch in range(made.recipe.epochs):
         for _ in made.epoch(epoch):
             pass
     return made

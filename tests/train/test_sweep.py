@@ -241,8 +241,8 @@ def test_a_sweep_of_version_0_1_0_goes_on_with_the_true_scores(
     """That version recorded a trial's highest CIDEr, and not the seed."""
     cache, out = make_cache(CAPTIONS), tmp_path / "sweep"
     config = small(out, cache.path, trials=1, epochs=1, seed=5)
-    recipe = dataclasses.replace(BEST, epochs=1)
-    list(train(TrainConfig(cache.path, out / "trial-000", recipe=recipe, min_count=1, seed=5)))
+    recipe = dataclasses.replace(BEST, epochs=1, min_count=1)
+    list(train(TrainConfig(cache.path, out / "trial-000", recipe=recipe, seed=5)))
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(out / "sweep.journal"))
     )
@@ -513,8 +513,8 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     make_cache: MakeCache, tmp_path: Path
 ) -> None:
     cache = make_cache(CAPTIONS)
-    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=1)
-    settings: dict[str, Any] = {"recipe": recipe, "min_count": 1, "device": "cpu"}
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=1, min_count=1)
+    settings: dict[str, Any] = {"recipe": recipe, "device": "cpu"}
     run = tmp_path / "run"
     list(train(TrainConfig(cache.path, run, select_by="loss", **settings)))
     chosen = load_bundle(run / "best.cap").training
@@ -553,10 +553,8 @@ def test_a_run_is_listed_with_the_epoch_that_was_chosen_if_its_models_are_unread
 def test_a_run_stopped_in_its_first_epoch_has_no_best_epoch(
     make_cache: MakeCache, tmp_path: Path
 ) -> None:
-    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=1)
-    config = TrainConfig(
-        make_cache(CAPTIONS).path, tmp_path / "run", recipe=recipe, min_count=1, device="cpu"
-    )
+    recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=1, min_count=1)
+    config = TrainConfig(make_cache(CAPTIONS).path, tmp_path / "run", recipe=recipe, device="cpu")
     with contextlib.closing(train(config)) as reports:
         next(reports), next(reports)
     (listed,) = find_runs(tmp_path)

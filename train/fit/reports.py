@@ -23,10 +23,15 @@ class Started:
     copies: int = 0  # photos that are copies of others, all of them on one side of the split
     val_photos: int = 0
     val_photos_trained_on: int = 0  # of `val_photos`, copies of training photos
+    min_count: int = 1  # of a word in the vocabulary
+    batch_size: int = 128
+    epochs: int = 0  # by cross-entropy, at most
+    epoch_steps: int = 0
+    patience_steps: int | None = None  # steps without a better model after which training ends
 
     def summary(self) -> str:
-        """One line, and a line for each thing to know about equal photos."""
-        lines = [self._sizes()]
+        """Two lines, and one for each thing to know about equal photos."""
+        lines = [self._sizes(), self._length()]
         if self.copies:
             lines.append(
                 f"{self.copies:,} photos are copies of others; a photo and its copies are either "
@@ -43,8 +48,19 @@ class Started:
         resumed = f"from epoch {self.epoch}, step {self.step}: " if self.epoch or self.step else ""
         return (
             f"{resumed}{self.captions:,} captions of {self.photos:,} photos, "
-            f"{self.val_captions:,} for validation, vocabulary of {self.vocab_size:,}, "
+            f"{self.val_captions:,} of {self.val_photos:,} for validation, "
+            f"vocabulary of {self.vocab_size:,} ({_at_least(self.min_count)}), "
             f"{self.parameters:,} parameters"
+        )
+
+    def _length(self) -> str:
+        epochs = _counted(self.epochs, "epoch")
+        steps = f"{_counted(self.epoch_steps, 'step')} of {_counted(self.batch_size, 'caption')}"
+        if self.patience_steps is None:
+            return f"{epochs} of {steps}"
+        return (
+            f"at most {epochs} of {steps}, until {self.patience_steps:,} steps have brought no "
+            "better model"
         )
 
 
@@ -98,14 +114,18 @@ class EpochLog:
     distinct: float  # number of different captions, divided by the number of photos
     best: bool  # this epoch's model is the best one so far
     seconds: float
+    steps: int | None = None  # since the start of training; None in self-critical epochs
+    seconds_left: float = 0.0  # at most, until the last epoch of this kind is done
 
     def line(self) -> str:
+        done = f"{self.steps:,} steps, " if self.steps is not None else ""
+        left = f", at most {_duration(self.seconds_left)} left" if self.seconds_left else ""
         return (
-            f"Epoch [{self.epoch}/{self.epochs}] done in {self.seconds:.1f} s, "
+            f"Epoch [{self.epoch}/{self.epochs}] done in {self.seconds:.1f} s, {done}"
             f"Validation loss: {self.val_loss:.4f}, "
             f"Perplexity: {_perplexity(self.val_loss):.2f}, "
             f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}, "
-            f"{self.distinct:.0%} distinct{' (best so far)' if self.best else ''}"
+            f"{self.distinct:.0%} distinct{' (best so far)' if self.best else ''}{left}"
         )
 
 
@@ -116,11 +136,17 @@ class OutOfPatience:
     epoch: int  # the first one left out, from 0
     epochs: int  # of this kind, as planned
     self_critical_follow: bool
+    steps: int | None = None  # that have brought no better model; None: --patience is over
 
     def line(self) -> str:
         then = "; self-critical epochs follow" if self.self_critical_follow else ""
         left_out = f"epochs {self.epoch} to {self.epochs - 1} are left out"
-        return f"no better model within --patience, so {left_out}{then}"
+        if self.steps is None:
+            return f"no better model within --patience, so {left_out}{then}"
+        return (
+            f"no better model in {self.steps:,} steps, so {left_out}{then} "
+            "(--epochs N trains N epochs)"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,6 +218,21 @@ class SweepResult:
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond 700 the exponential overflows
+
+
+def _at_least(count: int) -> str:
+    return "every word" if count == 1 else f"words that occur {count} times or more"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _short(value: object) -> str:

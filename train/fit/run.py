@@ -19,6 +19,7 @@ from cache.store import DIGEST_BYTES, open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
+from train.fit.data_recipe import fit_to_data
 from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog, TrainReport
 from train.fit.run_data import load_run_data
 from train.fit.run_folder import (
@@ -83,7 +84,6 @@ class _Run:
     """A run between two steps. `epoch` and `step` are those of the next step to train."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
-        self.config = config
         self.folder = folder
         self.device = resolve_device(config.device)
         if self.device.index is not None:
@@ -94,13 +94,15 @@ class _Run:
         self._identity = data_identity(cache)
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
-        self.data = load_run_data(config, cache, self.device, self.data_rules)
+        recorded = None if checkpoint is None else checkpoint.settings
+        config, recipe = fit_to_data(config, cache, recorded)
+        self.config, self.recipe = config, recipe
+        self.data = load_run_data(config, recipe, cache, self.device, self.data_rules)
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions
         self.validation_captions = self.data.validation_captions
         self.validation_photos = self.data.validation_photos
         torch.manual_seed(config.seed)
-        recipe = config.recipe
         try:
             self.decoder = CaptionDecoder(
                 DecoderConfig.of_recipe(
@@ -145,7 +147,7 @@ class _Run:
         self._logged_at = time.perf_counter()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        check_resumable(checkpoint, self.config, self._identity)
+        check_resumable(checkpoint, self.config, self.recipe, self._identity)
         self.trainer.load(checkpoint.trainer)
         self.epoch, self.step = self._checkpoint_at = checkpoint.epoch, checkpoint.step
         same_validation = self._resume_photos(checkpoint)
@@ -206,6 +208,11 @@ class _Run:
             photos=len(set(self.training_captions.feature_rows.tolist())),
             val_captions=len(self.validation_captions),
             vocab_size=len(self.vocabulary),
+            min_count=self.recipe.min_count,
+            batch_size=self.recipe.batch_size,
+            epochs=self.recipe.epochs,
+            epoch_steps=self._epoch_steps,
+            patience_steps=self.recipe.patience_steps,
             parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
             epoch=self.epoch,
             step=self.step,
@@ -215,25 +222,28 @@ class _Run:
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
-        recipe = self.config.recipe
+        recipe = self.recipe
         epochs = recipe.all_epochs
         if self._validates_first:
             self._judge_anew()
         while self.epoch < epochs:
+            rewarded = self.epoch >= recipe.epochs
+            planned = epochs if rewarded else recipe.epochs  # the end of this kind of epochs
             if self._out_of_patience():
-                rewarded = self.epoch >= recipe.epochs
                 follows = recipe.self_critical_epochs and not rewarded
-                planned = epochs if rewarded else recipe.epochs
-                yield OutOfPatience(self.epoch, planned, bool(follows))
+                waited = None if self.config.patience else self.recipe.patience_steps
+                yield OutOfPatience(self.epoch, planned, bool(follows), steps=waited)
                 if not follows:
                     break
                 self.epoch = recipe.epochs
+                continue
             started_at = time.perf_counter()
             yield from self._train_epoch()
             self._check_weights()
             with self.trainer.evaluation_weights():
                 val_loss, scores, best = self._validate(self.epoch)
                 self._save_model("last.cap", val_loss, scores)
+            seconds = time.perf_counter() - started_at
             log = EpochLog(
                 epoch=self.epoch,
                 epochs=epochs,
@@ -242,7 +252,9 @@ class _Run:
                 cider=scores.cider,
                 distinct=scores.distinct / scores.count,
                 best=best,
-                seconds=time.perf_counter() - started_at,
+                seconds=seconds,
+                steps=None if rewarded else (self.epoch + 1) * self._epoch_steps,
+                seconds_left=seconds * (planned - self.epoch - 1),
             )
             self.metrics.write(
                 {
@@ -292,7 +304,7 @@ class _Run:
         by_beam = self.config.select_by == "beam"
         search = SearchConfig() if by_beam else SearchConfig(beam_size=1)
         scores = self.validation_photos.score(self.decoder, self.vocabulary, search)
-        rewarded = epoch >= self.config.recipe.epochs
+        rewarded = epoch >= self.recipe.epochs
         best = self.best_epoch.update(ValidatedEpoch(epoch, val_loss, scores.ciders, rewarded))
         if best:
             facts = facts or self._facts() | {"epoch": epoch}
@@ -307,11 +319,20 @@ class _Run:
         Self-critical epochs are counted for themselves.
         """
         patience, best = self.config.patience, self.best_epoch.best
-        if patience is None or self.step:
+        if self.step:
             return False
+        rewarded = self.epoch >= self.recipe.epochs
         after_best = best.epoch + 1 if best else 0
-        first = self.config.recipe.epochs if self.epoch >= self.config.recipe.epochs else 0
-        return self.epoch - max(after_best, first) >= patience
+        waited = self.epoch - max(after_best, self.recipe.epochs if rewarded else 0)
+        if patience is not None:
+            return waited >= patience
+        steps = self.recipe.patience_steps
+        return steps is not None and not rewarded and waited * self._epoch_steps >= steps
+
+    @property
+    def _epoch_steps(self) -> int:
+        """Steps of an epoch by cross-entropy."""
+        return math.ceil(len(self.training_captions) / self.recipe.batch_size)
 
     def _train_epoch(self) -> Generator[TrainReport | None, None, None]:
         """Train the rest of the current epoch, log, and save models in between."""
@@ -357,7 +378,7 @@ class _Run:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            recipe = self.config.recipe
+            recipe = self.recipe
             size, photos = recipe.batch_size, recipe.self_critical_photos
             raise TrainError(
                 f"{self.device}: out of memory with batches of {size} captions; "
@@ -369,7 +390,7 @@ class _Run:
 
     def _log(self, pending: _PendingLog) -> StepLog:
         """Read the loss, which waits for the device. Raises TrainError if it is not finite."""
-        recipe, loss = self.config.recipe, self._check_finite(float(pending.loss), pending.step)
+        recipe, loss = self.recipe, self._check_finite(float(pending.loss), pending.step)
         now = time.perf_counter()
         seconds, self._logged_at = now - self._logged_at, now
         self.metrics.write({"epoch": self.epoch, "step": pending.step, "loss": loss})
@@ -396,7 +417,7 @@ class _Run:
 
     def _divergence(self, what: str, step: int) -> TrainError:
         """The error of a run that cannot go on, with its cause and what is kept."""
-        recipe, saved = self.config.recipe, self._checkpoint_at
+        recipe, saved = self.recipe, self._checkpoint_at
         rewarded = self.epoch >= recipe.epochs
         option = "--self-critical-rate" if rewarded else "--learning-rate"
         if saved is None:

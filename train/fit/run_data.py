@@ -13,7 +13,7 @@ from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
 from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
 from train.captions.vocabulary import Vocabulary, build_vocabulary
-from train.config import TrainConfig
+from train.config import FixedRecipe, TrainConfig
 from train.fit.run_folder import TrainError
 from train.fit.validation import ValidationPhotos
 
@@ -31,12 +31,17 @@ class RunData:
 
 
 def load_run_data(
-    config: TrainConfig, cache: FeatureCache, device: torch.device, rules: int
+    config: TrainConfig,
+    recipe: FixedRecipe,
+    cache: FeatureCache,
+    device: torch.device,
+    rules: int,
 ) -> RunData:
     """Choose the photos, count the words and number the captions.
 
-    Validation photos come from a cache of their own or are held out of the training cache. rules:
-    as `DATA_RULES`. Raises CacheError, TrainError, TrainingSetError or VocabularyError.
+    Validation photos come from a cache of their own or are held out of the training cache. config,
+    recipe: as `fit_to_data` gives them. rules: as `DATA_RULES`. Raises CacheError, TrainError,
+    TrainingSetError or VocabularyError.
     """
     copies = 0
     if config.val_cache is not None:
@@ -45,6 +50,7 @@ def load_run_data(
         training_rows, validation_rows = cache.rows_with(DONE), None
     else:
         val_cache = cache
+        assert config.val_share is not None
         training_rows, validation_rows = split_photos(
             cache, held_out=config.val_share, seed=config.seed, split_copies=rules == 1
         )
@@ -61,10 +67,10 @@ def load_run_data(
             )
     length = config.max_length
     vocabulary = (
-        build_vocabulary(cache.captions, config.min_count)
+        build_vocabulary(cache.captions, recipe.min_count)
         if rules == 1
         else build_vocabulary(
-            cache.captions, config.min_count, rows=training_rows, max_length=length
+            cache.captions, recipe.min_count, rows=training_rows, max_length=length
         )
     )
     try:

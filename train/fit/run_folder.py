@@ -34,7 +34,7 @@ from torch import Tensor
 from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
 from cache.store import FeatureCache
-from train.config import Recipe, TrainConfig
+from train.config import FixedRecipe, Recipe, TrainConfig
 
 CHECKPOINT_VERSION = 3
 
@@ -237,8 +237,11 @@ class MetricsLog:
 
 
 def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
-    """The settings that a model records, and that a resumed run must not change."""
-    names = ("val_share", "min_count", "max_length", "seed", "select_by", "precision", "plain")
+    """The settings that a model records, and that a resumed run must not change.
+
+    config: as `fit_to_data` gives it.
+    """
+    names = ("val_share", "max_length", "seed", "select_by", "precision", "plain")
     return {name: getattr(config, name) for name in names} | asdict(config.recipe)
 
 
@@ -278,23 +281,25 @@ _OTHER_DATA = {
 }
 
 
-def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str, str]) -> None:
+def check_resumable(
+    checkpoint: Checkpoint, config: TrainConfig, recipe: FixedRecipe, data: dict[str, str]
+) -> None:
     """Raise TrainError if a run began with other settings or other data than are asked for.
 
     What an older checkpoint does not record is not compared.
     """
     asked = run_settings(config)
     for name, value in checkpoint.settings.items():
-        if asked.get(name) != value and not _may_change(name, checkpoint, config.recipe):
+        if asked.get(name) != value and not _may_change(name, checkpoint, recipe):
             raise TrainError(
                 f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
                 "give the options it began with, or another --out"
             )
     # Self-critical epochs, which follow a fixed number of others, count from that number.
     begun = min(checkpoint.epoch + bool(checkpoint.step), checkpoint.settings["epochs"])
-    if config.recipe.epochs < begun:
+    if recipe.epochs < begun:
         raise TrainError(
-            f"{config.out}: has begun {begun} epochs, asked for {config.recipe.epochs}; "
+            f"{config.out}: has begun {begun} epochs, asked for {recipe.epochs}; "
             f"give --epochs {begun} or more, or another --out"
         )
     for name, value in data.items():
@@ -313,7 +318,7 @@ def check_resumable(checkpoint: Checkpoint, config: TrainConfig, data: dict[str,
 
 def _may_change(name: str, checkpoint: Checkpoint, recipe: Recipe) -> bool:
     """Whether a resumed run may have another value for this setting."""
-    if name == "select_by":
+    if name in ("select_by", "patience_steps"):
         return True
     if (checkpoint.epoch, checkpoint.step) > (checkpoint.settings["epochs"], 0):
         return False  # in the self-critical epochs, which follow a fixed number of others

@@ -21,6 +21,7 @@ from train.captions.caption_set import Batch, CaptionSet
 from train.captions.epoch_order import epoch_batches, epoch_views
 from train.captions.vocabulary import Vocabulary
 from train.config import Recipe
+from train.fit.data_recipe import data_recipe
 from train.fit.self_critical import SelfCritical
 from train.model.decoder import CaptionDecoder
 from train.step.cuda.graphs import GraphedSteps, graph_length
@@ -73,6 +74,7 @@ class Trainer:
         fast path's matrix products: `auto`, `float32` or `bfloat16`. plain: use the readable
         reference (`CaptionDecoder.loss` and autograd, in float32) instead of the fast path.
         """
+        recipe = data_recipe(recipe, len(captions))
         self.decoder = decoder
         self.captions = captions
         self.recipe = recipe

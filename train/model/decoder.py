@@ -23,6 +23,11 @@ from train.captions.caption_set import Batch
 from train.captions.vocabulary import PAD
 from train.config import Recipe
 
+# Standard deviation of the first word vectors that are tied, and of a photo that is added to them.
+# With 225 photos, words of 0.04 and a photo of 1 still say «a a a .» after 500 steps; equals write
+# sentences after 160.
+_TIED_SCALE = 0.2
+
 
 @dataclass(frozen=True)
 class DecoderState:
@@ -88,8 +93,12 @@ class CaptionDecoder(nn.Module):
             self.transform = nn.Linear(config.hidden_size, config.embedding_size)
             self.head = nn.Linear(config.embedding_size, config.vocab_size)
             self.head.weight = self.embed.weight
-            # The usual scale of a head. An embedding's unit variance would make early losses huge.
-            nn.init.normal_(self.embed.weight, std=config.embedding_size**-0.5)
+            # Larger than the usual scale of a head, so that the LSTM can tell words apart from the
+            # first step on. An embedding's unit variance would make early losses huge.
+            nn.init.normal_(self.embed.weight, std=_TIED_SCALE)
+            # The photo is added to words. Ten times as large, it would hide them for long.
+            if config.photo_every_step:
+                nn.init.constant_(self.normalize.weight, _TIED_SCALE)
         else:
             self.head = nn.Linear(config.hidden_size, config.vocab_size)
 
