@@ -169,6 +169,11 @@ class TrainConfig:
         "for each recipe override it.",
         presets=RECIPES,
     )
+    from_model: Path | None = option(
+        None,
+        "A trained model to start from, of the same encoder: its sizes, weights and words. New "
+        "words are added.",
+    )
     max_length: int = 50  # words of a caption; the rest is cut off
     val_share: float | None = option(
         None,

@@ -63,7 +63,14 @@ def train(*, config: TrainConfig) -> None:
         return "no checkpoint was saved; start again with --overwrite"
 
     with errors(kept):
-        from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog
+        from train.fit.reports import (
+            EpochLog,
+            OutOfPatience,
+            Saved,
+            Started,
+            StartScores,
+            StepLog,
+        )
         from train.fit.run import train as run_training
 
         best, stopped = None, False
@@ -78,7 +85,7 @@ def train(*, config: TrainConfig) -> None:
                     case EpochLog():
                         say(report.line())
                         best = report if report.best else best
-                    case OutOfPatience():
+                    case OutOfPatience() | StartScores():
                         say(report.line())
                     case Saved():
                         say(f"saved {report.path}")

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+# The number of the epoch that has the model a run starts from.
+BEFORE_TRAINING = -1
+
 
 @dataclass(frozen=True)
 class ValidatedEpoch:

@@ -130,6 +130,22 @@ class EpochLog:
 
 
 @dataclass(frozen=True)
+class StartScores:
+    """The validation scores of the model that training starts from, as fractions."""
+
+    val_loss: float
+    bleu_4: float
+    cider: float
+
+    def line(self) -> str:
+        return (
+            f"Before training: Validation loss: {self.val_loss:.4f}, "
+            f"Perplexity: {_perplexity(self.val_loss):.2f}, "
+            f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}"
+        )
+
+
+@dataclass(frozen=True)
 class OutOfPatience:
     """Epochs are left out, because none of the last ones has brought a better model."""
 
@@ -156,7 +172,7 @@ class Saved:
     path: Path
 
 
-TrainReport = Started | StepLog | EpochLog | Saved | OutOfPatience
+TrainReport = Started | StartScores | StepLog | EpochLog | Saved | OutOfPatience
 
 
 @dataclass(frozen=True)

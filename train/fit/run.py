@@ -18,9 +18,17 @@ from torch import Tensor
 from cache.store import DIGEST_BYTES, open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
-from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
+from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
 from train.fit.data_recipe import fit_to_data
-from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog, TrainReport
+from train.fit.reports import (
+    EpochLog,
+    OutOfPatience,
+    Saved,
+    Started,
+    StartScores,
+    StepLog,
+    TrainReport,
+)
 from train.fit.run_data import load_run_data
 from train.fit.run_folder import (
     DATA_RULES,
@@ -31,10 +39,10 @@ from train.fit.run_folder import (
     data_identity,
     run_settings,
 )
+from train.fit.start_model import load_start_model, new_decoder
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle
-from train.model.decoder import CaptionDecoder, DecoderConfig
 
 
 def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
@@ -91,26 +99,22 @@ class _Run:
             torch.cuda.set_device(self.device)
         cache = open_cache(config.from_cache)
         self.cache = cache
-        self._identity = data_identity(cache)
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         recorded = None if checkpoint is None else checkpoint.settings
         config, recipe = fit_to_data(config, cache, recorded)
         self.config, self.recipe = config, recipe
-        self.data = load_run_data(config, recipe, cache, self.device, self.data_rules)
+        start = load_start_model(config.from_model, cache) if config.from_model else None
+        self._identity = data_identity(cache) | {"from_model": start.sha256 if start else ""}
+        self.data = load_run_data(config, recipe, cache, self.device, self.data_rules, start)
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions
         self.validation_captions = self.data.validation_captions
         self.validation_photos = self.data.validation_photos
         torch.manual_seed(config.seed)
         try:
-            self.decoder = CaptionDecoder(
-                DecoderConfig.of_recipe(
-                    recipe,
-                    feature_dim=cache.encoder.feature_dim,
-                    vocab_size=len(self.vocabulary),
-                )
-            ).to(self.device)
+            decoder = new_decoder(recipe, cache, self.vocabulary, start)
+            self.decoder = decoder.to(self.device)
             self.trainer = Trainer(
                 self.decoder,
                 self.training_captions,
@@ -135,6 +139,7 @@ class _Run:
         self._trained_on = np.zeros(len(cache), bool)
         self.best_epoch = BestEpochTracker(by_loss=config.select_by == "loss")
         self._validates_first = False
+        self._scores_start = start is not None and checkpoint is None
         self._pending_log: _PendingLog | None = None
         # Epoch and step of the checkpoint in the folder.
         self._checkpoint_at: tuple[int, int] | None = None
@@ -226,6 +231,11 @@ class _Run:
         epochs = recipe.all_epochs
         if self._validates_first:
             self._judge_anew()
+        if self._scores_start:
+            self.decoder.eval()
+            loss, scores, _ = self._validate(BEFORE_TRAINING)
+            self._scores_start = False
+            yield StartScores(loss, scores.bleu_4, scores.cider)
         while self.epoch < epochs:
             rewarded = self.epoch >= recipe.epochs
             planned = epochs if rewarded else recipe.epochs  # the end of this kind of epochs

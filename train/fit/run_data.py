@@ -15,6 +15,7 @@ from train.captions.photo_split import count_copies, count_copies_of, may_be_equ
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import FixedRecipe, TrainConfig
 from train.fit.run_folder import TrainError
+from train.fit.start_model import StartModel
 from train.fit.validation import ValidationPhotos
 
 
@@ -36,11 +37,13 @@ def load_run_data(
     cache: FeatureCache,
     device: torch.device,
     rules: int,
+    start: StartModel | None = None,
 ) -> RunData:
     """Choose the photos, count the words and number the captions.
 
     Validation photos come from a cache of their own or are held out of the training cache. config,
-    recipe: as `fit_to_data` gives them. rules: as `DATA_RULES`. Raises CacheError, TrainError,
+    recipe: as `fit_to_data` gives them. rules: as `DATA_RULES`. start: the model that training
+    starts from, whose words are kept. Raises CacheError, TrainError,
     TrainingSetError or VocabularyError.
     """
     copies = 0
@@ -73,6 +76,8 @@ def load_run_data(
             cache.captions, recipe.min_count, rows=training_rows, max_length=length
         )
     )
+    if start is not None:
+        vocabulary = start.vocabulary(vocabulary)
     try:
         training = caption_set(
             cache, vocabulary, rows=training_rows, device=device, max_length=length

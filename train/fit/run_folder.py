@@ -303,8 +303,14 @@ def check_resumable(
             f"give --epochs {begun} or more, or another --out"
         )
     for name, value in data.items():
-        before = checkpoint.data.get(name, value)
+        before = checkpoint.data.get(name, "" if name == "from_model" else value)
         if before != value:
+            if name == "from_model":
+                raise TrainError(
+                    f"{config.out}: {_start_in_words(before)}, asked for "
+                    f"{config.from_model or 'none'}; give the --from-model it began with, or "
+                    "another --out"
+                )
             difference = (
                 f"other {_OTHER_DATA[name]} than {config.from_cache} holds"
                 if name in _OTHER_DATA
@@ -314,6 +320,12 @@ def check_resumable(
                 f"{config.out}: was trained on {difference}; "
                 "give the cache it began with, or another --out"
             )
+
+
+def _start_in_words(sha256: str) -> str:
+    if not sha256:
+        return "did not start from a model"
+    return f"started from the model whose SHA-256 begins {sha256[:12]}"
 
 
 def _may_change(name: str, checkpoint: Checkpoint, recipe: Recipe) -> bool:
