@@ -32,15 +32,15 @@ from train.config import BEST, Recipe, SweepConfig, TrainConfig
 from train.fit.reports import SweepResult, TrialLog
 from train.fit.run import train
 from train.fit.run_table import RunsError, find_runs, runs_table
-from train.fit.sweep import _receive, _RunningTrial, sweep
-from train.fit.sweep_study import (
+from train.fit.sweeps.study import (
     SweepError,
     ended_trials,
     open_study,
     search_space,
     study_identity,
 )
-from train.fit.sweep_worker import EpochScore, Failed, Finished, Worker
+from train.fit.sweeps.sweep import _receive, _RunningTrial, sweep
+from train.fit.sweeps.worker import EpochScore, Failed, Finished, Worker
 from train.model.bundle import load_bundle, read_training
 
 CAPTIONS = [[f"a {noun} runs", f"the {noun} is here"] for noun in ("dog", "cat", "cow", "hen")] * 4

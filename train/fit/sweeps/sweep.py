@@ -18,7 +18,7 @@ from cache.store import open_cache
 from train.config import BEST, SweepConfig, TrainConfig
 from train.device import resolve_device
 from train.fit.reports import SweepResult, TrialLog
-from train.fit.sweep_study import (
+from train.fit.sweeps.study import (
     SweepError,
     best_trial,
     ended_trials,
@@ -28,7 +28,7 @@ from train.fit.sweep_study import (
     study_identity,
     trial_folder,
 )
-from train.fit.sweep_worker import EpochScore, Failed, Finished, Worker
+from train.fit.sweeps.worker import EpochScore, Failed, Finished, Worker
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""A sweep: the trials, the study that remembers them, and the processes that train them."""
