@@ -33,13 +33,13 @@ def config(
     settings = {
         "from_cache": cache.path,
         "out": out,
-        "val_share": 0.2,
         "recipe": dataclasses.replace(recipe, **of_recipe),  # type: ignore[arg-type]
         "min_count": 1,
-        "save_every": 4,
         "log_every": 2,
         "device": "cpu",
     }
+    if "val_cache" not in changes:
+        settings["val_share"] = 0.2
     rest = {name: value for name, value in changes.items() if name not in fields}
     return TrainConfig(**(settings | rest))  # type: ignore[arg-type]
 

@@ -30,6 +30,7 @@ from train.model.bundle import load_bundle
 def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
     cache: FeatureCache, tmp_path: Path, stop_after: int, changes: dict[str, Any]
 ) -> None:
+    changes = {"save_every": 4} | changes
     for _ in train(config(cache, tmp_path / "whole", **changes)):
         pass
     reports = train(config(cache, tmp_path / "run", **changes))
@@ -65,11 +66,11 @@ def test_a_run_interrupted_before_its_first_step_can_be_resumed(
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: FeatureCache, tmp_path: Path) -> None:
     """As after SIGKILL: the generator does not clean up, and the last log line is incomplete."""
-    for _ in train(config(cache, tmp_path / "whole")):
+    for _ in train(config(cache, tmp_path / "whole", save_every=4)):
         pass
-    reports = train(config(cache, tmp_path / "run"))
+    reports = train(config(cache, tmp_path / "run", save_every=4))
     for count, _ in enumerate(reports):
-        if count == 7:  # past the checkpoint at the end of the first epoch
+        if count == 7:  # past the checkpoint within the first epoch
             break
     kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     reports.close()
@@ -116,12 +117,12 @@ def test_self_critical_epochs_can_be_added_to_a_finished_run(
 def test_epochs_can_be_added_until_self_critical_ones_have_begun(
     cache: FeatureCache, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"average_decay": 0.9, "self_critical_photos": 8}
+    settings: dict[str, Any] = {"average_decay": 0.9}
     run = tmp_path / "run"
     list(train(config(cache, run, epochs=1, **settings)))
     more = settings | {"resume": True}
     list(train(config(cache, run, epochs=2, **more)))
-    more["self_critical_epochs"] = 1
+    more |= {"self_critical_epochs": 1, "self_critical_photos": 8}
     list(train(config(cache, run, epochs=2, **more)))
     with pytest.raises(TrainError, match="was trained with epochs 2, asked for 3"):
         next(train(config(cache, run, epochs=3, **more)))

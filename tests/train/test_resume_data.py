@@ -26,6 +26,7 @@ from train.fit.run_folder import TrainError
         ({"backbone": "resnet50"}, "features of backbone resnet18, .*holds resnet50"),
         ({"weights_sha256": "cd" * 32}, "other weights of the backbone than .*other.h5 holds"),
         ({"digests": True}, r"other digests \(contents of the photo files\) than"),
+        ({"features": True}, "other features of the same photos than .*other.h5 holds"),
         ({"unreadable": True}, r"other status of its photos \(which of them are extracted\) than"),
     ],
 )
@@ -35,7 +36,10 @@ def test_a_run_goes_on_only_with_the_features_it_began_with(
     captions = cache.captions.by_row(len(cache))
     changes = dict(changes)
     files_change, unreadable = changes.pop("digests", False), changes.pop("unreadable", False)
-    other = make_cache(captions, name="other.h5", **changes)
+    features = np.array(cache.features) if changes.pop("features", False) else None
+    if features is not None:
+        features[7, 0, 3] += 1
+    other = make_cache(captions, features, name="other.h5", **changes)
     list(train(config(cache, tmp_path / "run", epochs=1)))
     if files_change or unreadable:
         made = skeleton(captions)

@@ -26,7 +26,7 @@ from train.search.hypotheses import search
 
 
 def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path) -> None:
-    reports = [report for report in train(config(cache, tmp_path / "run")) if report]
+    reports = [report for report in train(config(cache, tmp_path / "run", save_every=4)) if report]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "best.cap",

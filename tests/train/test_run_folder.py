@@ -42,7 +42,7 @@ def test_overwriting_a_run_keeps_files_of_others(cache: FeatureCache, tmp_path: 
     others = ("mine.cap", "epoch-final-step-last.cap", "notes.txt", "val.scores.json")
     for name in others:
         (run / name).write_text("mine")
-    first = list(train(config(cache, run, epochs=2)))  # the folder holds no run yet
+    first = list(train(config(cache, run, epochs=2, save_every=4)))  # the folder holds no run yet
     assert first
     assert (run / "epoch-1-step-4.cap").exists()
     with pytest.raises(TrainError, match="already holds a run"):

@@ -29,7 +29,7 @@ from cache.writer import open_writer
 from tests.conftest import ROOT, MakeCache, skeleton
 from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
-from train.fit.reports import SweepResult, TrialLog
+from train.fit.reports import SweepNotice, SweepResult, TrialLog
 from train.fit.run import train
 from train.fit.run_table import RunsError, find_runs, runs_table
 from train.fit.sweeps.study import (
@@ -93,6 +93,16 @@ def test_a_sweep_leaves_its_trials_as_runs_and_names_the_best(
         run(small(out, cache, trials=4))
     with pytest.raises(SweepError, match="began with --epochs 2, asked for --epochs 3; give"):
         run(small(out, cache, epochs=3))
+
+
+def test_a_sweep_says_once_how_many_photos_are_copies(
+    make_cache: MakeCache, tmp_path: Path
+) -> None:
+    cache = make_cache(CAPTIONS, digests=[1, 1, 1, *range(2, 15)]).path
+    first, *logs, _ = sweep(small(tmp_path / "sweep", cache))
+    assert isinstance(first, SweepNotice)
+    assert first.line().startswith("2 photos are copies of others; ")
+    assert [type(log) for log in logs] == [TrialLog] * 3
 
 
 def test_an_interrupted_sweep_goes_on(make_cache: MakeCache, tmp_path: Path) -> None:
