@@ -91,6 +91,13 @@ class Recipe:
                 "scheduled sampling grows from 0 over the epochs, so a single epoch has none; "
                 "raise --epochs or leave out --scheduled-sampling"
             )
+        for name in ("rate", "anchor", "photos", "samples"):
+            field = f"self_critical_{name}"
+            if not self.self_critical_epochs and getattr(self, field) != getattr(Recipe, field):
+                raise SettingError(
+                    f"--self-critical-{name} has no effect without self-critical epochs; "
+                    "add --self-critical-epochs or leave it out"
+                )
 
     @property
     def all_epochs(self) -> int:
@@ -193,6 +200,8 @@ class TrainConfig:
         check_bounds(self)
         if self.plain and self.precision == "bfloat16":
             raise SettingError("--plain computes in float32; leave out --precision bfloat16")
+        if self.val_cache is not None and self.val_share != TrainConfig.val_share:
+            raise SettingError("--val-share has no effect beside --val-cache; give one of the two")
         if self.resume and self.overwrite:
             raise SettingError(
                 "--resume continues the run in --out, --overwrite starts afresh; give one of them"
