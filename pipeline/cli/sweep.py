@@ -53,7 +53,7 @@ def runs(
     Example: cap runs runs/
     """
     with errors():
-        from train.fit.run_table import find_runs, runs_table
+        from train.fit.sweeps.run_table import find_runs, runs_table
 
         found = find_runs(folder)
         for run in found:

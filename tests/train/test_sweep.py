@@ -31,7 +31,7 @@ from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
 from train.fit.reports import SweepNotice, SweepResult, TrialLog
 from train.fit.run import train
-from train.fit.run_table import RunsError, find_runs, runs_table
+from train.fit.sweeps.run_table import RunsError, find_runs, runs_table
 from train.fit.sweeps.study import (
     SweepError,
     ended_trials,

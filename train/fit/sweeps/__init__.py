@@ -1,1 +1,1 @@
-"""A sweep: the trials, the study that remembers them, and the processes that train them."""
+"""Many runs: the table of them, and sweeps with their trials, their study and their processes."""
