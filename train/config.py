@@ -100,6 +100,13 @@ class Recipe:
                 "scheduled sampling grows from 0 over the epochs, so a single epoch has none; "
                 "raise --epochs or leave out --scheduled-sampling"
             )
+        for name in ("rate", "anchor", "photos", "samples"):
+            field = f"self_critical_{name}"
+            if not self.self_critical_epochs and getattr(self, field) != getattr(Recipe, field):
+                raise SettingError(
+                    f"--self-critical-{name} has no effect without self-critical epochs; "
+                    "add --self-critical-epochs or leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,8 @@ class TrainConfig:
         check_bounds(self)
         if self.plain and self.precision == "bfloat16":
             raise SettingError("--plain computes in float32; leave out --precision bfloat16")
+        if self.val_cache is not None and self.val_share is not None:
+            raise SettingError("--val-share has no effect beside --val-cache; give one of the two")
         if self.resume and self.overwrite:
             raise SettingError(
                 "--resume continues the run in --out, --overwrite starts afresh; give one of them"
@@ -243,7 +252,9 @@ class SweepConfig:
     timeout_s: float | None = option(
         None, "Start no further trial after this many seconds.", min=0.0
     )
-    min_count: int = option(4, MIN_COUNT_HELP, min=1)
+    min_count: int | None = option(
+        None, f"{MIN_COUNT_HELP}  [default: by the number of captions]", min=1
+    )
     # The sampler of trials takes 32 bits, and the number of trials is added.
     seed: int = option(0, "Seed of everything random.", min=0, max=2**31 - 1)
     device: str = option("auto", DEVICE_HELP)

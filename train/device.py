@@ -43,10 +43,12 @@ def has_fast_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_features())
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the error says that PyTorch found no memory for a tensor, on any device."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch found no memory for a tensor, on any device, or NumPy for an array."""
     phrases = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in phrases)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    )
 
 
 def resolve_devices(names: str) -> list[torch.device]:

@@ -24,7 +24,7 @@ def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
     """
     with errors(f"what is done is in {config.out}; the same command goes on"):
         from train.fit.reports import SweepResult
-        from train.fit.sweep import sweep as run_sweep
+        from train.fit.sweeps.sweep import sweep as run_sweep
 
         for report in run_sweep(config):
             if not isinstance(report, SweepResult):
@@ -53,7 +53,7 @@ def runs(
     Example: cap runs runs/
     """
     with errors():
-        from train.fit.run_table import find_runs, runs_table
+        from train.fit.sweeps.run_table import find_runs, runs_table
 
         found = find_runs(folder)
         for run in found:

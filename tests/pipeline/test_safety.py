@@ -74,9 +74,14 @@ def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:
     ("share", "of"), [(0.0, "last.cap"), (0.5, "last.cap"), (0.9, "checkpoint.pt")]
 )
 def test_a_disk_that_fills_up_during_training_is_one_line(
-    share: float, of: str, small_disk: Path, make_cache: MakeCache
+    share: float,
+    of: str,
+    small_disk: Path,
+    make_cache: MakeCache,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The disk has room for a share of a file. The run can be resumed from its last checkpoint."""
+    monkeypatch.setattr("train.fit.run.SAVE_PAUSE_S", 0.0)  # a checkpoint after every epoch
     cache = make_cache([["a dog runs", "a cat"], ["the dog", "a bird"]] * 3, feature_dim=8)
     recipe = Recipe(embedding_size=8, hidden_size=16, batch_size=8, epochs=2, min_count=1)
     asked = TrainConfig(from_cache=cache.path, out=small_disk / "run", recipe=recipe, device="cpu")

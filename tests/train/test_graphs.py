@@ -152,6 +152,16 @@ def test_step_inputs_arrive_in_the_order_of_the_steps() -> None:
     assert (captions.tolist(), views.tolist()) == ([5], [1])
 
 
+def test_a_batch_larger_than_the_data_takes_no_memory(make_cache: MakeCache) -> None:
+    """At 16 bytes a caption and slot, a batch of 10^12 captions would not fit anywhere."""
+    cache = make_cache([["a dog"]] * 5)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    decoder = CaptionDecoder(DecoderConfig(8, len(vocabulary), 8, 8))
+    captions = caption_set(cache, vocabulary, device=torch.device("cpu"), max_length=9)
+    trainer = Trainer(decoder, captions, Recipe(batch_size=10**12), seed=0)
+    assert [result.captions for result in trainer.epoch(0)] == [5]
+
+
 def test_long_captions_of_similar_length_share_a_graph() -> None:
     assert [graph_length(n) for n in range(1, 21)] == list(range(1, 21))
     assert [graph_length(n) for n in (21, 24, 25, 51)] == [24, 24, 32, 56]

@@ -16,6 +16,7 @@ from train.fit.self_critical import SelfCritical, _advantages, _as_batch
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.search.rollout import sample
+from train.step.packed_batch import PackedBatch
 
 CPU = torch.device("cpu")
 
@@ -148,3 +149,39 @@ def test_self_critical_epochs_take_random_views_only_if_the_recipe_does(
     assert made._self_critical is not None
     ((_, views),) = made._self_critical.epoch_batches(12, seed=0, epoch=1)
     assert set(views.tolist()) == ({0, 1} if random_views else {1})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_photos_with_many_captions_are_computed_in_parts(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    """No part is larger than 8 captions a photo, and the gradient is that of all at once."""
+    sentences = ["a dog runs", "two cats sleep in the sun", "a bird", "snow"]
+    cache = make_cache([sentences * 50, ["a man eats"] * 5, sentences])
+    vocabulary = build_vocabulary(cache.captions, 1)
+    torch.manual_seed(0)
+    decoder = CaptionDecoder(DecoderConfig(8, len(vocabulary), 8, 8, dropout=dropout))
+    captions = caption_set(cache, vocabulary, device=CPU, max_length=50)
+    made = Trainer(decoder, captions, Recipe(), seed=0, vocabulary=vocabulary, precision="float32")
+    sizes: list[int] = []
+    compute = made.objective.loss_and_gradients
+
+    def remember(batch: PackedBatch, *args: Any, **more: Any) -> torch.Tensor:
+        sizes.append(len(batch.features))
+        return compute(batch, *args, **more)
+
+    monkeypatch.setattr(made.objective, "loss_and_gradients", remember)
+    critic = SelfCritical(
+        decoder, made.objective, captions, vocabulary, samples=2, anchor=1.0, random_views=False
+    )
+    gradients = []
+    for limit in (64, 1000):
+        monkeypatch.setattr(self_critical, "_LEAST_TRUE_CAPTIONS", limit)
+        critic.gradients(np.array([0, 1, 2]), np.zeros(3, np.int64), seed=1)
+        gradients.append(made.parameters.gradients.clone())
+    drawn, all_captions = 3 * 2, 200 + 5 + 4
+    assert sizes == [drawn, 64, 64, 64, 17, drawn, all_captions]
+    if dropout:  # other masks
+        assert not torch.equal(*gradients)
+    else:
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

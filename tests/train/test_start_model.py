@@ -13,10 +13,10 @@ from cache.store import FeatureCache
 from tests.conftest import MakeCache
 from train.captions.vocabulary import SPECIALS, Vocabulary
 from train.config import Recipe, TrainConfig
-from train.fit.reports import EpochLog, StartScores, Started
+from train.fit.reports import EpochLog, Started, StartScores
 from train.fit.run import train
-from train.fit.start_model import StartModel
 from train.model.bundle import Bundle, load_bundle
+from train.model.start_model import StartModel
 
 RECIPE = Recipe(
     embedding_size=8, hidden_size=16, tie_embeddings=True, photo_every_step=True, epochs=30,
@@ -119,7 +119,7 @@ def test_a_run_goes_on_only_with_the_model_it_started_from(
     cache, out = make_cache([["a cat runs"]] * 12, name="cats.h5"), tmp_path / "run"
     one = dataclasses.replace(RECIPE, epochs=1)
     run(cache, out, one, from_model=tmp_path / "dogs")
-    with pytest.raises(CapError, match="started from the model whose SHA-256 begins .* for none;"):
+    with pytest.raises(CapError, match=r"started from the model whose SHA-256 begins .* for none;"):
         run(cache, out, RECIPE, resume=True)
     reports = run(cache, out, RECIPE, resume=True, from_model=tmp_path / "dogs")
     assert not any(isinstance(report, StartScores) for report in reports)

@@ -29,18 +29,19 @@ from cache.writer import open_writer
 from tests.conftest import ROOT, MakeCache, skeleton
 from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
-from train.fit.reports import SweepResult, TrialLog
+from train.fit.reports import SweepNotice, SweepResult, TrialLog
 from train.fit.run import train
-from train.fit.run_table import RunsError, find_runs, runs_table
-from train.fit.sweep import _receive, _RunningTrial, sweep
-from train.fit.sweep_study import (
+from train.fit.sweeps.run_table import RunsError, find_runs, runs_table
+from train.fit.sweeps.study import (
     SweepError,
+    default_recipe,
     ended_trials,
     open_study,
     search_space,
     study_identity,
 )
-from train.fit.sweep_worker import EpochScore, Failed, Finished, Worker
+from train.fit.sweeps.sweep import _receive, _RunningTrial, sweep
+from train.fit.sweeps.worker import EpochScore, Failed, Finished, Worker
 from train.model.bundle import load_bundle, read_training
 
 CAPTIONS = [[f"a {noun} runs", f"the {noun} is here"] for noun in ("dog", "cat", "cow", "hen")] * 4
@@ -93,6 +94,16 @@ def test_a_sweep_leaves_its_trials_as_runs_and_names_the_best(
         run(small(out, cache, trials=4))
     with pytest.raises(SweepError, match="began with --epochs 2, asked for --epochs 3; give"):
         run(small(out, cache, epochs=3))
+
+
+def test_a_sweep_says_once_how_many_photos_are_copies(
+    make_cache: MakeCache, tmp_path: Path
+) -> None:
+    cache = make_cache(CAPTIONS, digests=[1, 1, 1, *range(2, 15)]).path
+    first, *logs, _ = sweep(small(tmp_path / "sweep", cache))
+    assert isinstance(first, SweepNotice)
+    assert first.line().startswith("2 photos are copies of others; ")
+    assert [type(log) for log in logs] == [TrialLog] * 3
 
 
 def test_an_interrupted_sweep_goes_on(make_cache: MakeCache, tmp_path: Path) -> None:
@@ -213,8 +224,9 @@ def test_a_sweep_notices_rows_that_were_added_to_its_cache(
 
 def study_of(config: SweepConfig) -> AbstractContextManager[optuna.Study]:
     val_cache = open_cache(config.val_cache) if config.val_cache else None
-    identity = study_identity(config, open_cache(config.from_cache), val_cache)
-    return open_study(config, identity, len(CAPTIONS))
+    cache = open_cache(config.from_cache)
+    identity = study_identity(config, cache, val_cache)
+    return open_study(config, identity, len(CAPTIONS), default_recipe(config, cache))
 
 
 def test_a_sweep_goes_on_with_the_settings_it_began_with(

@@ -46,10 +46,9 @@ def fit_to_data(
     """
     rows = cache.captions.rows[cache.status[cache.captions.rows] == DONE]
     share = config.val_share
-    if share is None:
-        share = held_out_share(len(np.unique(rows))) if recorded is None else recorded["val_share"]
-    trained = 1.0 if config.val_cache is not None else 1 - share
-    recipe = data_recipe(config.recipe, round(trained * len(rows)), recorded)
+    if share is None and config.val_cache is None:
+        share = (recorded and recorded["val_share"]) or held_out_share(len(np.unique(rows)))
+    recipe = data_recipe(config.recipe, round((1 - (share or 0.0)) * len(rows)), recorded)
     if config.patience is not None:
         recipe = dataclasses.replace(recipe, patience_steps=None)
     return dataclasses.replace(config, recipe=recipe, val_share=share), recipe

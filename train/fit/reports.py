@@ -31,7 +31,11 @@ class Started:
 
     def summary(self) -> str:
         """Two lines, and one for each thing to know about equal photos."""
-        lines = [self._sizes(), self._length()]
+        return "\n".join([self._sizes(), self._length(), *self.notices()])
+
+    def notices(self) -> list[str]:
+        """A line for each thing to know about equal photos."""
+        lines = []
         if self.copies:
             lines.append(
                 f"{self.copies:,} photos are copies of others; a photo and its copies are either "
@@ -42,7 +46,7 @@ class Started:
                 f"{self.val_photos_trained_on:,} of {self.val_photos:,} validation photos are also "
                 "trained on, so the validation scores are too good"
             )
-        return "\n".join(lines)
+        return lines
 
     def _sizes(self) -> str:
         resumed = f"from epoch {self.epoch}, step {self.step}: " if self.epoch or self.step else ""
@@ -173,6 +177,16 @@ class Saved:
 
 
 TrainReport = Started | StartScores | StepLog | EpochLog | Saved | OutOfPatience
+
+
+@dataclass(frozen=True)
+class SweepNotice:
+    """What to know about the photos of all trials."""
+
+    text: str
+
+    def line(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)

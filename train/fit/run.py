@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -15,11 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.atomic import WriteError
 from cache.store import DIGEST_BYTES, open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
 from train.fit.data_recipe import fit_to_data
+from train.fit.failures import (
+    out_of_memory_as,
+    too_large_decoder,
+    too_large_rewarded_step,
+    too_large_step,
+    too_large_validation,
+)
 from train.fit.reports import (
     EpochLog,
     OutOfPatience,
@@ -29,37 +38,40 @@ from train.fit.reports import (
     StepLog,
     TrainReport,
 )
+from train.fit.resume import check_resumable, data_identity, run_settings
 from train.fit.run_data import load_run_data
-from train.fit.run_folder import (
-    DATA_RULES,
-    Checkpoint,
-    RunFolder,
-    TrainError,
-    check_resumable,
-    data_identity,
-    run_settings,
-)
-from train.fit.start_model import load_start_model, new_decoder
+from train.fit.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle
+from train.model.start_model import load_start_model, new_decoder
 
 
-def train(config: TrainConfig) -> Generator[TrainReport | None, None, None]:
+def train(
+    config: TrainConfig, *, saves_within_epochs: bool = True
+) -> Generator[TrainReport | None, None, None]:
     """Train as configured. Yields a report, or None, after every step.
 
     Closing the generator between two steps saves the run, so that it can be resumed at that step.
+    The files of finished epochs are written after `SAVE_PAUSE_S` and when training ends, also with
+    an error. saves_within_epochs: also save models within epochs, as `save_every` says.
+
     Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
     """
     with RunFolder(config.out) as folder:
-        run = _Run(config, folder)
-        with run.metrics:
-            try:
-                yield run.started()
-                yield from run.epochs()
-            except GeneratorExit:
-                run.save_position()
-                raise
+        try:
+            run = _Run(config, folder, saves_within_epochs=saves_within_epochs)
+            with run.metrics:
+                try:
+                    yield run.started()
+                    yield from run.epochs()
+                except GeneratorExit:
+                    run.save_position()
+                    raise
+                finally:
+                    folder.write_kept()
+        except WriteError as error:
+            raise folder.failure(error) from None
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,17 @@ _DIVERGED_LOSS = 30.0
 # How many of the models saved within epochs are kept, unless the user asked for them. On a GPU one
 # of some 30 MB is saved every 10 s.
 _KEPT_MODELS = 3
+# Of the vocabulary in a model file, about.
+_BYTES_PER_WORD = 24
 
 
 class _Run:
     """A run between two steps. `epoch` and `step` are those of the next step to train."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, *, saves_within_epochs: bool
+    ) -> None:
+        self._saves_within_epochs = saves_within_epochs
         self.folder = folder
         self.device = resolve_device(config.device)
         if self.device.index is not None:
@@ -112,7 +129,8 @@ class _Run:
         self.validation_captions = self.data.validation_captions
         self.validation_photos = self.data.validation_photos
         torch.manual_seed(config.seed)
-        try:
+        self._check_save_every()
+        with out_of_memory_as(lambda: too_large_decoder(self.device, recipe, len(self.vocabulary))):
             decoder = new_decoder(recipe, cache, self.vocabulary, start)
             self.decoder = decoder.to(self.device)
             self.trainer = Trainer(
@@ -124,14 +142,6 @@ class _Run:
                 precision=config.precision,
                 plain=config.plain,
             )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainError(
-                f"{self.device}: out of memory for a decoder of hidden size {recipe.hidden_size}, "
-                f"embedding size {recipe.embedding_size} and {len(self.vocabulary):,} words; "
-                "lower --hidden-size or --embedding-size, or raise --min-count"
-            ) from None
         self.epoch, self.step = 0, 0
         # (N,) photos of the training cache: those of an epoch, those that any step has trained on.
         self._training = np.zeros(len(cache), bool)
@@ -141,12 +151,13 @@ class _Run:
         self._validates_first = False
         self._scores_start = start is not None and checkpoint is None
         self._pending_log: _PendingLog | None = None
-        # Epoch and step of the checkpoint in the folder.
+        # Epoch and step of the newest checkpoint and of last.cap, in the folder or to be written.
         self._checkpoint_at: tuple[int, int] | None = None
+        self._last_model_at: tuple[int, int] | None = None
         if checkpoint is not None:
             self._resume(checkpoint)
         else:
-            self.folder.start(overwrite=config.overwrite)
+            self.folder.start(overwrite=config.overwrite, needed_bytes=self._needed_bytes())
         self.metrics = self.folder.open_metrics()
         self._saved_at = time.monotonic()
         self._logged_at = time.perf_counter()
@@ -154,7 +165,10 @@ class _Run:
     def _resume(self, checkpoint: Checkpoint) -> None:
         check_resumable(checkpoint, self.config, self.recipe, self._identity)
         self.trainer.load(checkpoint.trainer)
+        self.folder.check_space(self._needed_bytes())
         self.epoch, self.step = self._checkpoint_at = checkpoint.epoch, checkpoint.step
+        if (self.folder.path / "last.cap").exists():
+            self._last_model_at = self._checkpoint_at
         same_validation = self._resume_photos(checkpoint)
         # Scores by another measure or of other photos do not compare with those before.
         self._validates_first = (
@@ -230,10 +244,12 @@ class _Run:
         recipe = self.recipe
         epochs = recipe.all_epochs
         if self._validates_first:
-            self._judge_anew()
+            with out_of_memory_as(self._too_large_validation):
+                self._judge_anew()
         if self._scores_start:
             self.decoder.eval()
-            loss, scores, _ = self._validate(BEFORE_TRAINING)
+            with out_of_memory_as(self._too_large_validation):
+                loss, scores, _ = self._validate(BEFORE_TRAINING)
             self._scores_start = False
             yield StartScores(loss, scores.bleu_4, scores.cider)
         while self.epoch < epochs:
@@ -250,9 +266,7 @@ class _Run:
             started_at = time.perf_counter()
             yield from self._train_epoch()
             self._check_weights()
-            with self.trainer.evaluation_weights():
-                val_loss, scores, best = self._validate(self.epoch)
-                self._save_model("last.cap", val_loss, scores)
+            val_loss, scores, best = self._validate_epoch()
             seconds = time.perf_counter() - started_at
             log = EpochLog(
                 epoch=self.epoch,
@@ -277,8 +291,27 @@ class _Run:
                 }
             )
             self.epoch, self.step = self.epoch + 1, 0
-            self._save_checkpoint()
+            self._last_model_at = self.epoch, self.step
+            self._keep_checkpoint()
+            # A kill costs no more than the pause, or than one epoch if that is longer.
+            if self.epoch == epochs or self._since_saved() + seconds > SAVE_PAUSE_S:
+                self._write_kept()
             yield log
+
+    def _validate_epoch(self) -> tuple[float, ValidationScores, bool]:
+        """As `_validate`, of the epoch that has just been trained; its model becomes last.cap."""
+        with out_of_memory_as(self._too_large_validation):
+            try:
+                with self.trainer.evaluation_weights():
+                    val_loss, scores, best = self._validate(self.epoch)
+                    if best:
+                        self.folder.keep_again("best.cap", "last.cap")
+                    else:
+                        self._keep_model("last.cap", val_loss, scores)
+            except (RuntimeError, MemoryError):
+                self._keep_checkpoint()  # the run goes on with the validation
+                raise
+        return val_loss, scores, best
 
     def _judge_anew(self) -> None:
         """Score the best model so far and the present one. The better one becomes the best."""
@@ -288,7 +321,9 @@ class _Run:
             try:
                 with self.trainer.weights_of(standing.decoder):
                     self._validate(standing.training["epoch"], standing.training)
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 raise TrainError(
                     f"{path}: not a model of this run (other sizes); move it away, or name "
                     "another --out"
@@ -297,7 +332,8 @@ class _Run:
             with self.trainer.evaluation_weights():
                 self._validate(self.epoch if self.step else self.epoch - 1)
         self._validates_first = False
-        self._save_checkpoint()  # the next resumption compares with the new scores
+        self._keep_checkpoint()  # the next resumption compares with the new scores
+        self._write_kept()
 
     def _validate(
         self, epoch: int, facts: Mapping[str, Any] | None = None
@@ -320,7 +356,7 @@ class _Run:
             facts = facts or self._facts() | {"epoch": epoch}
             chosen_by = {"select_by": self.config.select_by}
             facts = {**facts, "config": {**facts["config"], **chosen_by}}
-            self._save_model("best.cap", val_loss, scores, facts)
+            self._keep_model("best.cap", val_loss, scores, facts)
         return val_loss, scores, best
 
     def _out_of_patience(self) -> bool:
@@ -376,27 +412,31 @@ class _Run:
                 self._check_weights()
                 name = f"epoch-{self.epoch}-step-{self.step}.cap"
                 with self.trainer.evaluation_weights():
-                    self._save_model(name)
+                    self._keep_model(name)
+                self._keep_checkpoint()
+                self._write_kept()
                 if self.config.save_every is None:
                     self.folder.remove_older_models(_KEPT_MODELS)
-                self._save_checkpoint()
                 yield Saved(self.folder.path / name)
 
     def _train_steps(self) -> Iterator[StepResult]:
-        try:
-            yield from self.trainer.epoch(self.epoch, self.step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            recipe = self.recipe
-            size, photos = recipe.batch_size, recipe.self_critical_photos
-            raise TrainError(
-                f"{self.device}: out of memory with batches of {size} captions; "
-                f"try --batch-size {max(1, size // 2)}"
-                if self.epoch < recipe.epochs
-                else f"{self.device}: out of memory with {photos} photos per self-critical step; "
-                f"go on with --resume and --self-critical-photos {max(1, photos // 2)}"
-            ) from None
+        steps = self.trainer.epoch(self.epoch, self.step)
+        while True:
+            with out_of_memory_as(self._too_large_step):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def _too_large_step(self) -> str:
+        recipe = self.recipe
+        if self.epoch >= recipe.epochs:
+            begun = self._checkpoint_at is not None and self._checkpoint_at > (recipe.epochs, 0)
+            return too_large_rewarded_step(self.device, recipe, begun=begun)
+        return too_large_step(self.device, recipe, saved=self._checkpoint_at is not None)
+
+    def _too_large_validation(self) -> str:
+        return too_large_validation(self.device, self.config.select_by)
 
     def _log(self, pending: _PendingLog) -> StepLog:
         """Read the loss, which waits for the device. Raises TrainError if it is not finite."""
@@ -443,12 +483,55 @@ class _Run:
             f"{self.folder.path}: {what} at epoch {self.epoch}, step {step}; {remedy}"
         )
 
+    def _steps_of_epochs(self) -> tuple[int, int]:
+        """The number of steps in each epoch, and in each self-critical one; 0 if there are none."""
+        recipe, captions = self.recipe, self.training_captions
+        steps = math.ceil(len(captions) / recipe.batch_size)
+        if not recipe.self_critical_epochs:
+            return steps, 0
+        photos = len(np.unique(captions.feature_rows))
+        return steps, math.ceil(photos / recipe.self_critical_photos)
+
+    def _check_save_every(self) -> None:
+        """Raise TrainError if `save_every` saves no model at all."""
+        every, steps = self.config.save_every, max(self._steps_of_epochs())
+        if every is not None and every > steps:
+            raise TrainError(
+                f"{self.config.out}: no epoch has more than {steps:,} steps, and steps are counted "
+                f"anew in each, so --save-every {every:,} saves nothing; lower it or leave it out"
+            )
+
+    def _needed_bytes(self) -> int:
+        """Disk space for all files of the run, while the checkpoint is being replaced."""
+        every, recipe = self.config.save_every, self.recipe
+        weights = self.trainer.parameters.values.nbytes
+        model = weights + _BYTES_PER_WORD * len(self.vocabulary)
+        # Weights, two moments and the average.
+        checkpoint = (3 + bool(recipe.average_decay)) * weights
+        steps, rewarded_steps = self._steps_of_epochs()
+        models = 2
+        if not self._saves_within_epochs:
+            pass
+        elif every is not None:
+            # With patience, only one epoch is certain.
+            epochs = recipe.epochs if self.config.patience is None else 1
+            models += epochs * (steps // every)
+            models += recipe.self_critical_epochs * (rewarded_steps // every)
+        elif max(steps, rewarded_steps) >= SAVE_EVERY:
+            models += _KEPT_MODELS
+        return models * model + 2 * checkpoint
+
     def _is_time_to_save(self) -> bool:
+        if not self._saves_within_epochs:
+            return False
         every = self.config.save_every
         if every is not None:
             return self.step % every == 0
-        paused = time.monotonic() - self._saved_at >= SAVE_PAUSE_S
-        return paused and self.step % SAVE_EVERY == 0
+        return self._since_saved() >= SAVE_PAUSE_S and self.step % SAVE_EVERY == 0
+
+    def _since_saved(self) -> float:
+        """Seconds since files were written."""
+        return time.monotonic() - self._saved_at
 
     def save_position(self) -> None:
         """Save the model and the checkpoint after an interruption between two steps."""
@@ -456,26 +539,32 @@ class _Run:
             return  # nothing has happened yet, and the checkpoint in the folder is as it should be
         if self._pending_log is not None:
             self._log(self._pending_log)
-        self._check_weights()
-        with self.trainer.evaluation_weights():
-            self._save_model("last.cap")
-        self._save_checkpoint()
+        position = self.epoch, self.step
+        if not position == self._checkpoint_at == self._last_model_at:
+            self._check_weights()
+        if position != self._last_model_at:
+            with self.trainer.evaluation_weights():
+                self._keep_model("last.cap")
+        if position != self._checkpoint_at:
+            self._keep_checkpoint()
+        self._write_kept()
 
-    def _save_model(
+    def _keep_model(
         self,
         name: str,
         val_loss: float | None = None,
         scores: ValidationScores | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """facts: about its training; None: of the present model."""
+        """Have the decoder saved as it is now. facts: as in `_validate`."""
         facts = {
             **(facts or self._facts()),
             "val_loss": val_loss,
             "scores": scores.as_dict() if scores else None,
         }
-        bundle = Bundle(self.decoder, self.vocabulary, self.cache.encoder, facts)
-        bundle.save(self.folder.path / name)
+        decoder = copy.deepcopy(self.decoder).cpu()  # training changes the decoder
+        model = Bundle(decoder, self.vocabulary, self.cache.encoder, facts)
+        self.folder.keep_model(name, model)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -485,8 +574,8 @@ class _Run:
             "config": run_settings(self.config),
         }
 
-    def _save_checkpoint(self) -> None:
-        self.folder.save_checkpoint(
+    def _keep_checkpoint(self) -> None:
+        self.folder.keep_checkpoint(
             Checkpoint(
                 settings=run_settings(self.config),
                 data=self._identity,
@@ -498,10 +587,13 @@ class _Run:
                 data_rules=self.data_rules,
                 photos={
                     "training": torch.from_numpy(self._training),
-                    "trained_on": torch.from_numpy(self._trained_on),
+                    "trained_on": torch.from_numpy(self._trained_on.copy()),  # training changes it
                     "validation": torch.from_numpy(self.validation_photos.rows),
                 },
             )
         )
-        self._saved_at = time.monotonic()
         self._checkpoint_at = self.epoch, self.step
+
+    def _write_kept(self) -> None:
+        self.folder.write_kept()
+        self._saved_at = time.monotonic()

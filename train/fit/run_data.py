@@ -15,8 +15,8 @@ from train.captions.photo_split import count_copies, count_copies_of, may_be_equ
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 from train.config import FixedRecipe, TrainConfig
 from train.fit.run_folder import TrainError
-from train.fit.start_model import StartModel
 from train.fit.validation import ValidationPhotos
+from train.model.start_model import StartModel
 
 
 @dataclass(frozen=True)

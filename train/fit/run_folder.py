@@ -1,4 +1,4 @@
-"""The folder of a training run: its checkpoint, its log, and what a resumed run may change.
+"""The folder of a training run: its models, its checkpoint and its log.
 
     runs/base/
       best.cap         the model with the best validation scores
@@ -10,31 +10,28 @@
       run.lock         empty; there while a process trains, which has it locked
 
 Models and checkpoints are written to a temporary file, which is then renamed. A `.cap` file is all
-that prediction needs.
+that prediction needs. In a finished run, `checkpoint.pt` only serves to train more epochs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+import shutil
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.atomic import WriteError, write_atomically, write_text
 from cache.errors import CapError
-from cache.store import FeatureCache
-from train.config import FixedRecipe, Recipe, TrainConfig
+from train.model.bundle import Bundle
 
 CHECKPOINT_VERSION = 3
 
@@ -78,6 +75,10 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
         self._lock = path / "run.lock"
         self._lock_fd: int | None = None
+        self._made = False
+        # Not yet written: models by file name, in the order of writing, and a checkpoint.
+        self._kept_models: dict[str, Bundle] = {}
+        self._kept_checkpoint: Checkpoint | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +94,9 @@ class RunFolder:
                 self._lock.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
+        if self._made:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.path.rmdir()
 
     def _take_lock(self) -> None:
         """Raises TrainError if another process trains into the folder."""
@@ -118,24 +122,45 @@ class RunFolder:
                 if self._lock_fd != fd:
                     os.close(fd)
 
-    def start(self, *, overwrite: bool) -> None:
-        """Make the folder. Raises TrainError if it holds a run and `overwrite` is off."""
+    def start(self, *, overwrite: bool, needed_bytes: int = 0) -> None:
+        """Make the folder.
+
+        Raises TrainError if it holds a run and `overwrite` is off, or if the run's files, of
+        `needed_bytes` together, do not fit on its disk.
+        """
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainError(f"{self.path}: cannot make the folder ({error.strerror})") from None
         self._take_lock()
-        # Other models in the folder are not this run's, and stay.
-        written = ("best.cap", "last.cap", "epoch-[0-9]*-step-[0-9]*.cap", "checkpoint.pt")
-        earlier_run = [path for name in written for path in self.path.glob(name)]
+        earlier_run = self._files()
         if earlier_run and not overwrite:
             found = "a run; continue it with --resume," if self.has_checkpoint() else "a model;"
             raise TrainError(
                 f"{self.path}: already holds {found} replace it with --overwrite, "
                 "or name another --out"
             )
+        self.check_space(needed_bytes)
         for path in [*earlier_run, self._metrics]:
             path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """The models and the checkpoint of a run. Other models in the folder are not its own."""
+        written = ("best.cap", "last.cap", "epoch-[0-9]*-step-[0-9]*.cap", "checkpoint.pt")
+        return [path for name in written for path in self.path.glob(name)]
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Raise TrainError if files of `needed_bytes` do not fit, in the place of those there."""
+        there = [path.stat() for path in self._files()]
+        sizes = {status.st_ino: status.st_size for status in there}  # linked files once
+        missing = needed_bytes - sum(sizes.values())
+        free = shutil.disk_usage(self.path).free
+        if missing > free:
+            raise TrainError(
+                f"{self.path}: needs {missing / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+                "free some, or name another --out"
+            )
 
     def remove_older_models(self, kept: int) -> None:
         """Remove the models saved within epochs, apart from the newest `kept`."""
@@ -150,9 +175,11 @@ class RunFolder:
     def read_checkpoint(self) -> Checkpoint:
         """Raises TrainError if there is no checkpoint, or if it is damaged or of another format."""
         path = self._checkpoint
+        if self.path.is_dir():
+            self._take_lock()
         if not self.has_checkpoint():
-            raise TrainError(f"{self.path}: nothing to resume (no checkpoint.pt)")
-        self._take_lock()
+            begin = "give --overwrite to begin anew" if self._files() else "leave out --resume"
+            raise TrainError(f"{self.path}: nothing to resume (no checkpoint.pt); {begin}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             version = state["version"]
@@ -167,7 +194,43 @@ class RunFolder:
         except TypeError:
             raise TrainError(f"{path}: cannot read (it is incomplete)") from None
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def keep_model(self, name: str, model: Bundle) -> None:
+        """Have a model written by the next `write_kept`. Its decoder must not change until then."""
+        self._kept_models[name] = model
+
+    def keep_again(self, name: str, other: str) -> None:
+        """Have a model that is kept written under another name as well."""
+        self._kept_models[other] = self._kept_models[name]
+
+    def keep_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Have a checkpoint written by the next `write_kept`, after the models."""
+        self._kept_checkpoint = checkpoint
+
+    def write_kept(self) -> None:
+        """Write what was kept and is not yet written. Raises WriteError.
+
+        A model of two names is written once and linked to the other, which takes no more space.
+        """
+        written: dict[int, Path] = {}
+        for name, model in list(self._kept_models.items()):
+            path = self.path / name
+            if not (id(model) in written and _link(written[id(model)], path)):
+                model.save(path)
+            written[id(model)] = path
+            del self._kept_models[name]
+        if self._kept_checkpoint is not None:
+            self._write_checkpoint(self._kept_checkpoint)
+            self._kept_checkpoint = None
+
+    def failure(self, error: WriteError) -> WriteError:
+        """The error of a run that cannot write, with what to do then."""
+        if self.has_checkpoint():
+            then = "go on with --resume"
+        else:
+            then = f"run the command again{' with --overwrite' if self._files() else ''}"
+        return WriteError(f"{error}; free space or mend the disk, then {then}")
+
+    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint. Raises WriteError."""
         state = {"version": CHECKPOINT_VERSION, **vars(checkpoint)}
 
@@ -230,111 +293,23 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        # After a failure some text is left, which closing tries to write once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _failure(self, error: OSError) -> WriteError:
         return WriteError(f"{self._path}: cannot write ({error.strerror})")
 
 
-def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
-    """The settings that a model records, and that a resumed run must not change.
+def _link(old: Path, new: Path) -> bool:
+    """Replace `new` by a hard link to `old`. Returns whether the file system can do that."""
 
-    config: as `fit_to_data` gives it.
-    """
-    names = ("val_share", "max_length", "seed", "select_by", "precision", "plain")
-    return {name: getattr(config, name) for name in names} | asdict(config.recipe)
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        os.link(old, temporary)
 
-
-def data_identity(cache: FeatureCache) -> dict[str, str]:
-    """What the features and captions of a cache follow from.
-
-    Digests of the photos' names, the captions, the encoder's weights, the contents of the photo
-    files and the status of the rows; and the rest of the encoder's record.
-    """
-    encoder = cache.encoder
-    return {
-        "photos": cache.photos_sha256,
-        "captions": cache.captions_sha256,
-        "weights": encoder.weights_sha256,
-        "backbone": encoder.backbone,
-        "feature_dim": str(encoder.feature_dim),
-        "image_size": str(encoder.image_size),
-        "views": ",".join(encoder.views),
-        "preprocessing": encoder.preprocessing,
-        "precision": encoder.precision,
-        "digests": _sha256(cache.digests),
-        "status": _sha256(cache.status),
-    }
-
-
-def _sha256(array: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-# Members of the identity whose values say nothing to a reader, and what is said instead.
-_OTHER_DATA = {
-    "photos": "photos",
-    "captions": "captions",
-    "weights": "weights of the backbone",
-    "digests": "digests (contents of the photo files)",
-    "status": "status of its photos (which of them are extracted)",
-}
-
-
-def check_resumable(
-    checkpoint: Checkpoint, config: TrainConfig, recipe: FixedRecipe, data: dict[str, str]
-) -> None:
-    """Raise TrainError if a run began with other settings or other data than are asked for.
-
-    What an older checkpoint does not record is not compared.
-    """
-    asked = run_settings(config)
-    for name, value in checkpoint.settings.items():
-        if asked.get(name) != value and not _may_change(name, checkpoint, recipe):
-            raise TrainError(
-                f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
-                "give the options it began with, or another --out"
-            )
-    # Self-critical epochs, which follow a fixed number of others, count from that number.
-    begun = min(checkpoint.epoch + bool(checkpoint.step), checkpoint.settings["epochs"])
-    if recipe.epochs < begun:
-        raise TrainError(
-            f"{config.out}: has begun {begun} epochs, asked for {recipe.epochs}; "
-            f"give --epochs {begun} or more, or another --out"
-        )
-    for name, value in data.items():
-        before = checkpoint.data.get(name, "" if name == "from_model" else value)
-        if before != value:
-            if name == "from_model":
-                raise TrainError(
-                    f"{config.out}: {_start_in_words(before)}, asked for "
-                    f"{config.from_model or 'none'}; give the --from-model it began with, or "
-                    "another --out"
-                )
-            difference = (
-                f"other {_OTHER_DATA[name]} than {config.from_cache} holds"
-                if name in _OTHER_DATA
-                else f"features of {name} {before}, {config.from_cache} holds {value}"
-            )
-            raise TrainError(
-                f"{config.out}: was trained on {difference}; "
-                "give the cache it began with, or another --out"
-            )
-
-
-def _start_in_words(sha256: str) -> str:
-    if not sha256:
-        return "did not start from a model"
-    return f"started from the model whose SHA-256 begins {sha256[:12]}"
-
-
-def _may_change(name: str, checkpoint: Checkpoint, recipe: Recipe) -> bool:
-    """Whether a resumed run may have another value for this setting."""
-    if name in ("select_by", "patience_steps"):
-        return True
-    if (checkpoint.epoch, checkpoint.step) > (checkpoint.settings["epochs"], 0):
-        return False  # in the self-critical epochs, which follow a fixed number of others
-    if name == "epochs":
-        # More can be added as long as nothing in an epoch depends on their number.
-        return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
-    return name.startswith("self_critical")
+    try:
+        write_atomically(new, link)
+    except WriteError:
+        return False
+    return True

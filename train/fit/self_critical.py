@@ -30,6 +30,10 @@ from train.step.objective import Objective
 from train.step.packed_batch import pack
 
 _MAX_LENGTH = 20  # words in a sample; about one caption in a thousand is longer
+# The true captions of a step are computed in parts of at most this many captions for each photo, or
+# of the least number. Photos with five captions make one part; a photo may have thousands.
+_TRUE_CAPTIONS_PER_PHOTO = 8
+_LEAST_TRUE_CAPTIONS = 64
 
 
 class SelfCritical:
@@ -119,23 +123,39 @@ class SelfCritical:
     def _add_true_captions(
         self, photos: NDArray[np.int64], views: NDArray[np.int64], weight: Tensor, seed: int
     ) -> None:
-        """Add the gradient of the mean loss of these photos' captions, times `weight`."""
+        """Add the gradient of the mean loss of these photos' captions, times `weight`.
+
+        Nothing depends on which captions share a part, since BatchNorm uses its running statistics.
+        """
         rows = self._captions.feature_rows[self._by_photo]
         first, last = (np.searchsorted(rows, photos, side=side) for side in ("left", "right"))
         chosen = np.concatenate(
             [self._by_photo[start:stop] for start, stop in zip(first, last, strict=True)]
         )
-        batch = self._captions.batch(chosen, np.repeat(views, last - first))
-        on_host = batch.targets.device.type == "cpu"
-        packed = pack(batch, round_up=on_host)
+        order = np.argsort(-self._captions.lengths[chosen], kind="stable")  # saves padding
+        chosen, chosen_views = chosen[order], np.repeat(views, last - first)[order]
+        size = max(_TRUE_CAPTIONS_PER_PHOTO * len(photos), _LEAST_TRUE_CAPTIONS)
+        on_host = weight.device.type == "cpu"
         if not on_host:
             torch.cuda.manual_seed(seed)
-        config, dtype = self._decoder.config, self._objective.dtype
-        masks = draw_masks(config, packed, dtype, seed if on_host else None)
         gradients = self._objective.parameters.gradients
         rewarded = gradients.clone()
-        self._objective.loss_and_gradients(packed, masks, training=False)
-        gradients.mul_(weight / packed.count()).add_(rewarded)
+        count = torch.zeros((), dtype=torch.int64, device=weight.device)
+        for number, start in enumerate(range(0, len(chosen), size)):
+            part = slice(start, start + size)
+            packed = pack(self._captions.batch(chosen[part], chosen_views[part]), round_up=on_host)
+            masks = draw_masks(
+                self._decoder.config,
+                packed,
+                self._objective.dtype,
+                seed + number if on_host else None,
+            )
+            before = gradients.clone() if start else None
+            self._objective.loss_and_gradients(packed, masks, training=False)
+            if before is not None:
+                gradients.add_(before)
+            count += packed.count()
+        gradients.mul_(weight / count).add_(rewarded)
 
 
 def _dropout(features: Tensor, p: float, generator: torch.Generator) -> Tensor:

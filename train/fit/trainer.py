@@ -81,7 +81,8 @@ class Trainer:
         self.seed = seed
         device = captions.device
         self.parameters = flat_parameters(decoder)
-        self._inputs = StepInputs(recipe.batch_size, device)
+        largest_batch = min(recipe.batch_size, len(captions))
+        self._inputs = StepInputs(largest_batch, device)
         numbers = self._inputs.numbers
         self.average: WeightAverage | None = None
         if recipe.average_decay:
@@ -99,7 +100,7 @@ class Trainer:
             self.graphs = GraphedSteps(self._gather_and_update, lambda: self.objective.generation)
             assert isinstance(self.objective, CudaObjective)
             longest = graph_length(int(captions.lengths.max()))
-            self.objective.reserve(recipe.batch_size, longest)
+            self.objective.reserve(largest_batch, longest)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepResult]:
         """Train an epoch from `first_step` on, by cross-entropy or, if self-critical, by reward."""

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 from cache.store import open_cache
 from train.config import BEST, SweepConfig, TrainConfig
 from train.device import resolve_device
-from train.fit.reports import SweepResult, TrialLog
-from train.fit.sweep_study import (
+from train.fit.reports import SweepNotice, SweepResult, TrialLog
+from train.fit.sweeps.study import (
     SweepError,
     best_trial,
+    default_recipe,
     ended_trials,
     open_study,
     retry,
@@ -28,7 +29,7 @@ from train.fit.sweep_study import (
     study_identity,
     trial_folder,
 )
-from train.fit.sweep_worker import EpochScore, Failed, Finished, Worker
+from train.fit.sweeps.worker import EpochScore, Failed, Finished, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -36,23 +37,25 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 _MOST_JOBS = 8  # by default: each takes memory for a model and its optimizer
-_NEVER = 10**9  # steps
 
 
-def sweep(config: SweepConfig) -> Iterator[TrialLog | SweepResult]:
+def sweep(config: SweepConfig) -> Iterator[SweepNotice | TrialLog | SweepResult]:
     """Run trials until the folder has `config.trials`. Yields each as it ends, then the best one.
+    A notice about the photos comes before, if there is one.
 
     The first trial has the default recipe, so the best is at least as good. Raises SweepError, or
     another CapError, such as CacheError, if no trial could run.
     """
     cache = open_cache(config.from_cache)
     val_cache = open_cache(config.val_cache) if config.val_cache else None
+    default = default_recipe(config, cache)
+    config = replace(config, min_count=config.min_count or default.min_count)
     identity = study_identity(config, cache, val_cache)
     captions = len(cache.captions)
     device = resolve_device(config.device)
     cores = len(os.sched_getaffinity(0))
     jobs = config.jobs or (min(cores, _MOST_JOBS) if device.type == "cpu" else 1)
-    with open_study(config, identity, captions) as study:
+    with open_study(config, identity, captions, default) as study:
         missing = config.trials - ended_trials(study)
         jobs = max(1, min(jobs, missing))
         if missing > 0:
@@ -63,10 +66,11 @@ def sweep(config: SweepConfig) -> Iterator[TrialLog | SweepResult]:
 
 def _run_trials(
     config: SweepConfig, study: Study, workers: _Workers, jobs: int, count: int, captions: int
-) -> Iterator[TrialLog]:
+) -> Iterator[SweepNotice | TrialLog]:
     """Run `count` trials, `jobs` at a time. captions: as in `search_space`."""
     deadline = time.monotonic() + config.timeout_s if config.timeout_s is not None else math.inf
     running: list[_RunningTrial] = []
+    noticed = False
     while True:
         while len(running) < jobs and count and time.monotonic() < deadline:
             trial = study.ask(search_space(captions))
@@ -81,6 +85,9 @@ def _run_trials(
         ready = connection.wait([one.worker.pipe for one in running])
         for one in [one for one in running if one.worker.pipe in ready]:
             log = _receive(config, study, one)
+            if one.notice is not None and not noticed:  # all trials have the same photos
+                noticed = True
+                yield one.notice
             if log is None:
                 continue
             running.remove(one)
@@ -97,6 +104,7 @@ class _RunningTrial:
     epochs: int = 0
     stopped: bool = False
     worker_died: bool = False
+    notice: SweepNotice | None = None
     started_at: float = field(default_factory=time.perf_counter)
 
 
@@ -111,6 +119,9 @@ def _receive(config: SweepConfig, study: Study, running: _RunningTrial) -> Trial
         message = None
     state, problem = "complete", ""
     match message:
+        case SweepNotice():
+            running.notice = message
+            return None
         case EpochScore():
             running.epochs += 1
             if message.best:
@@ -161,8 +172,7 @@ def _train_config(config: SweepConfig, trial: Trial) -> TrainConfig:
     return TrainConfig(
         **{name: getattr(config, name) for name in _SHARED},
         out=trial_folder(config, trial.number),
-        recipe=replace(BEST, epochs=config.epochs, **trial.params),
-        save_every=_NEVER,
+        recipe=replace(BEST, epochs=config.epochs, min_count=config.min_count, **trial.params),
         overwrite=True,
     )
 
@@ -181,7 +191,12 @@ def _result(config: SweepConfig, study: Study) -> SweepResult:
     # A sweep that goes on may have another device; what the trial was trained on counts.
     shared = {name: getattr(config, name) for name in _SHARED}
     shared["device"] = trial.user_attrs.get("device", config.device)
-    settings: dict[str, Any] = {**shared, "epochs": config.epochs, **trial.params}
+    settings: dict[str, Any] = {
+        **shared,
+        "epochs": config.epochs,
+        "min_count": config.min_count,
+        **trial.params,
+    }
     return SweepResult(
         folder=trial_folder(config, trial.number),
         cider=cider,

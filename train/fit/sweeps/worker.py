@@ -1,8 +1,8 @@
 """The process that trains a sweep's trials one after the other, on orders from a pipe.
 
-For each trial it receives a TrainConfig. After each epoch it sends an EpochScore and receives
-whether to continue. At the end of the trial it sends Finished or Failed. It ends at once when the
-process that started it ends, however that happens.
+For each trial it receives a TrainConfig. It sends a SweepNotice if there is one. After each epoch
+it sends an EpochScore and receives whether to continue. At the end of the trial it sends Finished
+or Failed. It ends at once when the process that started it ends, however that happens.
 """
 
 from __future__ import annotations
@@ -99,11 +99,13 @@ def _end_with_parent() -> None:
 
 
 def _train(config: TrainConfig, pipe: Connection) -> None:
-    from train.fit.reports import EpochLog
+    from train.fit.reports import EpochLog, Started, SweepNotice
     from train.fit.run import train
 
-    with contextlib.closing(train(config)) as reports:
+    with contextlib.closing(train(config, saves_within_epochs=False)) as reports:
         for report in reports:
+            if isinstance(report, Started) and report.notices():
+                pipe.send(SweepNotice("\n".join(report.notices())))
             if isinstance(report, EpochLog):
                 pipe.send(EpochScore(report.cider, report.best))
                 if not pipe.recv():

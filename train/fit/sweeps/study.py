@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from cache.errors import CapError
 from cache.record import EncoderRecord
 from cache.store import FeatureCache
-from train.config import BEST, SweepConfig
+from train.config import FixedRecipe, SweepConfig, TrainConfig
+from train.fit.data_recipe import fit_to_data
 from train.model.bundle import BundleError, load_bundle, read_training
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 _NEVER_PRUNED = 4  # trials that are never stopped early, so that others can be compared with them
+_BATCH_SIZES = (32, 64, 128, 256)
 _MANY_CAPTIONS = 100_000
 _TRIES = 2  # of a trial whose process died: another process may have taken the memory
 
@@ -47,7 +49,7 @@ def search_space(captions: int) -> dict[str, BaseDistribution]:
         "hidden_size": CategoricalDistribution(hidden_sizes),
         "embedding_size": CategoricalDistribution((128, 256, 512)),
         "dropout": FloatDistribution(0.0, 0.6, step=0.1),
-        "batch_size": CategoricalDistribution((32, 64, 128, 256)),
+        "batch_size": CategoricalDistribution(_BATCH_SIZES),
         "weight_decay": FloatDistribution(1e-3, 0.2, log=True),
         "label_smoothing": FloatDistribution(0.0, 0.2, step=0.05),
     }
@@ -88,11 +90,20 @@ def _rows_sha256(cache: FeatureCache) -> str:
     return digest.hexdigest()
 
 
+def default_recipe(config: SweepConfig, cache: FeatureCache) -> FixedRecipe:
+    """What `cap train` would train the cache with."""
+    asked = TrainConfig(config.from_cache, config.out, val_cache=config.val_cache)
+    return fit_to_data(asked, cache)[1]
+
+
 @contextlib.contextmanager
-def open_study(config: SweepConfig, identity: dict[str, Any], captions: int) -> Iterator[Study]:
+def open_study(
+    config: SweepConfig, identity: dict[str, Any], captions: int, default: FixedRecipe
+) -> Iterator[Study]:
     """The study in the folder `config.out`, new or continued, locked against other processes.
 
-    identity: as `study_identity` gives it. captions: as in `search_space`. Raises SweepError if
+    identity: as `study_identity` gives it. captions: as in `search_space`. default: the
+    recipe of the first trial. Raises SweepError if
     the folder's study has another identity, is in use or cannot be written.
     """
     try:
@@ -136,7 +147,11 @@ def open_study(config: SweepConfig, identity: dict[str, Any], captions: int) -> 
         for name in identity.keys() - study.user_attrs.keys():
             study.set_user_attr(name, identity[name])
         if not study.trials:
-            study.enqueue_trial({name: getattr(BEST, name) for name in search_space(captions)})
+            space = search_space(captions)
+            first = {name: getattr(default, name) for name in space}
+            # Smaller batches than the space has are for little data.
+            first["batch_size"] = max(first["batch_size"], min(_BATCH_SIZES))
+            study.enqueue_trial(first)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             _enqueue_again(config, study, trial)
         yield study

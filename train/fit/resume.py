@@ -1,0 +1,125 @@
+"""What a resumed run must have in common with the run that it continues."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.store import FeatureCache
+from train.config import FixedRecipe, TrainConfig
+from train.fit.run_folder import Checkpoint, TrainError
+
+
+def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
+    """The settings that a model records, and that a resumed run must not change.
+
+    config: as `fit_to_data` gives it.
+    """
+    names = ("val_share", "max_length", "seed", "select_by", "precision", "plain")
+    return {name: getattr(config, name) for name in names} | asdict(config.recipe)
+
+
+def data_identity(cache: FeatureCache) -> dict[str, str]:
+    """What the features and captions of a cache follow from.
+
+    Digests of the photos' names, the captions, the encoder's weights, the contents of the photo
+    files, the status of the rows and their checksums, which follow from the features; and the rest
+    of the encoder's record.
+    """
+    encoder = cache.encoder
+    return {
+        "photos": cache.photos_sha256,
+        "captions": cache.captions_sha256,
+        "weights": encoder.weights_sha256,
+        "backbone": encoder.backbone,
+        "feature_dim": str(encoder.feature_dim),
+        "image_size": str(encoder.image_size),
+        "views": ",".join(encoder.views),
+        "preprocessing": encoder.preprocessing,
+        "precision": encoder.precision,
+        "digests": _sha256(cache.digests),
+        "status": _sha256(cache.status),
+        "checksums": _sha256(cache.checksums),
+    }
+
+
+def _sha256(array: NDArray[np.uint8] | NDArray[np.uint32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+# Members of the identity whose values say nothing to a reader, and what is said instead.
+_OTHER_DATA = {
+    "photos": "photos",
+    "captions": "captions",
+    "weights": "weights of the backbone",
+    "digests": "digests (contents of the photo files)",
+    "status": "status of its photos (which of them are extracted)",
+    "checksums": "features of the same photos",
+}
+
+
+def check_resumable(
+    checkpoint: Checkpoint, config: TrainConfig, recipe: FixedRecipe, data: dict[str, str]
+) -> None:
+    """Raise TrainError if a run began with other settings or other data than are asked for.
+
+    What an older checkpoint does not record is not compared.
+    """
+    asked = run_settings(config)
+    for name, value in checkpoint.settings.items():
+        if asked.get(name) != value and not _may_change(name, checkpoint, config):
+            raise TrainError(
+                f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
+                "give the options it began with, or another --out"
+            )
+    # Self-critical epochs, which follow a fixed number of others, count from that number.
+    begun = min(checkpoint.epoch + bool(checkpoint.step), checkpoint.settings["epochs"])
+    if recipe.epochs < begun:
+        raise TrainError(
+            f"{config.out}: has begun {begun} epochs, asked for {recipe.epochs}; "
+            f"give --epochs {begun} or more, or another --out"
+        )
+    for name, value in data.items():
+        before = checkpoint.data.get(name, "" if name == "from_model" else value)
+        if before != value:
+            if name == "from_model":
+                raise TrainError(
+                    f"{config.out}: {_start_in_words(before)}, asked for "
+                    f"{config.from_model or 'none'}; give the --from-model it began with, or "
+                    "another --out"
+                )
+            difference = (
+                f"other {_OTHER_DATA[name]} than {config.from_cache} holds"
+                if name in _OTHER_DATA
+                else f"features of {name} {before}, {config.from_cache} holds {value}"
+            )
+            raise TrainError(
+                f"{config.out}: was trained on {difference}; "
+                "give the cache it began with, or another --out"
+            )
+
+
+def _start_in_words(sha256: str) -> str:
+    if not sha256:
+        return "did not start from a model"
+    return f"started from the model whose SHA-256 begins {sha256[:12]}"
+
+
+def _may_change(name: str, checkpoint: Checkpoint, config: TrainConfig) -> bool:
+    """Whether a resumed run may have another value for this setting."""
+    if name in ("select_by", "patience_steps"):
+        return True
+    if name == "val_share":
+        # Beside a --val-cache it has no effect, then or now.
+        before = checkpoint.validated_on.split()[0] != checkpoint.data["photos"]
+        return before or config.val_cache is not None
+    if (checkpoint.epoch, checkpoint.step) > (checkpoint.settings["epochs"], 0):
+        return False  # in the self-critical epochs, which follow a fixed number of others
+    if name == "epochs":
+        # More can be added as long as nothing in an epoch depends on their number.
+        recipe = config.recipe
+        return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
+    return name.startswith("self_critical")
