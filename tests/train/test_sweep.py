@@ -32,6 +32,7 @@ from train.config import BEST, Recipe, SweepConfig, TrainConfig
 from train.fit.reports import SweepNotice, SweepResult, TrialLog
 from train.fit.run import train
 from train.fit.sweeps.run_table import RunsError, find_runs, runs_table
+from train.fit.data_recipe import data_recipe
 from train.fit.sweeps.study import (
     SweepError,
     default_recipe,
@@ -269,7 +270,7 @@ def test_a_sweep_of_version_0_1_0_goes_on_with_the_true_scores(
     }.items():
         study.set_user_attr(name, value)
     space = search_space(len(CAPTIONS))
-    study.enqueue_trial({name: getattr(BEST, name) for name in space})
+    study.enqueue_trial({name: getattr(data_recipe(BEST, 3200), name) for name in space})
     study.tell(study.ask(space), 9.9)
     with pytest.raises(SweepError, match="began with --seed 5, asked for --seed 0"):
         run(dataclasses.replace(config, seed=0))
@@ -478,7 +479,7 @@ def test_the_commands_sweep_and_list(make_cache: MakeCache, tmp_path: Path) -> N
     arguments = ("sweep", "--from-cache", cache, "--out", out, "--trials", 1, "--epochs", 1)
     printed, err = cap(*arguments, "--min-count", 1, "--device", "cpu")
     assert printed.startswith(f"{out}/trial-000/best.cap (CIDEr ")
-    assert f"--from-cache {cache} --min-count 1 --seed 0 --device cpu --epochs 1 " in printed
+    assert f"--from-cache {cache} --seed 0 --device cpu --epochs 1 --min-count 1 " in printed
     assert "--hidden-size 512" in printed
     assert "trial 0: CIDEr" in err
     assert "with OMP_NUM_THREADS=" in err

@@ -77,7 +77,7 @@ def data_recipe(
             (count for most, count in _MIN_COUNTS if captions < most), _LARGEST_MIN_COUNT
         )
     if recipe.epochs is None:
-        steps = math.ceil(captions / chosen["batch_size"])
+        steps = max(1, math.ceil(captions / chosen["batch_size"]))
         chosen["epochs"] = max(_MOST_EPOCHS, math.ceil(_MOST_STEPS / steps))
         chosen["patience_steps"] = max(_PATIENCE_STEPS, _PATIENCE_EPOCHS * steps)
     return FixedRecipe(**chosen)
