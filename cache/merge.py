@@ -86,7 +86,7 @@ def merge(
             block = max(1, _BLOCK_BYTES // (cache.features[:1].nbytes or 1))
             for start in range(0, len(rows), block):
                 part = rows[start : start + block]
-                writer.copy(first, cache, part)
+                writer.copy(np.arange(first, first + len(part)), cache, part)
                 cache.forget_pages()
                 first += len(part)
         unreadable = int((writer.status != DONE).sum())

@@ -85,34 +85,35 @@ class CacheWriter:
         self._put("checksums", row, np.uint32(row_checksum(digest, error, None)))
         self._mark(np.array([row]), UNREADABLE)
 
-    def copy(self, first: int, source: FeatureCache, rows: NDArray[np.int64]) -> None:
-        """Copy rows of another cache, none of them pending, to the rows from `first` on.
+    def copy(
+        self, rows: NDArray[np.int64], source: FeatureCache, source_rows: NDArray[np.int64]
+    ) -> None:
+        """Copy finished rows (B,) of another cache of the same encoder to these rows (B,).
 
-        Raises CacheError if one of them is damaged or the disk is full.
+        Raises CacheError if one of them is damaged or pending, or the disk is full.
         """
-        status = source.status[rows]
-        features = source.features[rows]
+        status = source.status[source_rows]
+        features = source.features[source_rows]
         features[status != DONE] = 0  # they were never written and may have any content
         digests, errors, checksums = (
-            source.digests[rows],
-            source.error_bytes[rows],
-            source.checksums[rows],
+            source.digests[source_rows],
+            source.error_bytes[source_rows],
+            source.checksums[source_rows],
         )
-        for place, row in enumerate(rows.tolist()):
+        for place, row in enumerate(source_rows.tolist()):
             kept = features[place] if status[place] == DONE else None
             if row_checksum(digests[place], errors[place], kept) != checksums[place]:
                 raise CacheError(
                     f"{source.path}: row {row} ({source.paths[row]}) does not match its checksum"
                 )
-        for name, values in (
-            ("features", features),
-            ("digests", digests),
-            ("errors", errors),
-            ("checksums", checksums),
-        ):
-            self._put(name, first, values)
+        for run in _runs(rows):
+            first = int(rows[run.start])
+            self._put("features", first, features[run])
+            self._put("digests", first, digests[run])
+            self._put("errors", first, errors[run])
+            self._put("checksums", first, checksums[run])
         for kind in (DONE, UNREADABLE):
-            self._mark(first + np.flatnonzero(status == kind), kind)
+            self._mark(rows[status == kind], kind)
 
     def retry_unreadable(self) -> int:
         """Make all unreadable rows pending again. Returns how many there were."""

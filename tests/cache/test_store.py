@@ -24,8 +24,8 @@ DIGESTS = np.arange(48, dtype=np.uint8).reshape(3, 16)
 FEATURES = np.arange(24, dtype=np.float16).reshape(3, 1, 8)
 
 
-def fill(path: Path) -> None:
-    with open_writer(path, skeleton(CAPTIONS), library_versions={"torch": "2"}) as writer:
+def fill(path: Path, captions: list[list[str]] = CAPTIONS) -> None:
+    with open_writer(path, skeleton(captions), library_versions={"torch": "2"}) as writer:
         writer.write(np.array([0, 2]), FEATURES[[0, 2]], DIGESTS[[0, 2]])
         writer.set_unreadable(1, "cannot decode (é)", DIGESTS[1])
 
