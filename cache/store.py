@@ -5,8 +5,8 @@ Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
 - Bytes 0–16383: the seal (`cache.seal`). From byte 16384: an ordinary HDF5 file, for other
   programs. This one reads the arrays at the places given in the seal.
 - All datasets are contiguous, little-endian, and allocated in full when the file is made. The file
-  is written as `NAME.tmp`, synced and renamed. After that only the bytes of the five mutable arrays
-  change, so the file is valid whenever the writer is killed.
+  gets its name when it is complete and synced. After that only the bytes of the mutable arrays
+  change, so it is valid whenever the writer is killed.
 - Mutable, written row by row:
   - `features`  (N, V, D) float16
   - `status`    (N,) uint8: 0 pending, 1 done, 2 unreadable. Written after the rest of the row.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.atomic import follow_link
 from cache.create import create_file
+from cache.place import lock_existing, new_file, publish
 from cache.record import CacheError, Shard, Skeleton
 from cache.store import (
     DONE,
@@ -46,6 +47,7 @@ class CacheWriter:
         self._fd = fd
         self._status = np.array(self.cache.status)  # as it will be after the next flush
         self._dirty: list[NDArray[np.int64]] = []
+        self._failed: CacheError | None = None  # why nothing more can be written
 
     @property
     def status(self) -> NDArray[np.uint8]:
@@ -123,28 +125,45 @@ class CacheWriter:
         return len(rows)
 
     def flush(self) -> None:
-        """Sync everything written so far to the disk, then write the status of these rows."""
+        """Sync everything written so far to the disk, then write the status of these rows.
+
+        Raises CacheError if the disk fails. Rows written since the last flush then stay pending,
+        and the writer refuses all further work: the system reports a lost write only once, so a
+        second sync would succeed without these rows.
+        """
+        self._check_usable()
         if not self._dirty:
             return
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            raise self._failure(error) from None
+        self._sync(os.fdatasync)
         rows = np.unique(np.concatenate(self._dirty))
         for run in _runs(rows):
             self._put("status", int(rows[run.start]), self._status[rows[run]])
         self._dirty.clear()
 
     def close(self) -> None:
-        """Flush, and release the file."""
+        """Flush, and release the file. Raises CacheError if the disk fails or has failed."""
         if self._fd < 0:
             return
         try:
             self.flush()
-            os.fsync(self._fd)
+            self._sync(os.fsync)
         finally:
             os.close(self._fd)
             self._fd = -1
+
+    def _sync(self, sync: Callable[[int], None]) -> None:
+        try:
+            sync(self._fd)
+        except OSError as error:
+            self._failed = self._failure(error)
+            unsynced = np.concatenate([np.zeros(0, np.int64), *self._dirty])
+            self._status[unsynced] = self.cache.status[unsynced]
+            self._dirty.clear()
+            raise self._failed from None
+
+    def _check_usable(self) -> None:
+        if self._failed is not None:
+            raise self._failed
 
     def __enter__(self) -> Self:
         return self
@@ -166,6 +185,7 @@ class CacheWriter:
         self._dirty.append(rows)
 
     def _put(self, name: str, row: int, values: NDArray[Any] | np.generic) -> None:
+        self._check_usable()
         region = self.cache.region(name)
         stride = math.prod(region.shape[1:]) * region.dtype.itemsize
         data = memoryview(np.ascontiguousarray(values, region.dtype).tobytes())
@@ -197,26 +217,28 @@ def open_writer(
 ) -> CacheWriter:
     """Start a cache at `path`, or continue the one there if it was made from the same skeleton.
 
-    A continued file keeps its own `batch_rows`, whatever the skeleton says: see `Skeleton`.
+    A continued file keeps its own `batch_rows`, whatever the skeleton says: see `Skeleton`. A
+    symbolic link is followed.
 
-    Raises CacheError if another process is writing it, if the file there differs (naming the field)
-    and `overwrite` is off, or if the folder cannot be written to.
+    Raises CacheError if another process is writing it, if the file there is no cache, or differs
+    (naming the field) and `overwrite` is off, or if the folder cannot be written to.
     """
-    path = Path(path)
+    path = follow_link(Path(path))
     while True:
-        existing = _lock_existing(path)
+        existing = lock_existing(path)
         try:
             if existing is not None and not overwrite:
                 _check_same(path, skeleton)
                 writer = CacheWriter(path, existing)
                 existing = None  # the writer closes it now
                 return writer
-            with _draft(path) as (temporary, fd):
-                if existing is None and path.exists():  # another process has just made it
-                    continue
-                create_file(temporary, fd, skeleton, library_versions)
-                _publish(temporary, fd, path)
-                return CacheWriter(path, os.dup(fd))
+            with new_file(path) as temporary:
+                fd = create_file(temporary, skeleton, library_versions)
+                try:
+                    if publish(temporary, fd, path, replace=existing is not None):
+                        return CacheWriter(path, os.dup(fd))
+                finally:
+                    os.close(fd)
         finally:
             if existing is not None:
                 os.close(existing)
@@ -230,94 +252,34 @@ def new_cache(
 
     Raises CacheError as `open_writer` does, and if a file is there and `overwrite` is off.
     """
-    existing = _lock_existing(path)
+    path = follow_link(path)
+    existing = lock_existing(path)
+    there = CacheError(f"{path}: already exists; name another --out, or --overwrite it")
     try:
         if existing is not None and not overwrite:
-            raise CacheError(f"{path}: already exists; name another --out, or --overwrite it")
-        with _draft(path) as (temporary, fd):
-            create_file(temporary, fd, skeleton, library_versions)
-            with CacheWriter(temporary, os.dup(fd), "no file was made") as writer:
-                yield writer
-            _publish(temporary, fd, path)
+            raise there
+        with new_file(path) as temporary:
+            fd = create_file(temporary, skeleton, library_versions)
+            try:
+                with CacheWriter(temporary, os.dup(fd), "no file was made") as writer:
+                    yield writer
+                if not publish(temporary, fd, path, replace=existing is not None):
+                    raise there
+            finally:
+                os.close(fd)
     finally:
         if existing is not None:
             os.close(existing)
 
 
-@contextlib.contextmanager
-def _draft(path: Path) -> Iterator[tuple[Path, int]]:
-    """(a temporary file beside `path`, its locked descriptor). After the block the file is deleted,
-    unless it was renamed.
-
-    A duplicate of the descriptor keeps the lock after the block. Error messages name `path`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    fd = _lock(temporary, create=True)
-    assert fd is not None
-    try:
-        yield temporary, fd
-    except CacheError as error:
-        raise CacheError(str(error).replace(f"{temporary}: ", f"{path}: ", 1)) from None
-    except OSError as error:
-        raise CacheError(f"{path}: cannot write ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(fd), os.stat(temporary)):
-                temporary.unlink()
-        os.close(fd)
-
-
-def _publish(temporary: Path, fd: int, path: Path) -> None:
-    os.fsync(fd)
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def check_place(path: Path) -> None:
     """Raise CacheError before any work is done if `open_writer` could not start at `path`."""
-    fd = _lock_existing(path)
+    path = follow_link(path)
+    fd = lock_existing(path)
     if fd is not None:
         os.close(fd)
     if not os.access(path.parent, os.W_OK):
         raise CacheError(f"{path}: cannot write (the folder is read-only)")
-
-
-def _lock_existing(path: Path) -> int | None:
-    """A locked descriptor of the file at `path`; None if there is none. Raises CacheError."""
-    if not path.parent.is_dir():
-        raise CacheError(f"{path.parent}: no such folder")
-    if path.is_dir():
-        raise CacheError(f"{path}: is a folder; name a file")
-    return _lock(path, create=False)
-
-
-def _lock(path: Path, *, create: bool) -> int | None:
-    """An exclusively locked descriptor of `path`; None if there is no file and `create` is off."""
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise CacheError(f"{path}: cannot write ({error.strerror})") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise CacheError(f"{path}: another process is writing it") from None
-        except OSError as error:
-            os.close(fd)
-            raise CacheError(f"{path}: cannot lock ({error.strerror})") from None
-        try:
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # the file was renamed or removed between open and lock: try again
 
 
 def _share(shard: Shard | None) -> str:
