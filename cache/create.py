@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cache.place import lock_new
 from cache.record import CacheError, Skeleton
 from cache.seal import FORMAT_VERSION, SEAL_BYTES, Region, write_seal
-from cache.store import DIGEST_BYTES, ERROR_BYTES
+from cache.store import DIGEST_BYTES, ERROR_BYTES, LATER_VERSIONS_BYTES
 
 # Large arrays start at a page boundary, so that mapping them has no extra cost.
 _ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
@@ -40,6 +40,7 @@ def create_file(path: Path, skeleton: Skeleton, library_versions: Mapping[str, s
         "features": ((rows, views, dim), "<f2"),
     }
     filled: dict[str, NDArray[Any]] = {
+        "later_versions": np.zeros(LATER_VERSIONS_BYTES, np.uint8),
         "captions/rows": captions.rows.astype("<i4", copy=False),
         "captions/tokens": captions.tokens.astype("<i4", copy=False),
         "captions/token_offsets": captions.token_offsets.astype("<i8", copy=False),
@@ -53,6 +54,8 @@ def create_file(path: Path, skeleton: Skeleton, library_versions: Mapping[str, s
     ):
         filled[f"{name}/text"] = strings.text
         filled[f"{name}/offsets"] = strings.offsets.astype("<i8", copy=False)
+    if skeleton.numbered is not None:
+        filled["image_ids/numbers"] = skeleton.numbered.astype("u1")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         _reserve(path, fd, size_bytes(skeleton))
@@ -84,12 +87,13 @@ def size_bytes(skeleton: Skeleton) -> int:
     """The size of a cache, finished or not: at most so much, and little less."""
     captions, encoder = skeleton.captions, skeleton.encoder
     strings = (skeleton.image_ids, skeleton.paths, captions.texts, captions.words)
-    row_bytes = 2 * len(encoder.views) * encoder.feature_dim + DIGEST_BYTES + ERROR_BYTES + 5
+    row_bytes = 2 * len(encoder.views) * encoder.feature_dim + DIGEST_BYTES + ERROR_BYTES + 6
     return (
         len(skeleton.paths) * row_bytes
         + sum(part.text.nbytes + part.offsets.nbytes for part in strings)
         + 4 * (len(captions.rows) + len(captions.tokens))
         + 8 * (len(captions.token_offsets) + len(captions.counts))
+        + LATER_VERSIONS_BYTES
         + _OVERHEAD_BYTES
     )
 

@@ -44,4 +44,3 @@ def update_cache(path: Path, skeleton: Skeleton, old_rows: NDArray[np.int64]) ->
         for start in range(0, len(kept), block):
             part = kept[start : start + block]
             writer.copy(part, old, old_rows[part])
-            old.forget_pages()

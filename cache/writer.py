@@ -7,7 +7,6 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,14 +17,21 @@ from numpy.typing import NDArray
 from cache.atomic import follow_link
 from cache.create import create_file
 from cache.place import lock_existing, new_file, publish
-from cache.record import CacheError, Shard, Skeleton
+from cache.record import (
+    CacheError,
+    Shard,
+    Skeleton,
+    join_versions,
+    pack_versions,
+    unpack_versions,
+)
 from cache.store import (
     DONE,
     ERROR_BYTES,
     PENDING,
     UNREADABLE,
     FeatureCache,
-    row_checksum,
+    runs,
 )
 
 _GO_ON = "what is done is kept, run the same command again to go on"
@@ -40,7 +46,9 @@ class CacheWriter:
     to the descriptor and ends with the process.
     """
 
-    def __init__(self, path: Path, fd: int, advice: str = _GO_ON) -> None:
+    def __init__(
+        self, path: Path, fd: int, library_versions: Mapping[str, str], advice: str = _GO_ON
+    ) -> None:
         self.path = path
         self._advice = advice  # for the user, in case the disk fails
         self.cache = FeatureCache(path)
@@ -48,6 +56,8 @@ class CacheWriter:
         self._status = np.array(self.cache.status)  # as it will be after the next flush
         self._dirty: list[NDArray[np.int64]] = []
         self._failed: CacheError | None = None  # why nothing more can be written
+        self._session_versions = library_versions
+        self._versions = self.cache.library_versions  # behind all rows so far
 
     @property
     def status(self) -> NDArray[np.uint8]:
@@ -61,14 +71,16 @@ class CacheWriter:
 
         Raises CacheError if the disk is full or gone. Rows that were flushed before stay valid.
         """
+        self._record(self._session_versions)
+        features = features.astype("<f2", copy=False)
         checksums = np.array(
             [
-                row_checksum(digest, _NO_ERROR, row)
-                for digest, row in zip(digests, features, strict=True)
+                self.cache.checksum(row, digest, _NO_ERROR, values)
+                for row, digest, values in zip(rows.tolist(), digests, features, strict=True)
             ],
             np.uint32,
         )
-        for run in _runs(rows):
+        for run in runs(rows):
             first = int(rows[run.start])
             self._put("features", first, features[run])
             self._put("digests", first, digests[run])
@@ -82,9 +94,10 @@ class CacheWriter:
         text = " ".join(reason.split()).encode("utf-8", "replace")[:ERROR_BYTES]
         text = text.decode("utf-8", "ignore").encode()  # drop a character that the cut split
         error[: len(text)] = np.frombuffer(text, np.uint8)
+        self._record(self._session_versions)
         self._put("errors", row, error)
         self._put("digests", row, digest)
-        self._put("checksums", row, np.uint32(row_checksum(digest, error, None)))
+        self._put("checksums", row, np.uint32(self.cache.checksum(row, digest, error, None)))
         self._mark(np.array([row]), UNREADABLE)
 
     def copy(
@@ -94,21 +107,28 @@ class CacheWriter:
 
         Raises CacheError if one of them is damaged or pending, or the disk is full.
         """
+        self._record(source.library_versions)
         status = source.status[source_rows]
-        features = source.features[source_rows]
+        features = source.read_rows(source_rows)
         features[status != DONE] = 0  # they were never written and may have any content
-        digests, errors, checksums = (
-            source.digests[source_rows],
-            source.error_bytes[source_rows],
-            source.checksums[source_rows],
-        )
-        for place, row in enumerate(source_rows.tolist()):
+        digests, errors = source.digests[source_rows], source.error_bytes[source_rows]
+        checksums = np.empty(len(rows), np.uint32)
+        pairs = zip(rows.tolist(), source_rows.tolist(), strict=True)
+        for place, (row, source_row) in enumerate(pairs):
             kept = features[place] if status[place] == DONE else None
-            if row_checksum(digests[place], errors[place], kept) != checksums[place]:
+            content = digests[place], errors[place], kept
+            intact = source.checksum(source_row, *content) == source.checksums[source_row]
+            if status[place] == PENDING or (
+                not intact and status[place] != source.status[source_row]
+            ):
+                raise CacheError(f"{source.path}: another process is writing it")
+            if not intact:
                 raise CacheError(
-                    f"{source.path}: row {row} ({source.paths[row]}) does not match its checksum"
+                    f"{source.path}: row {source_row} ({source.paths[source_row]}) "
+                    "does not match its checksum"
                 )
-        for run in _runs(rows):
+            checksums[place] = self.cache.checksum(row, *content)
+        for run in runs(rows):
             first = int(rows[run.start])
             self._put("features", first, features[run])
             self._put("digests", first, digests[run])
@@ -136,7 +156,7 @@ class CacheWriter:
             return
         self._sync(os.fdatasync)
         rows = np.unique(np.concatenate(self._dirty))
-        for run in _runs(rows):
+        for run in runs(rows):
             self._put("status", int(rows[run.start]), self._status[rows[run]])
         self._dirty.clear()
 
@@ -180,6 +200,21 @@ class CacheWriter:
             if error is None:  # otherwise the first error is the one to report
                 raise
 
+    def _record(self, versions: Mapping[str, str]) -> None:
+        """Note the library versions behind rows that are about to be written, where they are new.
+
+        Caches of format version 2 have no place for that. A note that does not fit is left out.
+        """
+        joined = join_versions([self._versions, versions])
+        if joined == self._versions or not len(self.cache.later_versions):
+            return
+        new = {name: v for name, v in versions.items() if joined[name] != self._versions.get(name)}
+        line = np.frombuffer(pack_versions(new), np.uint8)
+        _, length = unpack_versions(self.cache.later_versions.tobytes())
+        if length + len(line) <= len(self.cache.later_versions):
+            self._put("later_versions", length, line)
+        self._versions = joined
+
     def _mark(self, rows: NDArray[np.int64], status: int) -> None:
         self._status[rows] = status
         self._dirty.append(rows)
@@ -200,12 +235,6 @@ class CacheWriter:
     def _failure(self, error: OSError) -> CacheError:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         return CacheError(f"{self.path}: cannot write ({reason}); {self._advice}")
-
-
-def _runs(rows: NDArray[np.int64]) -> list[slice]:
-    """Slices of `rows` with consecutive numbers. Each slice takes one write."""
-    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return [slice(start, stop) for start, stop in pairwise(cuts) if stop > start]
 
 
 def open_writer(
@@ -229,14 +258,14 @@ def open_writer(
         try:
             if existing is not None and not overwrite:
                 _check_same(path, skeleton)
-                writer = CacheWriter(path, existing)
+                writer = CacheWriter(path, existing, library_versions)
                 existing = None  # the writer closes it now
                 return writer
             with new_file(path) as temporary:
                 fd = create_file(temporary, skeleton, library_versions)
                 try:
                     if publish(temporary, fd, path, replace=existing is not None):
-                        return CacheWriter(path, os.dup(fd))
+                        return CacheWriter(path, os.dup(fd), library_versions)
                 finally:
                     os.close(fd)
         finally:
@@ -261,7 +290,9 @@ def new_cache(
         with new_file(path) as temporary:
             fd = create_file(temporary, skeleton, library_versions)
             try:
-                with CacheWriter(temporary, os.dup(fd), "no file was made") as writer:
+                with CacheWriter(
+                    temporary, os.dup(fd), library_versions, "no file was made"
+                ) as writer:
                     yield writer
                 if not publish(temporary, fd, path, replace=existing is not None):
                     raise there

@@ -57,7 +57,7 @@ def test_the_file_is_ordinary_hdf5_for_others(tmp_path: Path) -> None:
         assert np.array_equal(file["features"][2], FEATURES[2])
         assert file["features"].chunks is None
         assert file.attrs["backbone"] == "resnet18"
-        assert file.attrs["format_version"] == 2
+        assert file.attrs["format_version"] == 3
         start, stop = file["captions/offsets"][1:3]
         assert file["captions/text"][start:stop].tobytes() == b"A dog ."
 
