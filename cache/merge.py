@@ -235,7 +235,7 @@ def _without_duplicates(
 
     digests = np.concatenate([cache.digests for cache in caches])
     done = np.concatenate([cache.status == DONE for cache in caches])
-    has_digest: NDArray[np.bool_] = digests.any(axis=1)
+    has_digest = np.asarray(digests.any(axis=1), bool)
     kept_for = every.copy()  # for each row, the row that is kept in its place
     hashed = np.flatnonzero(has_digest)
     kept_for[hashed] = hashed[_kept_rows(digests[hashed], owners[hashed], done[hashed])]

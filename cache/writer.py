@@ -329,5 +329,18 @@ def _check_same(path: Path, skeleton: Skeleton) -> None:
             difference = f"{len(there):,} photos, not {len(skeleton.paths):,}"
     if difference is None and there.captions_sha256 != skeleton.captions.sha256():
         difference = "other captions, not those asked for"
+    if difference is None and there.shard is not None and skeleton.shard is not None:
+        # `cap merge` would refuse the shard, after the hours that the others take.
+        if there.shard.all_photos_sha256 != skeleton.shard.all_photos_sha256:
+            difference = "other photos in the other shards, not those asked for"
+        elif there.shard.all_captions_sha256 != skeleton.shard.all_captions_sha256:
+            difference = "other captions in the other shards, not those asked for"
+    if (
+        difference is None
+        and there.numbered is not None
+        and skeleton.numbered is not None
+        and not np.array_equal(there.numbered, skeleton.numbered)
+    ):
+        difference = "other kinds of image ids (numbers or text), not those asked for"
     if difference is not None:
         raise CacheError(f"{path}: written with {difference}. Use another --out, or --overwrite.")
