@@ -30,6 +30,7 @@ from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pen
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.photos.captions_files import Photo, read_photos
+from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
@@ -132,6 +133,7 @@ def _skeleton(
         encoder=record,
         batch_rows=batch_rows,
         shard=shard,
+        numbered=np.array([isinstance(photo.image_id, NumberId) for photo in photos]),
     )
 
 
