@@ -147,13 +147,15 @@ class CacheWriter:
     def flush(self) -> None:
         """Sync everything written so far to the disk, then write the status of these rows.
 
-        Raises CacheError if the disk fails. Rows written since the last flush then stay pending,
+        Raises CacheError if the disk fails, or if another program has cut the file off or written
+        over it. Rows written since the last flush then stay pending,
         and the writer refuses all further work: the system reports a lost write only once, so a
         second sync would succeed without these rows.
         """
         self._check_usable()
         if not self._dirty:
             return
+        self.cache.check_unchanged()
         self._sync(os.fdatasync)
         rows = np.unique(np.concatenate(self._dirty))
         for run in runs(rows):

@@ -314,3 +314,14 @@ def test_a_failed_sync_at_the_end_is_one_line(
     with pytest.raises(CacheError, match=r"y\.h5: cannot write \(Input/output error\)"):
         open_writer(tmp_path / "y.h5", skeleton(CAPTIONS), library_versions={})
     assert names(tmp_path) == ["x.h5"]
+
+
+def test_rows_of_a_file_that_was_cut_off_are_not_called_done(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    writer = open_writer(path, skeleton(CAPTIONS), library_versions={})
+    writer.write(np.array([0]), FEATURES[:1], DIGESTS[:1])
+    os.truncate(path, 20_000)
+    for work in (writer.flush, writer.close):
+        with pytest.raises(CacheError, match=r"x\.h5: 20,000 bytes, but .* has cut it off"):
+            work()
+    assert path.stat().st_size == 20_000
