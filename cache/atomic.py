@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cache.errors import CapError
 
+_ATTEMPTS = 10
 _MARK = ".cap-"
 _LOCK_TEXT = b"Here cap writes a file. If no cap process runs any more, delete this folder.\n"
 _NAME_BYTES = 200  # of a file's name, so that the folder's own does not exceed the usual 255
@@ -63,6 +64,20 @@ def follow_link(path: Path) -> Path:
     Renaming a new file to a link would replace the link, and its file may be on another disk.
     """
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def still_named(fd: int, path: Path, attempt: int) -> bool:
+    """Whether an open file, just locked, is still the one at `path`.
+
+    If not, it was renamed or removed between opening and locking, and opening it again helps. But
+    some file systems give the same file another inode number at each look. So after some attempts
+    it is enough that the file has a name, which a replaced file has no more. attempt: from 0 on.
+    Raises FileNotFoundError if there is no file at `path`, and OSError.
+    """
+    opened, there = os.fstat(fd), os.stat(path)
+    if os.path.samestat(opened, there):
+        return True
+    return attempt >= _ATTEMPTS and (opened.st_nlink > 0 or attempt >= 10 * _ATTEMPTS)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache.atomic import draft, remove_leftovers
+from cache.atomic import draft, remove_leftovers, still_named
 from cache.record import CacheError
 from cache.seal import is_cache
-
-_ATTEMPTS = 10
 
 
 def lock_existing(path: Path) -> int | None:
@@ -46,7 +44,8 @@ def lock_new(fd: int, path: Path) -> None:
 
 def _lock(path: Path) -> int | None:
     """An exclusively locked descriptor of `path`; None if there is no file."""
-    for attempt in range(_ATTEMPTS):
+    attempt = 0
+    while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -55,12 +54,7 @@ def _lock(path: Path) -> int | None:
             raise CacheError(f"{path}: cannot write ({error.strerror})") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            opened = os.fstat(fd)
-            if os.path.samestat(opened, os.stat(path)):
-                return fd
-            # Renamed or removed between opening and locking: try again. But some file systems give
-            # the same file another inode number each time. A replaced file has no name any more.
-            if attempt == _ATTEMPTS - 1 and opened.st_nlink:
+            if still_named(fd, path, attempt):
                 return fd
         except FileNotFoundError:
             pass
@@ -71,7 +65,7 @@ def _lock(path: Path) -> int | None:
             os.close(fd)
             raise CacheError(f"{path}: cannot lock ({error.strerror})") from None
         os.close(fd)
-    raise CacheError(f"{path}: other processes replace it all the time")
+        attempt += 1
 
 
 @contextlib.contextmanager

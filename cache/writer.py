@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.atomic import follow_link
+from cache.atomic import follow_link, remove_leftovers
 from cache.create import create_file
 from cache.place import lock_existing, new_file, publish
 from cache.record import (
@@ -260,6 +260,7 @@ def open_writer(
         try:
             if existing is not None and not overwrite:
                 _check_same(path, skeleton)
+                remove_leftovers(path)
                 writer = CacheWriter(path, existing, library_versions)
                 existing = None  # the writer closes it now
                 return writer

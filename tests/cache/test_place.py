@@ -102,6 +102,9 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     fill(tmp_path / "y.h5")
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "y.h5").read_bytes()
     assert names(tmp_path) == [other.name, "x.h5", "y.h5"]
+    leave_a_draft(tmp_path / "x.h5")  # while it was to be replaced
+    fill(tmp_path / "x.h5")
+    assert names(tmp_path) == [other.name, "x.h5", "y.h5"]
 
 
 def test_files_of_the_user_beside_the_cache_are_not_touched(tmp_path: Path) -> None:

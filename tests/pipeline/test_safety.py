@@ -29,6 +29,7 @@ from pipeline.photos import photo_file, photo_loader
 from pipeline.photos.decoding import MAX_PIXELS
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
 from pipeline.photos.photo_loader import PhotoLoader, StalledError
+from tests.cache.test_place import leave_a_draft
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
 from train.config import Recipe, TrainConfig
@@ -58,6 +59,14 @@ def test_a_full_disk_shows_before_the_first_photo(small_disk: Path, make_cache: 
     with pytest.raises(CacheError, match=r"x\.h5: needs .* are free"):
         merge(parts, path)
     assert not list(small_disk.iterdir())
+
+
+def test_what_a_killed_extraction_left_takes_no_room(small_disk: Path) -> None:
+    made = skeleton([[]] * 40, feature_dim=8_000)  # 0.8 MB
+    left = leave_a_draft(small_disk / "x.h5")
+    (left / "file").write_bytes(bytes(700_000))
+    open_writer(small_disk / "x.h5", made, library_versions={}).close()
+    assert [path.name for path in small_disk.iterdir()] == ["x.h5"]
 
 
 def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:

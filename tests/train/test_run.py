@@ -27,7 +27,7 @@ from train.config import BEST, Recipe, SearchConfig, TrainConfig
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 from train.fit.reports import EpochLog, OutOfPatience, Saved, Started, StepLog
 from train.fit.run import train
-from train.fit.run_folder import TrainError
+from train.fit.run_folder import RunFolder, TrainError
 from train.fit.trainer import Trainer
 from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle
@@ -741,6 +741,21 @@ def test_two_runs_do_not_share_a_folder(cache: FeatureCache, tmp_path: Path) -> 
     list(train(config(cache, run, resume=True)))
     list(train(config(cache, tmp_path / "whole")))
     assert same(weights(tmp_path / "whole/last.cap"), weights(run / "last.cap"))
+
+
+def test_inode_numbers_that_change_keep_no_run_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network drives, where a file's number is another at each look."""
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    with RunFolder(tmp_path / "run") as folder:
+        folder.start(overwrite=False)
+        with (
+            RunFolder(tmp_path / "run") as other,
+            pytest.raises(TrainError, match="another process is training into it"),
+        ):
+            other.start(overwrite=True)
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_an_error_or_a_kill_leaves_no_folder_locked(cache: FeatureCache, tmp_path: Path) -> None:
