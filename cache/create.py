@@ -14,21 +14,21 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.place import lock_new
 from cache.record import CacheError, Skeleton
 from cache.seal import FORMAT_VERSION, SEAL_BYTES, Region, write_seal
-from cache.store import DIGEST_BYTES, ERROR_BYTES
+from cache.store import DIGEST_BYTES, ERROR_BYTES, LATER_VERSIONS_BYTES
 
 # Large arrays start at a page boundary, so that mapping them has no extra cost.
 _ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
 _OVERHEAD_BYTES = 1 << 17  # more than the seal, HDF5's structures and padding take
 
 
-def create_file(
-    path: Path, fd: int, skeleton: Skeleton, library_versions: Mapping[str, str]
-) -> None:
-    """Write a sealed cache with all rows pending to `path`, whose open descriptor is `fd`.
+def create_file(path: Path, skeleton: Skeleton, library_versions: Mapping[str, str]) -> int:
+    """Write a sealed cache with all rows pending to `path`, which does not exist yet.
 
-    Raises CacheError if the disk has no room for the finished file, and OSError.
+    Returns a locked descriptor. Raises CacheError if the disk has no room for the finished file,
+    and OSError.
     """
     rows, encoder, captions = len(skeleton.paths), skeleton.encoder, skeleton.captions
     views, dim = len(encoder.views), encoder.feature_dim
@@ -40,6 +40,7 @@ def create_file(
         "features": ((rows, views, dim), "<f2"),
     }
     filled: dict[str, NDArray[Any]] = {
+        "later_versions": np.zeros(LATER_VERSIONS_BYTES, np.uint8),
         "captions/rows": captions.rows.astype("<i4", copy=False),
         "captions/tokens": captions.tokens.astype("<i4", copy=False),
         "captions/token_offsets": captions.token_offsets.astype("<i8", copy=False),
@@ -53,31 +54,59 @@ def create_file(
     ):
         filled[f"{name}/text"] = strings.text
         filled[f"{name}/offsets"] = strings.offsets.astype("<i8", copy=False)
-    needed = (
-        rows * (2 * views * dim + DIGEST_BYTES + ERROR_BYTES + 5)
-        + sum(array.nbytes for array in filled.values())
+    if skeleton.numbered is not None:
+        filled["image_ids/numbers"] = skeleton.numbered.astype("u1")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        _reserve(path, fd, size_bytes(skeleton))
+        attributes = _attributes(skeleton, library_versions)
+        # The file is locked only afterwards. HDF5 would find that lock and refuse to write, if the
+        # environment variable HDF5_USE_FILE_LOCKING makes it lock files itself.
+        with h5py.File(path, "w", userblock_size=SEAL_BYTES, locking=False, **_ALIGNMENT) as file:
+            for name, value in attributes.items():
+                file.attrs[name] = value
+            arrays = {n: _allocate(file, n, shape, kind) for n, (shape, kind) in unfilled.items()}
+            for name, array in filled.items():
+                arrays[name] = _allocate(file, name, array.shape, array.dtype.str)
+                if array.size:
+                    file[name][...] = array
+        lock_new(fd, path)
+        try:
+            write_seal(fd, arrays, attributes)
+        except CacheError as error:
+            raise CacheError(f"{path}: {error}") from None
+        # Reserve the arrays' disk blocks, so that a full disk shows now and not hours later.
+        os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def size_bytes(skeleton: Skeleton) -> int:
+    """The size of a cache, finished or not: at most so much, and little less."""
+    captions, encoder = skeleton.captions, skeleton.encoder
+    strings = (skeleton.image_ids, skeleton.paths, captions.texts, captions.words)
+    row_bytes = 2 * len(encoder.views) * encoder.feature_dim + DIGEST_BYTES + ERROR_BYTES + 6
+    return (
+        len(skeleton.paths) * row_bytes
+        + sum(part.text.nbytes + part.offsets.nbytes for part in strings)
+        + 4 * (len(captions.rows) + len(captions.tokens))
+        + 8 * (len(captions.token_offsets) + len(captions.counts))
+        + LATER_VERSIONS_BYTES
         + _OVERHEAD_BYTES
     )
-    _check_space(path, fd, needed)
-    attributes = _attributes(skeleton, library_versions)
-    # HDF5's own lock would conflict with the writer's lock on the same file.
-    with h5py.File(path, "w", userblock_size=SEAL_BYTES, locking=False, **_ALIGNMENT) as file:
-        for name, value in attributes.items():
-            file.attrs[name] = value
-        arrays = {n: _allocate(file, n, shape, kind) for n, (shape, kind) in unfilled.items()}
-        for name, array in filled.items():
-            arrays[name] = _allocate(file, name, array.shape, array.dtype.str)
-            if array.size:
-                file[name][...] = array
-    try:
-        write_seal(fd, arrays, attributes)
-    except CacheError as error:
-        raise CacheError(f"{path}: {error}") from None
-    # Reserve the arrays' disk blocks, so that a full disk shows now and not hours later.
-    os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
 
 
-def _check_space(path: Path, fd: int, needed: int) -> None:
+def size_text(size: int) -> str:
+    """1234567 → `1.23 MB`."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= one:
+            return f"{size / one:.{2 - min(2, len(str(int(size / one))) - 1)}f} {unit}"
+    return f"{size} bytes"
+
+
+def _reserve(path: Path, fd: int, needed: int) -> None:
     """Raise CacheError if the disk or a quota is too small. HDF5's own message would be obscure."""
     free = shutil.disk_usage(path.parent).free
     try:
@@ -87,8 +116,12 @@ def _check_space(path: Path, fd: int, needed: int) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "" if error.errno == errno.ENOSPC else f" ({error.strerror})"
+            texts = size_text(needed), size_text(free)
+            if texts[0] == texts[1]:
+                texts = f"{needed:,} bytes", f"{free:,} bytes"
             raise CacheError(
-                f"{path}: needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free{reason}"
+                f"{path}: needs {texts[0]} of disk, {texts[1]} are free{reason}; "
+                "make room, or name an --out on another disk"
             ) from None
         raise
 

@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.record import CacheError, CaptionTable, Skeleton, Strings, offsets_of, texts_sha256
+from cache.record import (
+    CacheError,
+    CaptionTable,
+    Skeleton,
+    Strings,
+    join_versions,
+    offsets_of,
+    texts_sha256,
+)
 from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
 from cache.writer import new_cache
 
@@ -25,7 +33,7 @@ class MergeReport:
     photos: int
     unreadable: int
     captions: int
-    duplicates: int  # photos left out because an earlier cache has them
+    duplicates: int  # photos left out because another cache has them
     duplicate_captions: int  # captions left out with them
 
 
@@ -36,9 +44,10 @@ def merge(
 
     Photos keep the order of the caches and of the rows in them. Shards are sorted by number. All of
     them must be there and belong to the same photos and captions. The result is then byte for byte
-    the cache of an extraction without shards. In caches that are not shards, a photo that an
-    earlier cache has, by its digest, is an error, or is left out with `deduplicate`. Unreadable
-    photos are kept with their reasons, and words are counted again.
+    the cache of an extraction without shards. In caches that are not shards, a photo that another
+    cache has too is an error. With `deduplicate` it is left out, also in shards: the first cache
+    that could read it keeps it. Unreadable photos are kept with their reasons, and words are
+    counted again. A cache whose rows another process changes meanwhile is refused.
 
     Memory holds names and captions; features pass through it in blocks of 16 MB.
     Raises CacheError for another encoder (naming the field), pending or damaged rows, missing
@@ -55,39 +64,20 @@ def merge(
     sharded = any(cache.shard is not None for cache in caches)
     if sharded:
         caches = _shards_in_order(caches)
-        kept = [np.ones(len(cache), bool) for cache in caches]
-    else:
-        kept = _without_duplicates(caches, deduplicate)
-    skeleton = Skeleton(
-        image_ids=_join([cache.image_ids for cache in caches], kept),
-        paths=_join([cache.paths for cache in caches], kept),
-        captions=merge_captions([cache.captions for cache in caches], kept),
-        encoder=caches[0].encoder,
-        batch_rows=caches[0].batch_rows,
-    )
-    if sharded:
-        shard = caches[0].shard
-        assert shard is not None
-        captions = skeleton.captions
-        for what, together, shared in (
-            ("photos", skeleton.photos_sha256(), shard.all_photos_sha256),
-            ("captions", texts_sha256(captions.texts, captions.rows), shard.all_captions_sha256),
-        ):
-            if together != shared:
-                raise CacheError(
-                    f"{caches[0].path}: together, the shards do not have the {what} of their whole"
-                )
-    with new_cache(
-        out, skeleton, library_versions=_versions(caches), overwrite=overwrite
-    ) as writer:
+        _check_whole(caches)
+    kept = [np.ones(len(cache), bool) for cache in caches]
+    if deduplicate or not sharded:
+        kept = _without_duplicates(caches, deduplicate, of_one_set=sharded)
+    skeleton = _joined(caches, kept)
+    versions = join_versions(cache.library_versions for cache in caches)
+    with new_cache(out, skeleton, library_versions=versions, overwrite=overwrite) as writer:
         first = 0
         for cache, mask in zip(caches, kept, strict=True):
             rows = np.flatnonzero(mask)
             block = max(1, _BLOCK_BYTES // (cache.features[:1].nbytes or 1))
             for start in range(0, len(rows), block):
                 part = rows[start : start + block]
-                writer.copy(first, cache, part)
-                cache.forget_pages()
+                writer.copy(np.arange(first, first + len(part)), cache, part)
                 first += len(part)
         unreadable = int((writer.status != DONE).sum())
     left_out = sum(int((~mask).sum()) for mask in kept)
@@ -98,6 +88,23 @@ def merge(
         captions=len(skeleton.captions),
         duplicates=left_out,
         duplicate_captions=sum(len(c.captions) for c in caches) - len(skeleton.captions),
+    )
+
+
+def _joined(caches: Sequence[FeatureCache], kept: Sequence[NDArray[np.bool_]]) -> Skeleton:
+    """The names and captions of the kept rows (N,) of each cache."""
+    numbered = [
+        cache.numbered[mask]
+        for cache, mask in zip(caches, kept, strict=True)
+        if cache.numbered is not None
+    ]
+    return Skeleton(
+        image_ids=_join([cache.image_ids for cache in caches], kept),
+        paths=_join([cache.paths for cache in caches], kept),
+        captions=merge_captions([cache.captions for cache in caches], kept),
+        encoder=caches[0].encoder,
+        batch_rows=caches[0].batch_rows,
+        numbered=np.concatenate(numbered) if len(numbered) == len(caches) else None,
     )
 
 
@@ -192,53 +199,86 @@ def _shards_in_order(caches: Sequence[FeatureCache]) -> list[FeatureCache]:
     return [by_number[n] for n in sorted(by_number)]
 
 
+def _check_whole(shards: Sequence[FeatureCache]) -> None:
+    """Raise CacheError unless the shards together have the photos and captions of their whole."""
+    shard = shards[0].shard
+    assert shard is not None
+    whole = _joined(shards, [np.ones(len(cache), bool) for cache in shards])
+    captions = texts_sha256(whole.captions.texts, whole.captions.rows)
+    for what, together, shared in (
+        ("photos", whole.photos_sha256(), shard.all_photos_sha256),
+        ("captions", captions, shard.all_captions_sha256),
+    ):
+        if together != shared:
+            raise CacheError(
+                f"{shards[0].path}: together, the shards do not have the {what} of their whole"
+            )
+
+
 def _without_duplicates(
-    caches: Sequence[FeatureCache], deduplicate: bool
+    caches: Sequence[FeatureCache], deduplicate: bool, *, of_one_set: bool
 ) -> list[NDArray[np.bool_]]:
     """For each cache, which photos are kept.
 
-    Copies of a photo within one cache are all kept; only copies in different caches are duplicates.
+    Two photos are the same if their files have the same bytes. If one of them could not be read,
+    also if they have the same id: its file may have been mended since. Copies of a photo within one
+    cache are all kept; only copies in different caches are duplicates. The first cache that could
+    read the photo keeps it. of_one_set: whether the caches are shards, whose ids may repeat.
     """
     owners = np.repeat(np.arange(len(caches)), [len(cache) for cache in caches])
     first_rows = offsets_of(np.bincount(owners, minlength=len(caches)))
+    every = np.arange(len(owners))
 
     def named(row: int) -> str:
         cache = caches[owners[row]]
         return f"{cache.path}: {cache.paths[int(row - first_rows[owners[row]])]}"
 
     digests = np.concatenate([cache.digests for cache in caches])
-    same_id = _in_an_earlier_cache(np.concatenate([_id_digests(c) for c in caches]), owners)
-    # A photo whose file could not be opened has no digest, so it is compared by its id.
-    earlier = np.where(digests.any(axis=1), _in_an_earlier_cache(digests, owners), same_id)
-    duplicates = np.flatnonzero(earlier >= 0)
-    if len(duplicates) and not deduplicate:
-        row = int(duplicates[0])
+    done = np.concatenate([cache.status == DONE for cache in caches])
+    has_digest = np.asarray(digests.any(axis=1), bool)
+    kept_for = every.copy()  # for each row, the row that is kept in its place
+    hashed = np.flatnonzero(has_digest)
+    kept_for[hashed] = hashed[_kept_rows(digests[hashed], owners[hashed], done[hashed])]
+    # A photo that is already left out no longer takes part with its id.
+    left = np.flatnonzero(kept_for == every)
+    ids = np.concatenate([_id_digests(cache) for cache in caches])[left]
+    same_id = left[_kept_rows(ids, owners[left], done[left])]
+    same_photo = ~(done[left] & has_digest[left])
+    kept_for[left[same_photo]] = same_id[same_photo]
+    clashes = np.flatnonzero((same_id != left) & ~same_photo)
+    keep: NDArray[np.bool_] = kept_for == every
+    if not keep.all() and not deduplicate:
+        row = int(np.flatnonzero(~keep)[0])
         raise CacheError(
-            f"{named(row)} is the same photo as {named(int(earlier[row]))} "
-            f"(duplicates: {len(duplicates):,}); --deduplicate keeps the first of each"
+            f"{named(row)} is the same photo as {named(int(kept_for[row]))} (duplicates: "
+            f"{int((~keep).sum()):,}); --deduplicate keeps one of each, the first that could be "
+            "read"
         )
-    keep = earlier < 0
-    clashes = np.flatnonzero((same_id >= 0) & keep)
-    if len(clashes):
-        row = int(clashes[0])
+    if len(clashes) and not of_one_set:
+        row, other = int(left[clashes[0]]), int(same_id[clashes[0]])
         raise CacheError(
-            f"{named(row)} has the same id as another photo, {named(int(same_id[row]))} "
-            f"(ids that clash: {len(clashes):,})"
+            f"{named(max(row, other))} has the same id as another photo, {named(min(row, other))} "
+            f"(ids that clash: {len(clashes):,}); extract one of the two sets with other ids"
         )
     return [keep[start:stop] for start, stop in pairwise(first_rows)]
 
 
-def _in_an_earlier_cache(keys: NDArray[np.uint8], owners: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each row, the first row of an earlier owner that has the same (16,) key, or -1."""
+def _kept_rows(
+    keys: NDArray[np.uint8], owners: NDArray[np.int64], done: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """For each row, the row that is kept of all that have its (16,) key: the first one that is
+    done, or else the first one. Rows of the same owner as that one are kept themselves.
+    """
     halves = np.ascontiguousarray(keys).view(np.uint64)  # (N, 2)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal keys stay in row order
+    order = np.lexsort((~done, halves[:, 1], halves[:, 0]))  # stable: else rows keep their order
     ordered = halves[order]
     starts = np.ones(len(order), bool)
     starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    first = np.empty(len(order), np.int64)
-    first[order] = order[np.flatnonzero(starts)[np.cumsum(starts) - 1]]
-    first[owners[first] == owners] = -1
-    return first
+    chosen = np.empty(len(order), np.int64)
+    chosen[order] = order[np.flatnonzero(starts)[np.cumsum(starts) - 1]]
+    own = owners[chosen] == owners
+    chosen[own] = np.flatnonzero(own)
+    return chosen
 
 
 def _id_digests(cache: FeatureCache) -> NDArray[np.uint8]:
@@ -249,16 +289,3 @@ def _id_digests(cache: FeatureCache) -> NDArray[np.uint8]:
         for image_id in cache.image_ids
     )
     return np.frombuffer(data, np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-def _versions(caches: Sequence[FeatureCache]) -> dict[str, str]:
-    """The library versions behind the caches; where they differ, all of them."""
-    names = {name: None for cache in caches for name in cache.library_versions}
-    return {
-        name: ", ".join(
-            dict.fromkeys(
-                cache.library_versions[name] for cache in caches if name in cache.library_versions
-            )
-        )
-        for name in names
-    }

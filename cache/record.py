@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,8 +85,11 @@ class Strings(Sequence[str]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
-        return self.text[start:stop].tobytes().decode("utf-8", "surrogateescape")
+        return self.raw(index).decode("utf-8", "surrogateescape")
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of one string, from index 0 on."""
+        return self.text[int(self.offsets[index]) : int(self.offsets[index + 1])].tobytes()
 
     def __iter__(self) -> Iterator[str]:
         data = self.text.tobytes()
@@ -190,7 +195,7 @@ class Skeleton:
     image_ids, paths: N each; a path is relative to the image folder. batch_rows: the encoder's
     batch size. Rows k · batch_rows to (k + 1) · batch_rows - 1 are always computed together, at the
     same places in the batch, so a resumed extraction computes exactly what an uninterrupted one
-    does.
+    does. numbered: (N,) whether an id was a number in the captions file; None if that is unknown.
     """
 
     image_ids: Strings
@@ -199,6 +204,7 @@ class Skeleton:
     encoder: EncoderRecord
     batch_rows: int
     shard: Shard | None = None
+    numbered: NDArray[np.bool_] | None = None
 
     def photos_sha256(self) -> str:
         return photos_sha256(self.image_ids, self.paths)
@@ -218,3 +224,68 @@ def photos_sha256(image_ids: Strings, paths: Strings) -> str:
     image_ids.update(digest)
     paths.update(digest)
     return digest.hexdigest()
+
+
+def made_by(attributes: Mapping[str, str | int]) -> tuple[EncoderRecord, int, Shard | None]:
+    """(encoder, batch_rows, shard) from a cache's attributes. Raises KeyError or ValueError."""
+    encoder = EncoderRecord(
+        backbone=str(attributes["backbone"]),
+        weights=str(attributes["weights"]),
+        weights_sha256=str(attributes["weights_sha256"]),
+        feature_dim=int(attributes["feature_dim"]),
+        image_size=int(attributes["image_size"]),
+        views=tuple(str(attributes["views"]).split(",")),
+        preprocessing=str(attributes["preprocessing"]),
+        precision=str(attributes["precision"]),
+    )
+    batch_rows = int(attributes["batch_rows"])
+    if min(batch_rows, encoder.image_size, encoder.feature_dim) < 1:
+        raise ValueError("sizes are positive")
+    if "shard" not in attributes:
+        return encoder, batch_rows, None
+    number, count = map(int, str(attributes["shard"]).split("/"))
+    shard = Shard(
+        number=number,
+        count=count,
+        first_row=int(attributes["shard_first_row"]),
+        all_rows=int(attributes["all_rows"]),
+        all_photos_sha256=str(attributes["all_photos_sha256"]),
+        all_captions_sha256=str(attributes["all_captions_sha256"]),
+    )
+    if not 1 <= number <= count or not 0 <= shard.first_row < shard.all_rows:
+        raise ValueError("no such shard")
+    return encoder, batch_rows, shard
+
+
+def join_versions(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The library versions behind several parts of a cache, by name; where they differ, all.
+
+    {"torch": "2.13"} and {"torch": "2.14"} → {"torch": "2.13, 2.14"}.
+    """
+    joined: dict[str, dict[str, None]] = {}
+    for part in parts:
+        for name, versions in part.items():
+            joined.setdefault(name, {}).update(dict.fromkeys(versions.split(", ")))
+    return {name: ", ".join(versions) for name, versions in joined.items()}
+
+
+def pack_versions(versions: Mapping[str, str]) -> bytes:
+    """One line of `later_versions`: the CRC-32 of a JSON object, and the object."""
+    text = json.dumps(dict(versions), sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def unpack_versions(lines: bytes) -> tuple[list[dict[str, str]], int]:
+    """(the content of all whole lines, the number of their bytes).
+
+    A line that a power cut has torn is left out, and so is all that follows it.
+    """
+    found: list[dict[str, str]] = []
+    length = 0
+    while (stop := lines.find(b"\n", length)) >= 0:
+        checksum, _, text = lines[length:stop].partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(text):
+            break
+        found.append({str(name): str(version) for name, version in json.loads(text).items()})
+        length = stop + 1
+    return found, length

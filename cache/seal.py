@@ -13,7 +13,8 @@ crash or hang on a manipulated file. Layout, little-endian:
   bytes from 16384 on that are outside mutable arrays, "arrays": {name: [dtype, shape, offset]},
   "attributes": the root attributes of the HDF5 file}
 
-The mutable arrays (features, status, digests, checksums, errors) have a checksum per row instead.
+The mutable arrays have checksums of their own instead: of each row, and of each line of
+`later_versions`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ import numpy as np
 from cache.record import CacheError
 
 MAGIC = b"capcache"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
 SEAL_BYTES = 16384
-MUTABLE = ("features", "status", "digests", "errors", "checksums")
+MUTABLE = ("features", "status", "digests", "errors", "checksums", "later_versions")
 DTYPES = ("|u1", "<i4", "<u4", "<i8", "<f2")
 _HEADER = struct.Struct("<8sIII")
 _CHUNK_BYTES = 1 << 20
@@ -58,6 +60,7 @@ class Region:
 class Seal:
     """The content of a checked seal. All regions lie within the file and none overlap."""
 
+    version: int
     size_bytes: int
     arrays: Mapping[str, Region]
     attributes: Mapping[str, str | int]
@@ -97,13 +100,39 @@ def check_seal(fd: int) -> Seal:
 
     Raises CacheError, whose message does not name the file, and OSError.
     """
+    seal, crc = _read_seal(fd)
+    actual = os.fstat(fd).st_size
+    if actual != seal.size_bytes:
+        raise CacheError(f"damaged ({actual} bytes, must be {seal.size_bytes}); extract again")
+    position = SEAL_BYTES
+    for region in _in_order(seal.arrays.values()):
+        if region.offset < position or region.offset + region.size_bytes > seal.size_bytes:
+            raise CacheError("damaged (its arrays do not fit into the file)")
+        position = region.offset + region.size_bytes
+    if _fixed_crc32(fd, seal.size_bytes, seal.arrays) != crc:
+        raise CacheError("damaged (names, captions or structure changed); extract again")
+    return seal
+
+
+def attributes_of(path: Path) -> Mapping[str, str | int] | None:
+    """How a cache was made, read from its seal alone; None if the file is no readable cache."""
+    try:
+        with path.open("rb") as file:
+            return _read_seal(file.fileno())[0].attributes
+    except (OSError, CacheError):
+        return None
+
+
+def _read_seal(fd: int) -> tuple[Seal, int]:
+    """(the seal, not yet compared with the file; CRC-32 that the fixed bytes must have)."""
     block = os.pread(fd, SEAL_BYTES, 0)
     if len(block) < _HEADER.size or not block.startswith(MAGIC):
         raise CacheError("not a feature cache")
     _, version, length, text_crc = _HEADER.unpack_from(block)
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
         raise CacheError(
-            f"cache format version {version}, this program reads {FORMAT_VERSION}; extract again"
+            f"cache format version {version}, this program reads {known}; extract again"
         )
     text = block[_HEADER.size : _HEADER.size + length]
     if len(text) != length or zlib.crc32(text) != text_crc or any(block[_HEADER.size + length :]):
@@ -115,17 +144,7 @@ def check_seal(fd: int) -> Seal:
         attributes = {str(name): _plain(value) for name, value in record["attributes"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CacheError("damaged (the seal is invalid)") from None
-    actual = os.fstat(fd).st_size
-    if actual != size:
-        raise CacheError(f"damaged ({actual} bytes, must be {size}); extract again")
-    position = SEAL_BYTES
-    for region in _in_order(arrays.values()):
-        if region.offset < position or region.offset + region.size_bytes > size:
-            raise CacheError("damaged (its arrays do not fit into the file)")
-        position = region.offset + region.size_bytes
-    if _fixed_crc32(fd, size, arrays) != crc:
-        raise CacheError("damaged (names, captions or structure changed); extract again")
-    return Seal(size, arrays, attributes)
+    return Seal(version, size, arrays, attributes), crc
 
 
 def _natural(value: object) -> int:

@@ -1,22 +1,26 @@
 """The feature cache: one HDF5 file per split. It survives a kill and is read at memory speed.
 
-Format, version 2. N photos, V views, D features, M captions, K tokens, W words.
+Format, version 3. N photos, V views, D features, M captions, K tokens, W words.
 
 - Bytes 0–16383: the seal (`cache.seal`). From byte 16384: an ordinary HDF5 file, for other
   programs. This one reads the arrays at the places given in the seal.
 - All datasets are contiguous, little-endian, and allocated in full when the file is made. The file
-  is written as `NAME.tmp`, synced and renamed. After that only the bytes of the five mutable arrays
-  change, so the file is valid whenever the writer is killed.
+  gets its name when it is complete and synced. After that only the bytes of the mutable arrays
+  change, so it is valid whenever the writer is killed.
 - Mutable, written row by row:
   - `features`  (N, V, D) float16
   - `status`    (N,) uint8: 0 pending, 1 done, 2 unreadable. Written after the rest of the row.
   - `digests`   (N, 16) uint8: BLAKE2b-128 of the photo's file, zeros where it could not be read
   - `errors`    (N, 96) uint8: why a row is unreadable, UTF-8 padded with zeros
-  - `checksums` (N,) uint32: CRC-32 of the row's digest, then its error, then (done rows only) its
-    features
+  - `checksums` (N,) uint32: CRC-32 of the row's path, then its digest, then its error, then (done
+    rows only) its features. In version 2 without the path
+  - `later_versions` (4096,) uint8: the library versions of later sessions that filled the cache, a
+    line for each, then zeros. Not in version 2
 - Fixed. A list of strings is a group of `text` (uint8, UTF-8, one after the other) and `offsets`
   (int64, one more than there are strings):
   - `image_ids/…`, `paths/…`: N each; paths are relative to the image folder
+  - `image_ids/numbers` (N,) uint8: 1 if the id was a number in the captions file, 0 if it was text.
+    Missing where that is unknown
   - `captions/text`, `captions/offsets`: M raw captions
   - `captions/rows` (M,) int32: the photo of each caption, ascending
   - `captions/tokens` (K,) int32 and `captions/token_offsets` (M + 1,) int64: tokens as indices into
@@ -37,32 +41,31 @@ import json
 import mmap
 import os
 import stat
+import weakref
 import zlib
-from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.record import CacheError, CaptionTable, EncoderRecord, Shard, Strings
-from cache.seal import Region, Seal, check_seal
+from cache.record import (
+    CacheError,
+    CaptionTable,
+    Strings,
+    join_versions,
+    made_by,
+    unpack_versions,
+)
+from cache.seal import SEAL_BYTES, Region, Seal, check_seal
 
 PENDING, DONE, UNREADABLE = 0, 1, 2
 DIGEST_BYTES = 16
 ERROR_BYTES = 96
+LATER_VERSIONS_BYTES = 4096
 
 _READ_BYTES = 1 << 24  # at a time
-
-
-def row_checksum(
-    digest: NDArray[np.uint8],
-    error: NDArray[np.uint8],
-    features: NDArray[np.float16] | None,
-) -> int:
-    """CRC-32 of a row: of its digest, its error bytes and, if it is done, its features."""
-    crc = zlib.crc32(error.tobytes(), zlib.crc32(digest.tobytes()))
-    return crc if features is None else zlib.crc32(features.tobytes(), crc)
 
 
 class FeatureCache:
@@ -70,17 +73,25 @@ class FeatureCache:
 
     `cache.features[rows]` reads only those rows. Open one with `open_cache`. Pickling stores only
     the path, so a cache can be passed to other processes.
+
+    If another program cuts the file off, the system kills a process that then touches the mapping
+    (SIGBUS), and Python cannot prevent that. So whatever reads many rows uses `read_rows`, which
+    does not touch it, or calls `check_unchanged` before each part.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        fd = _open(path)
+        self._fd = _open(path)  # kept, so that all reads are of the file that is mapped
+        close = weakref.finalize(self, os.close, self._fd)
+        opened = False
         try:
-            seal = check_seal(fd)
-            status = os.fstat(fd)
-            self._file_id = status.st_dev, status.st_ino
-            self._mapped = mmap.mmap(fd, seal.size_bytes, prot=mmap.PROT_READ)
+            seal = check_seal(self._fd)
+            status = os.fstat(self._fd)
+            self._size, self._modified_ns = seal.size_bytes, status.st_mtime_ns
+            self._seal_block = os.pread(self._fd, SEAL_BYTES, 0)
+            self._mapped = mmap.mmap(self._fd, seal.size_bytes, prot=mmap.PROT_READ)
             self._take(seal)
+            opened = True
         except CacheError as error:
             raise CacheError(f"{path}: {error}") from None
         except OSError as error:
@@ -88,7 +99,8 @@ class FeatureCache:
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             raise CacheError(f"{path}: damaged (its record is invalid)") from None
         finally:
-            os.close(fd)
+            if not opened:
+                close()
 
     def _take(self, seal: Seal) -> None:
         """Set the attributes from the arrays. Raises CacheError, KeyError or ValueError if they are
@@ -98,6 +110,7 @@ class FeatureCache:
         every number that is later used as an index is checked once.
         """
         self._regions = seal.arrays
+        self.format_version = seal.version
         self.features: NDArray[np.float16] = self._map("features", "<f2", 3)  # (N, V, D)
         rows = len(self.features)
         self.status: NDArray[np.uint8] = self._map("status", "|u1", 1, rows)  # (N,)
@@ -106,6 +119,9 @@ class FeatureCache:
         self.error_bytes: NDArray[np.uint8] = self._map("errors", "|u1", 2, rows)  # (N, 96)
         self.image_ids = self._strings("image_ids", rows)
         self.paths = self._strings("paths", rows)
+        self.numbered: NDArray[np.bool_] | None = None  # (N,) ids that are numbers
+        if "image_ids/numbers" in seal.arrays:
+            self.numbered = self._map("image_ids/numbers", "|u1", 1, rows) != 0
         texts, words = self._strings("captions"), self._strings("words")
         tokens: NDArray[np.int32] = self._map("captions/tokens", "<i4", 1)
         self.captions = CaptionTable(
@@ -116,13 +132,20 @@ class FeatureCache:
             words=words,
             counts=self._map("words/counts", "<i8", 1, len(words)),
         )
-        self.encoder, self.batch_rows, self.shard = _made_by(seal.attributes)
+        self.encoder, self.batch_rows, self.shard = made_by(seal.attributes)
         self.photos_sha256 = str(seal.attributes["photos_sha256"])
         self.captions_sha256 = str(seal.attributes["captions_sha256"])
-        self.library_versions: dict[str, str] = {
-            str(name): str(version)
-            for name, version in json.loads(str(seal.attributes["library_versions"])).items()
-        }
+        first_versions = json.loads(str(seal.attributes["library_versions"]))
+        self.later_versions: NDArray[np.uint8] = np.zeros(0, np.uint8)
+        if "later_versions" in seal.arrays:
+            self.later_versions = self._map("later_versions", "|u1", 1)
+        # What the cache was made with; where parts of it differ, all versions: "2.13, 2.14".
+        self.library_versions = join_versions(
+            [
+                {str(name): str(version) for name, version in first_versions.items()},
+                *unpack_versions(self.later_versions.tobytes())[0],
+            ]
+        )
         captions = self.captions
         shape = (rows, len(self.encoder.views), self.encoder.feature_dim)
         if (
@@ -166,36 +189,64 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self.status)
 
+    def check_unchanged(self) -> None:
+        """Raise CacheError if the file was cut off or has got other content since it was opened.
+
+        It takes a microsecond or two. Rows that a writer fills meanwhile are no change.
+        """
+        try:
+            status = os.fstat(self._fd)
+            if status.st_size != self._size:
+                raise CacheError(
+                    f"{self.path}: {status.st_size:,} bytes, but {self._size:,} when it was opened;"
+                    " another program has cut it off, copy it here again"
+                )
+            if status.st_mtime_ns != self._modified_ns:
+                if os.pread(self._fd, SEAL_BYTES, 0) != self._seal_block:
+                    raise CacheError(
+                        f"{self.path}: another program has overwritten it since it was opened; "
+                        "start again"
+                    )
+                self._modified_ns = status.st_mtime_ns
+        except OSError as error:
+            raise CacheError(f"{self.path}: cannot read ({error.strerror})") from None
+
+    def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Features (B, V, D) of these rows (B,), copied into memory.
+
+        Raises CacheError if the file cannot be read, or was cut off or overwritten meanwhile.
+        """
+        self.check_unchanged()
+        region = self._regions["features"]
+        features = np.empty((len(rows), *region.shape[1:]), region.dtype)
+        row_bytes = region.size_bytes // max(1, region.shape[0])
+        for run in runs(rows):
+            self._read_into(features[run], region.offset + int(rows[run.start]) * row_bytes)
+        return features
+
     def load_features(self) -> NDArray[np.float16]:
         """Read all features (N, V, D) into memory, which is faster than copying the mapped file.
 
-        Raises CacheError if the file cannot be read in full.
+        Raises CacheError as `read_rows` does.
         """
-        region = self._regions["features"]
-        features = np.empty(region.shape, region.dtype)
-        left = features.reshape(-1).view(np.uint8).data
+        return self.read_rows(np.arange(len(self)))
+
+    def _read_into(self, array: NDArray[Any], position: int) -> None:
+        """Fill an array with the bytes from `position` on, without touching the mapping."""
+        left = array.reshape(-1).view(np.uint8).data
         try:
-            with self.path.open("rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                if (status.st_dev, status.st_ino) != self._file_id:
-                    raise CacheError(f"{self.path}: has been replaced since it was opened")
-                file.seek(region.offset)
-                while len(left):
-                    count = file.readinto(left[:_READ_BYTES])
-                    if not count:
-                        raise CacheError(f"{self.path}: the file has become shorter")
-                    left = left[count:]
+            while len(left):
+                count = os.preadv(self._fd, [left[:_READ_BYTES]], position)
+                if not count:
+                    self.check_unchanged()
+                    raise CacheError(f"{self.path}: the file has become shorter")
+                left, position = left[count:], position + count
         except OSError as error:
             raise CacheError(f"{self.path}: cannot read ({error.strerror})") from None
-        return features
 
     def region(self, name: str) -> Region:
         """Where an array lies in the file."""
         return self._regions[name]
-
-    def forget_pages(self) -> None:
-        """Release the memory of rows that were read. They are read again when needed."""
-        self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def rows_with(self, status: int) -> NDArray[np.int64]:
         """Row numbers with this status (PENDING, DONE or UNREADABLE), ascending."""
@@ -209,11 +260,32 @@ class FeatureCache:
         """(path, reason) of every unreadable photo."""
         return [(self.paths[row], self.error(row)) for row in self.rows_with(UNREADABLE).tolist()]
 
-    def row_is_intact(self, row: int) -> bool:
-        """Whether a done or unreadable row still has the checksum it was written with."""
-        features = self.features[row] if self.status[row] == DONE else None
-        expected = row_checksum(self.digests[row], self.error_bytes[row], features)
+    def checksum(
+        self,
+        row: int,
+        digest: NDArray[np.uint8],
+        error: NDArray[np.uint8],
+        features: NDArray[np.float16] | None,
+    ) -> int:
+        """The checksum that a row must have with this content. features: None if unreadable.
+
+        It covers the path, so rows that are exchanged do not match. Version 2 left it out.
+        """
+        crc = zlib.crc32(self.paths.raw(row)) if self.format_version > 2 else 0
+        crc = zlib.crc32(error.tobytes(), zlib.crc32(digest.tobytes(), crc))
+        return crc if features is None else zlib.crc32(features.tobytes(), crc)
+
+    def row_is_intact(self, row: int, features: NDArray[np.float16]) -> bool:
+        """Whether a done or unreadable row with these features still has its checksum."""
+        kept = features if self.status[row] == DONE else None
+        expected = self.checksum(row, self.digests[row], self.error_bytes[row], kept)
         return expected == int(self.checksums[row])
+
+
+def runs(rows: NDArray[np.int64]) -> list[slice]:
+    """Slices of `rows` with consecutive numbers. Each slice takes one read or write."""
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return [slice(start, stop) for start, stop in pairwise(cuts) if stop > start]
 
 
 def _open(path: Path) -> int:
@@ -232,37 +304,6 @@ def _open(path: Path) -> int:
 
 def _within(values: NDArray[np.int32], end: int) -> bool:
     return not len(values) or (int(values.min()) >= 0 and int(values.max()) < end)
-
-
-def _made_by(attributes: Mapping[str, str | int]) -> tuple[EncoderRecord, int, Shard | None]:
-    """(encoder, batch_rows, shard) from a cache's attributes. Raises KeyError or ValueError."""
-    encoder = EncoderRecord(
-        backbone=str(attributes["backbone"]),
-        weights=str(attributes["weights"]),
-        weights_sha256=str(attributes["weights_sha256"]),
-        feature_dim=int(attributes["feature_dim"]),
-        image_size=int(attributes["image_size"]),
-        views=tuple(str(attributes["views"]).split(",")),
-        preprocessing=str(attributes["preprocessing"]),
-        precision=str(attributes["precision"]),
-    )
-    batch_rows = int(attributes["batch_rows"])
-    if min(batch_rows, encoder.image_size, encoder.feature_dim) < 1:
-        raise ValueError("sizes are positive")
-    if "shard" not in attributes:
-        return encoder, batch_rows, None
-    number, count = map(int, str(attributes["shard"]).split("/"))
-    shard = Shard(
-        number=number,
-        count=count,
-        first_row=int(attributes["shard_first_row"]),
-        all_rows=int(attributes["all_rows"]),
-        all_photos_sha256=str(attributes["all_photos_sha256"]),
-        all_captions_sha256=str(attributes["all_captions_sha256"]),
-    )
-    if not 1 <= number <= count or not 0 <= shard.first_row < shard.all_rows:
-        raise ValueError("no such shard")
-    return encoder, batch_rows, shard
 
 
 def open_cache(path: str | Path, *, allow_pending: bool = False) -> FeatureCache:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.record import CacheError, photos_sha256
+from cache.record import CacheError, photos_sha256, unpack_versions
 from cache.store import DONE, PENDING, FeatureCache
 
-_FINITE_ROWS = 256  # looked at together: about a megabyte, which stays in the processor's cache
+_BLOCK_ROWS = 256  # read together: about a megabyte, which stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,19 @@ def damaged_rows(cache: FeatureCache, rows: NDArray[np.int64]) -> list[tuple[int
     finite. Extraction writes no such features, but a cache may come from another program. The check
     takes 0.2 s for COCO's 82,783 rows of 4 kB.
     """
-    found = {
-        row: "does not match its checksum" for row in rows.tolist() if not cache.row_is_intact(row)
-    }
-    done = rows[cache.status[rows] == DONE]
-    for start in range(0, len(done), _FINITE_ROWS):
-        part = done[start : start + _FINITE_ROWS]
+    found: list[tuple[int, str]] = []
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        part = rows[start : start + _BLOCK_ROWS]
+        features = cache.read_rows(part)
         # Eleven times as fast as `np.isfinite`: without the sign, a float16 that is infinite or NaN
         # is at least 0x7c00.
-        magnitudes = cache.features[part].view("<u2") & 0x7FFF
-        for row in part[magnitudes.max(axis=(1, 2)) >= 0x7C00].tolist():
-            found.setdefault(row, "has features that are not finite (NaN or infinity)")
-    return sorted(found.items())
+        finite = (features.view("<u2") & 0x7FFF).max(axis=(1, 2)) < 0x7C00
+        for place, row in enumerate(part.tolist()):
+            if not cache.row_is_intact(row, features[place]):
+                found.append((row, "does not match its checksum"))
+            elif cache.status[row] == DONE and not finite[place]:
+                found.append((row, "has features that are not finite (NaN or infinity)"))
+    return found
 
 
 def check_rows(cache: FeatureCache, rows: NDArray[np.int64]) -> None:
@@ -91,6 +92,9 @@ def verify(
         damaged.append(f"{cache.path}: the names of its photos are not those it was made with")
     if cache.captions.sha256() != cache.captions_sha256:
         damaged.append(f"{cache.path}: its captions are not those it was made with")
+    later = cache.later_versions.tobytes()
+    if any(later[unpack_versions(later)[1] :]):
+        damaged.append(f"{cache.path}: its list of library versions is damaged")
     changed: list[str] = []
     same: list[int] = []
     missing = 0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import math
 import os
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,15 +14,24 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.atomic import follow_link, remove_leftovers
 from cache.create import create_file
-from cache.record import CacheError, Shard, Skeleton
+from cache.place import lock_existing, new_file, publish
+from cache.record import (
+    CacheError,
+    Shard,
+    Skeleton,
+    join_versions,
+    pack_versions,
+    unpack_versions,
+)
 from cache.store import (
     DONE,
     ERROR_BYTES,
     PENDING,
     UNREADABLE,
     FeatureCache,
-    row_checksum,
+    runs,
 )
 
 _GO_ON = "what is done is kept, run the same command again to go on"
@@ -39,13 +46,18 @@ class CacheWriter:
     to the descriptor and ends with the process.
     """
 
-    def __init__(self, path: Path, fd: int, advice: str = _GO_ON) -> None:
+    def __init__(
+        self, path: Path, fd: int, library_versions: Mapping[str, str], advice: str = _GO_ON
+    ) -> None:
         self.path = path
         self._advice = advice  # for the user, in case the disk fails
         self.cache = FeatureCache(path)
         self._fd = fd
         self._status = np.array(self.cache.status)  # as it will be after the next flush
         self._dirty: list[NDArray[np.int64]] = []
+        self._failed: CacheError | None = None  # why nothing more can be written
+        self._session_versions = library_versions
+        self._versions = self.cache.library_versions  # behind all rows so far
 
     @property
     def status(self) -> NDArray[np.uint8]:
@@ -59,14 +71,16 @@ class CacheWriter:
 
         Raises CacheError if the disk is full or gone. Rows that were flushed before stay valid.
         """
+        self._record(self._session_versions)
+        features = features.astype("<f2", copy=False)
         checksums = np.array(
             [
-                row_checksum(digest, _NO_ERROR, row)
-                for digest, row in zip(digests, features, strict=True)
+                self.cache.checksum(row, digest, _NO_ERROR, values)
+                for row, digest, values in zip(rows.tolist(), digests, features, strict=True)
             ],
             np.uint32,
         )
-        for run in _runs(rows):
+        for run in runs(rows):
             first = int(rows[run.start])
             self._put("features", first, features[run])
             self._put("digests", first, digests[run])
@@ -80,39 +94,48 @@ class CacheWriter:
         text = " ".join(reason.split()).encode("utf-8", "replace")[:ERROR_BYTES]
         text = text.decode("utf-8", "ignore").encode()  # drop a character that the cut split
         error[: len(text)] = np.frombuffer(text, np.uint8)
+        self._record(self._session_versions)
         self._put("errors", row, error)
         self._put("digests", row, digest)
-        self._put("checksums", row, np.uint32(row_checksum(digest, error, None)))
+        self._put("checksums", row, np.uint32(self.cache.checksum(row, digest, error, None)))
         self._mark(np.array([row]), UNREADABLE)
 
-    def copy(self, first: int, source: FeatureCache, rows: NDArray[np.int64]) -> None:
-        """Copy rows of another cache, none of them pending, to the rows from `first` on.
+    def copy(
+        self, rows: NDArray[np.int64], source: FeatureCache, source_rows: NDArray[np.int64]
+    ) -> None:
+        """Copy finished rows (B,) of another cache of the same encoder to these rows (B,).
 
-        Raises CacheError if one of them is damaged or the disk is full.
+        Raises CacheError if one of them is damaged or pending, or the disk is full.
         """
-        status = source.status[rows]
-        features = source.features[rows]
+        self._record(source.library_versions)
+        status = source.status[source_rows]
+        features = source.read_rows(source_rows)
         features[status != DONE] = 0  # they were never written and may have any content
-        digests, errors, checksums = (
-            source.digests[rows],
-            source.error_bytes[rows],
-            source.checksums[rows],
-        )
-        for place, row in enumerate(rows.tolist()):
+        digests, errors = source.digests[source_rows], source.error_bytes[source_rows]
+        checksums = np.empty(len(rows), np.uint32)
+        pairs = zip(rows.tolist(), source_rows.tolist(), strict=True)
+        for place, (row, source_row) in enumerate(pairs):
             kept = features[place] if status[place] == DONE else None
-            if row_checksum(digests[place], errors[place], kept) != checksums[place]:
+            content = digests[place], errors[place], kept
+            intact = source.checksum(source_row, *content) == source.checksums[source_row]
+            if status[place] == PENDING or (
+                not intact and status[place] != source.status[source_row]
+            ):
+                raise CacheError(f"{source.path}: another process is writing it")
+            if not intact:
                 raise CacheError(
-                    f"{source.path}: row {row} ({source.paths[row]}) does not match its checksum"
+                    f"{source.path}: row {source_row} ({source.paths[source_row]}) "
+                    "does not match its checksum"
                 )
-        for name, values in (
-            ("features", features),
-            ("digests", digests),
-            ("errors", errors),
-            ("checksums", checksums),
-        ):
-            self._put(name, first, values)
+            checksums[place] = self.cache.checksum(row, *content)
+        for run in runs(rows):
+            first = int(rows[run.start])
+            self._put("features", first, features[run])
+            self._put("digests", first, digests[run])
+            self._put("errors", first, errors[run])
+            self._put("checksums", first, checksums[run])
         for kind in (DONE, UNREADABLE):
-            self._mark(first + np.flatnonzero(status == kind), kind)
+            self._mark(rows[status == kind], kind)
 
     def retry_unreadable(self) -> int:
         """Make all unreadable rows pending again. Returns how many there were."""
@@ -122,28 +145,47 @@ class CacheWriter:
         return len(rows)
 
     def flush(self) -> None:
-        """Sync everything written so far to the disk, then write the status of these rows."""
+        """Sync everything written so far to the disk, then write the status of these rows.
+
+        Raises CacheError if the disk fails, or if another program has cut the file off or written
+        over it. Rows written since the last flush then stay pending,
+        and the writer refuses all further work: the system reports a lost write only once, so a
+        second sync would succeed without these rows.
+        """
+        self._check_usable()
         if not self._dirty:
             return
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            raise self._failure(error) from None
+        self.cache.check_unchanged()
+        self._sync(os.fdatasync)
         rows = np.unique(np.concatenate(self._dirty))
-        for run in _runs(rows):
+        for run in runs(rows):
             self._put("status", int(rows[run.start]), self._status[rows[run]])
         self._dirty.clear()
 
     def close(self) -> None:
-        """Flush, and release the file."""
+        """Flush, and release the file. Raises CacheError if the disk fails or has failed."""
         if self._fd < 0:
             return
         try:
             self.flush()
-            os.fsync(self._fd)
+            self._sync(os.fsync)
         finally:
             os.close(self._fd)
             self._fd = -1
+
+    def _sync(self, sync: Callable[[int], None]) -> None:
+        try:
+            sync(self._fd)
+        except OSError as error:
+            self._failed = self._failure(error)
+            unsynced = np.concatenate([np.zeros(0, np.int64), *self._dirty])
+            self._status[unsynced] = self.cache.status[unsynced]
+            self._dirty.clear()
+            raise self._failed from None
+
+    def _check_usable(self) -> None:
+        if self._failed is not None:
+            raise self._failed
 
     def __enter__(self) -> Self:
         return self
@@ -160,11 +202,27 @@ class CacheWriter:
             if error is None:  # otherwise the first error is the one to report
                 raise
 
+    def _record(self, versions: Mapping[str, str]) -> None:
+        """Note the library versions behind rows that are about to be written, where they are new.
+
+        Caches of format version 2 have no place for that. A note that does not fit is left out.
+        """
+        joined = join_versions([self._versions, versions])
+        if joined == self._versions or not len(self.cache.later_versions):
+            return
+        new = {name: v for name, v in versions.items() if joined[name] != self._versions.get(name)}
+        line = np.frombuffer(pack_versions(new), np.uint8)
+        _, length = unpack_versions(self.cache.later_versions.tobytes())
+        if length + len(line) <= len(self.cache.later_versions):
+            self._put("later_versions", length, line)
+        self._versions = joined
+
     def _mark(self, rows: NDArray[np.int64], status: int) -> None:
         self._status[rows] = status
         self._dirty.append(rows)
 
     def _put(self, name: str, row: int, values: NDArray[Any] | np.generic) -> None:
+        self._check_usable()
         region = self.cache.region(name)
         stride = math.prod(region.shape[1:]) * region.dtype.itemsize
         data = memoryview(np.ascontiguousarray(values, region.dtype).tobytes())
@@ -181,12 +239,6 @@ class CacheWriter:
         return CacheError(f"{self.path}: cannot write ({reason}); {self._advice}")
 
 
-def _runs(rows: NDArray[np.int64]) -> list[slice]:
-    """Slices of `rows` with consecutive numbers. Each slice takes one write."""
-    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return [slice(start, stop) for start, stop in pairwise(cuts) if stop > start]
-
-
 def open_writer(
     path: str | Path,
     skeleton: Skeleton,
@@ -196,26 +248,29 @@ def open_writer(
 ) -> CacheWriter:
     """Start a cache at `path`, or continue the one there if it was made from the same skeleton.
 
-    A continued file keeps its own `batch_rows`, whatever the skeleton says: see `Skeleton`.
+    A continued file keeps its own `batch_rows`, whatever the skeleton says: see `Skeleton`. A
+    symbolic link is followed.
 
-    Raises CacheError if another process is writing it, if the file there differs (naming the field)
-    and `overwrite` is off, or if the folder cannot be written to.
+    Raises CacheError if another process is writing it, if the file there is no cache, or differs
+    (naming the field) and `overwrite` is off, or if the folder cannot be written to.
     """
-    path = Path(path)
+    path = follow_link(Path(path))
     while True:
-        existing = _lock_existing(path)
+        existing = lock_existing(path)
         try:
             if existing is not None and not overwrite:
                 _check_same(path, skeleton)
-                writer = CacheWriter(path, existing)
+                remove_leftovers(path)
+                writer = CacheWriter(path, existing, library_versions)
                 existing = None  # the writer closes it now
                 return writer
-            with _draft(path) as (temporary, fd):
-                if existing is None and path.exists():  # another process has just made it
-                    continue
-                create_file(temporary, fd, skeleton, library_versions)
-                _publish(temporary, fd, path)
-                return CacheWriter(path, os.dup(fd))
+            with new_file(path) as temporary:
+                fd = create_file(temporary, skeleton, library_versions)
+                try:
+                    if publish(temporary, fd, path, replace=existing is not None):
+                        return CacheWriter(path, os.dup(fd), library_versions)
+                finally:
+                    os.close(fd)
         finally:
             if existing is not None:
                 os.close(existing)
@@ -229,94 +284,36 @@ def new_cache(
 
     Raises CacheError as `open_writer` does, and if a file is there and `overwrite` is off.
     """
-    existing = _lock_existing(path)
+    path = follow_link(path)
+    existing = lock_existing(path)
+    there = CacheError(f"{path}: already exists; name another --out, or --overwrite it")
     try:
         if existing is not None and not overwrite:
-            raise CacheError(f"{path}: already exists; name another --out, or --overwrite it")
-        with _draft(path) as (temporary, fd):
-            create_file(temporary, fd, skeleton, library_versions)
-            with CacheWriter(temporary, os.dup(fd), "no file was made") as writer:
-                yield writer
-            _publish(temporary, fd, path)
+            raise there
+        with new_file(path) as temporary:
+            fd = create_file(temporary, skeleton, library_versions)
+            try:
+                with CacheWriter(
+                    temporary, os.dup(fd), library_versions, "no file was made"
+                ) as writer:
+                    yield writer
+                if not publish(temporary, fd, path, replace=existing is not None):
+                    raise there
+            finally:
+                os.close(fd)
     finally:
         if existing is not None:
             os.close(existing)
 
 
-@contextlib.contextmanager
-def _draft(path: Path) -> Iterator[tuple[Path, int]]:
-    """(a temporary file beside `path`, its locked descriptor). After the block the file is deleted,
-    unless it was renamed.
-
-    A duplicate of the descriptor keeps the lock after the block. Error messages name `path`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    fd = _lock(temporary, create=True)
-    assert fd is not None
-    try:
-        yield temporary, fd
-    except CacheError as error:
-        raise CacheError(str(error).replace(f"{temporary}: ", f"{path}: ", 1)) from None
-    except OSError as error:
-        raise CacheError(f"{path}: cannot write ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(fd), os.stat(temporary)):
-                temporary.unlink()
-        os.close(fd)
-
-
-def _publish(temporary: Path, fd: int, path: Path) -> None:
-    os.fsync(fd)
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def check_place(path: Path) -> None:
     """Raise CacheError before any work is done if `open_writer` could not start at `path`."""
-    fd = _lock_existing(path)
+    path = follow_link(path)
+    fd = lock_existing(path)
     if fd is not None:
         os.close(fd)
     if not os.access(path.parent, os.W_OK):
         raise CacheError(f"{path}: cannot write (the folder is read-only)")
-
-
-def _lock_existing(path: Path) -> int | None:
-    """A locked descriptor of the file at `path`; None if there is none. Raises CacheError."""
-    if not path.parent.is_dir():
-        raise CacheError(f"{path.parent}: no such folder")
-    if path.is_dir():
-        raise CacheError(f"{path}: is a folder; name a file")
-    return _lock(path, create=False)
-
-
-def _lock(path: Path, *, create: bool) -> int | None:
-    """An exclusively locked descriptor of `path`; None if there is no file and `create` is off."""
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise CacheError(f"{path}: cannot write ({error.strerror})") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise CacheError(f"{path}: another process is writing it") from None
-        except OSError as error:
-            os.close(fd)
-            raise CacheError(f"{path}: cannot lock ({error.strerror})") from None
-        try:
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # the file was renamed or removed between open and lock: try again
 
 
 def _share(shard: Shard | None) -> str:
@@ -335,5 +332,18 @@ def _check_same(path: Path, skeleton: Skeleton) -> None:
             difference = f"{len(there):,} photos, not {len(skeleton.paths):,}"
     if difference is None and there.captions_sha256 != skeleton.captions.sha256():
         difference = "other captions, not those asked for"
+    if difference is None and there.shard is not None and skeleton.shard is not None:
+        # `cap merge` would refuse the shard, after the hours that the others take.
+        if there.shard.all_photos_sha256 != skeleton.shard.all_photos_sha256:
+            difference = "other photos in the other shards, not those asked for"
+        elif there.shard.all_captions_sha256 != skeleton.shard.all_captions_sha256:
+            difference = "other captions in the other shards, not those asked for"
+    if (
+        difference is None
+        and there.numbered is not None
+        and skeleton.numbered is not None
+        and not np.array_equal(there.numbered, skeleton.numbered)
+    ):
+        difference = "other kinds of image ids (numbers or text), not those asked for"
     if difference is not None:
         raise CacheError(f"{path}: written with {difference}. Use another --out, or --overwrite.")

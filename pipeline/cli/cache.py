@@ -19,7 +19,8 @@ def merge(
     deduplicate: Annotated[
         bool,
         typer.Option(
-            "--deduplicate", help="Leave out photos that an earlier cache has, byte for byte."
+            "--deduplicate",
+            help="Leave out photos that another cache has; one that could be read is kept.",
         ),
     ] = False,
     overwrite: Annotated[

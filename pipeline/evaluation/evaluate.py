@@ -16,6 +16,7 @@ from pipeline.evaluation.references import (
     cache_references,
     coco_results,
     match,
+    numbered_ids,
     read_predictions,
     references_of,
 )
@@ -123,7 +124,7 @@ def evaluate(
             **result.as_dict(),
         },
     )
-    _write_json(predictions_file, coco_results(captions))
+    _write_json(predictions_file, coco_results(captions, numbered_ids(cache)))
     return Evaluation(
         result.scores,
         result.intervals,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cache.errors import CapError
 from cache.record import CacheError
@@ -128,15 +130,26 @@ def match(
     return {image: predictions[image] for image in wanted}, wanted
 
 
-def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
+def numbered_ids(cache: FeatureCache) -> set[str] | None:
+    """The ids of a cache that were numbers in its captions file; None if the cache cannot tell."""
+    if cache.numbered is None:
+        return None
+    return {cache.image_ids[row] for row in np.flatnonzero(cache.numbered).tolist()}
+
+
+def coco_results(
+    captions: Mapping[str, str], numbers: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """COCO's results format: `[{"image_id": 42, "caption": "a dog"}, …]`.
 
-    Ids are numbers if all of them are written as JSON writes whole numbers, as COCO's are, and
+    numbers: the ids that were numbers in the captions file, and are numbers here too. Without it,
+    all ids are numbers if all of them are written as JSON writes whole numbers, as COCO's are, and
     strings otherwise. So `00042` stays a string, and a captions file whose ids are all of one kind
     gets predictions with ids of one kind.
     """
-    numbers = all(_WHOLE_NUMBER.fullmatch(image_id) for image_id in captions)
+    if numbers is None:
+        numbers = captions if all(map(_WHOLE_NUMBER.fullmatch, captions)) else ()
     return [
-        {"image_id": int(image_id) if numbers else image_id, "caption": caption}
+        {"image_id": int(image_id) if image_id in numbers else image_id, "caption": caption}
         for image_id, caption in captions.items()
     ]

@@ -28,8 +28,9 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import encode_on_devices
 from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
-from pipeline.extraction.shards import shard_of
+from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.photos.captions_files import Photo, read_photos
+from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
@@ -92,6 +93,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     record = encoder_record(backbone, config.image_size, config.views, precision)
     skeleton = _skeleton(config, photos, record, devices[0])
     del photos  # the skeleton holds the same in a third of the memory
+    yield from (Notice(text) for text in unlike_siblings(config.out, skeleton))
     known = _open_known_photos(config, record)
     with open_writer(
         config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
@@ -131,6 +133,7 @@ def _skeleton(
         encoder=record,
         batch_rows=batch_rows,
         shard=shard,
+        numbered=np.array([isinstance(photo.image_id, NumberId) for photo in photos]),
     )
 
 

@@ -69,7 +69,7 @@ def copy_known(
         old = np.array([row for row in found if row is not None], np.int64)
         here = np.array([row is not None for row in found], bool)
         if len(old):
-            writer.write(part[here], known.cache.features[old], digests[here])
+            writer.copy(part[here], known.cache, old)
         yield len(old)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +77,16 @@ def verify_cache(
         encoder = Encoder.load(cache.encoder, device=resolve_device(device), weights=weights)
     except EncoderError as error:
         return _verification(report, [*problems, f"features not compared: {error}"])
-    cosines = _cosines(cache, encoder, images, unchanged)
-    problems.extend(
-        f"{cache.paths[row]}: stored features have cosine {cosine:.5f} to those computed now"
-        for row, cosine in zip(unchanged.tolist(), cosines, strict=True)
-        if not cosine >= MIN_COSINE
-    )
+    cosines: list[float] = []
+    for row, found in _cosines(cache, encoder, images, unchanged):
+        if isinstance(found, str):
+            problems.append(f"{cache.paths[row]}: {found}")
+            continue
+        cosines.append(found)
+        if not found >= MIN_COSINE:
+            problems.append(
+                f"{cache.paths[row]}: stored features have cosine {found:.5f} to those computed now"
+            )
     return _verification(report, problems, cosines)
 
 
@@ -107,15 +112,27 @@ def _digest(path: Path) -> NDArray[np.uint8]:
 
 def _cosines(
     cache: FeatureCache, encoder: Encoder, images: Path, rows: NDArray[np.int64]
-) -> list[float]:
-    """Cosine of the stored to the recomputed features of each row, the worst of its views."""
+) -> Iterator[tuple[int, float | str]]:
+    """(row, cosine of its stored to the recomputed features, the worst of its views) in turn.
+
+    Instead of a cosine, a text says why a photo could not be read. All of them were there a moment
+    ago, with the digests that they should have, but a file may vanish or change at any time.
+    """
     size, views = encoder.record.image_size, encoder.record.views
-    cosines: list[float] = []
     for chunk in np.array_split(rows, -(-len(rows) // _BATCH_PHOTOS)):
-        photos = [read_photo(images / cache.paths[row], size, views).pixels for row in chunk]
-        # All of them decode, because their digests are unchanged.
-        pixels = torch.cat([photo for photo in photos if photo is not None])
-        now = encoder.encode(pixels).float().cpu().unflatten(0, (len(chunk), len(views)))
-        stored = torch.from_numpy(cache.features[chunk]).float()
-        cosines.extend(torch.cosine_similarity(now, stored, dim=2).amin(1).tolist())
-    return cosines
+        pixels, read = [], []
+        for row in chunk.tolist():
+            photo = read_photo(images / cache.paths[row], size, views)
+            if photo.pixels is None:
+                yield row, f"{photo.error} (it was there a moment ago)"
+            elif not np.array_equal(photo.digest, cache.digests[row]):
+                yield row, "the photo changes while it is being compared"
+            else:
+                pixels.append(photo.pixels)
+                read.append(row)
+        if not read:
+            continue
+        now = encoder.encode(torch.cat(pixels)).float().cpu().unflatten(0, (len(read), len(views)))
+        stored = torch.from_numpy(cache.read_rows(np.array(read))).float()
+        cosines = torch.cosine_similarity(now, stored, dim=2).amin(1)
+        yield from zip(read, cosines.tolist(), strict=True)

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from cache.errors import CapError
+from pipeline.photos.image_ids import image_id_of
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".avif")
@@ -196,7 +197,8 @@ def _karpathy_photos(
         if entry.get("filepath") in subfolders:
             path = f"{entry['filepath']}/{path}"
         texts = tuple(_clean(sentence["raw"]) for sentence in entry["sentences"])
-        photos.append(Photo(str(entry.get("cocoid", path)), path, tuple(filter(None, texts))))
+        image_id = image_id_of(entry.get("cocoid", path))
+        photos.append(Photo(image_id, path, tuple(filter(None, texts))))
     if wanted is not None and not wanted <= splits:
         unknown = ", ".join(sorted(wanted - splits))
         raise DatasetError(f"{captions}: no split {unknown}; it has {', '.join(sorted(splits))}")
@@ -214,7 +216,7 @@ def _coco_photos(captions: Path, record: Mapping[str, Any]) -> list[Photo]:
         coco.createIndex()
     return [
         Photo(
-            str(image_id),
+            image_id_of(image_id),
             str(image["file_name"]),
             tuple(filter(None, (_clean(note["caption"]) for note in coco.imgToAnns[image_id]))),
         )

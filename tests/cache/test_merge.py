@@ -6,8 +6,9 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from cache.merge import merge
 from cache.record import CacheError, Shard, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache, open_cache
 from cache.verify import verify
-from cache.writer import open_writer
+from cache.writer import CacheWriter, open_writer
 from tests.conftest import ROOT, record
 from tests.pipeline.test_cli import cap
 from train.captions.tokenizer import build_caption_table
@@ -44,6 +45,7 @@ def write(
     shard: Shard | None = None,
     pending: Sequence[str] = (),
     content: dict[str, str] | None = None,
+    unreadable: Collection[str] = BAD,
     **changes: object,
 ) -> FeatureCache:
     """Write a cache of these photos as an extraction would. Features follow from the content."""
@@ -63,7 +65,7 @@ def write(
                 continue
             if inside == "absent":
                 writer.set_unreadable(row, "file not found", np.zeros(16, np.uint8))
-            elif name in BAD:
+            elif name in unreadable:
                 key = np.frombuffer(digest(inside), np.uint8)
                 writer.set_unreadable(row, f"cannot decode ({name})", key)
             else:
@@ -72,7 +74,7 @@ def write(
     return open_cache(path, allow_pending=True)
 
 
-def shards(folder: Path, *cuts: int) -> list[Path]:
+def shards(folder: Path, *cuts: int, content: dict[str, str] | None = None) -> list[Path]:
     names = Strings.pack(PHOTOS)
     whole = photos_sha256(names, names)
     table = build_caption_table([CAPTIONS[name] for name in PHOTOS])
@@ -82,7 +84,7 @@ def shards(folder: Path, *cuts: int) -> list[Path]:
     for i in range(len(bounds) - 1):
         shard = Shard(i + 1, len(bounds) - 1, bounds[i], len(PHOTOS), whole, captions)
         paths.append(folder / f"s{i + 1}.h5")
-        write(paths[-1], PHOTOS[bounds[i] : bounds[i + 1]], shard=shard)
+        write(paths[-1], PHOTOS[bounds[i] : bounds[i + 1]], shard=shard, content=content)
     return paths
 
 
@@ -192,6 +194,77 @@ def test_absent_files_are_told_apart_by_their_id(tmp_path: Path) -> None:
         merge([tmp_path / "a.h5", tmp_path / "c.h5"], tmp_path / "y.h5")
     report = merge([tmp_path / "a.h5", tmp_path / "c.h5"], tmp_path / "y.h5", deduplicate=True)
     assert report.photos == 3
+
+
+@pytest.mark.parametrize("unreadable_first", [True, False])
+@pytest.mark.parametrize("inside", ["absent", "broken"])
+def test_of_an_unreadable_photo_and_its_whole_copy_the_whole_one_is_kept(
+    tmp_path: Path, inside: str, unreadable_first: bool
+) -> None:
+    """Its file was missing or damaged, and has been mended for the other cache."""
+    bad, good = tmp_path / "bad.h5", tmp_path / "good.h5"
+    write(bad, ["a.jpg", "b.jpg"], content={"b.jpg": inside}, unreadable=["b.jpg"])
+    write(good, ["b.jpg", "d.jpg"])
+    paths = [bad, good] if unreadable_first else [good, bad]
+    with pytest.raises(CacheError, match=r"bad\.h5: b\.jpg is the same photo as .*good\.h5"):
+        merge(paths, tmp_path / "x.h5")
+    report = merge(paths, tmp_path / "x.h5", deduplicate=True)
+    assert (report.photos, report.unreadable, report.duplicates) == (3, 0, 1)
+    merged = open_cache(tmp_path / "x.h5")
+    assert sorted(merged.paths) == ["a.jpg", "b.jpg", "d.jpg"]
+    row = list(merged.paths).index("b.jpg")
+    assert np.array_equal(merged.features[row], features("b.jpg"))
+
+
+def test_the_same_bytes_that_only_one_cache_could_decode_are_kept_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", ["a.jpg", "b.jpg"], unreadable=["b.jpg"])
+    write(tmp_path / "b.h5", ["d.jpg", "e.jpg"], content={"d.jpg": "b.jpg"})
+    write(tmp_path / "c.h5", ["f.jpg"], content={"f.jpg": "b.jpg"})
+    merge([tmp_path / f"{n}.h5" for n in "abc"], tmp_path / "x.h5", deduplicate=True)
+    merged = open_cache(tmp_path / "x.h5")
+    assert list(merged.paths) == ["a.jpg", "d.jpg", "e.jpg"]
+    assert (merged.status == DONE).all()
+
+
+def test_the_id_of_a_photo_that_is_left_out_is_free(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", ["a.jpg", "b.jpg"])
+    write(tmp_path / "b.h5", ["d.jpg"], content={"d.jpg": "b.jpg"})
+    write(tmp_path / "c.h5", ["d.jpg", "e.jpg"])
+    merge([tmp_path / f"{n}.h5" for n in "abc"], tmp_path / "x.h5", deduplicate=True)
+    assert list(open_cache(tmp_path / "x.h5").paths) == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
+
+
+def test_copies_in_different_shards_are_left_out_when_asked(tmp_path: Path) -> None:
+    copies = {"f.jpg": "a.jpg", "j.jpg": "g.jpg"}  # of the first shard; of its own shard
+    paths = shards(tmp_path, 4, content=copies)
+    assert merge(paths, tmp_path / "x.h5").photos == 10
+    report = merge(paths, tmp_path / "y.h5", deduplicate=True)
+    assert (report.photos, report.duplicates, report.duplicate_captions) == (9, 1, 2)
+    merged = open_cache(tmp_path / "y.h5")
+    assert list(merged.paths) == [name for name in PHOTOS if name != "f.jpg"]
+    assert verify(merged)[0].ok
+
+
+def test_a_cache_that_is_written_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unreadable photos are tried again while the caches are being copied."""
+    write(tmp_path / "a.h5", ["a.jpg", "b.jpg"])
+    write(tmp_path / "b.h5", ["c.jpg", "d.jpg"])
+    real = CacheWriter.copy
+
+    def copy(writer: CacheWriter, rows: Any, source: FeatureCache, source_rows: Any) -> None:
+        skeleton = Skeleton(
+            source.image_ids, source.paths, source.captions, source.encoder, source.batch_rows
+        )
+        with open_writer(source.path, skeleton, library_versions={}) as other:
+            other.retry_unreadable()
+        real(writer, rows, source, source_rows)
+
+    monkeypatch.setattr(CacheWriter, "copy", copy)
+    with pytest.raises(CacheError, match=r"b\.h5: another process is writing it"):
+        merge([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
 
 
 def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:

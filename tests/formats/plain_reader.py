@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SEAL_BYTES = 16384
-MUTABLE = ("features", "status", "digests", "errors", "checksums")
+MUTABLE = ("features", "status", "digests", "errors", "checksums", "later_versions")
 DTYPES = ("|u1", "<i4", "<u4", "<i8", "<f2")
 PENDING, DONE, UNREADABLE = 0, 1, 2
 
@@ -34,8 +34,8 @@ def read_cache(data: bytes) -> tuple[Arrays, Attributes]:
     if len(data) < 20 or not data.startswith(b"capcache"):  # 1
         raise RefusedError("not a cache")
     version, length, text_crc = struct.unpack_from("<III", data, 8)
-    if version != 2:  # 2
-        raise RefusedError(f"version {version}, this reader knows 2")
+    if version not in (2, 3):  # 2
+        raise RefusedError(f"version {version}, this reader knows 2 and 3")
     text = data[20 : 20 + length]
     if 20 + length > SEAL_BYTES or zlib.crc32(text) != text_crc:  # 3
         raise RefusedError("the seal's text does not match its checksum")
@@ -104,6 +104,10 @@ def _check_shapes(arrays: Arrays, attributes: Attributes) -> None:  # 8
         "captions/token_offsets": ("<i8", (m + 1,)),
         "words/counts": ("<i8", (w,)),
     }
+    if "image_ids/numbers" in arrays:
+        expected["image_ids/numbers"] = ("|u1", (n,))
+    if "later_versions" in arrays:
+        expected["later_versions"] = ("|u1", (4096,))
     for name, count in (("image_ids", n), ("paths", n), ("captions", m), ("words", w)):
         expected[f"{name}/text"] = ("|u1", (arrays[f"{name}/text"].size,))
         expected[f"{name}/offsets"] = ("<i8", (count + 1,))
@@ -165,10 +169,26 @@ def error(arrays: Arrays, row: int) -> str:
 
 def row_checksum(arrays: Arrays, row: int) -> int:
     """What `checksums` holds for a row that is done or unreadable."""
-    covered = arrays["digests"][row].tobytes() + arrays["errors"][row].tobytes()
+    covered = b""
+    if "later_versions" in arrays:  # format version 3
+        start, stop = arrays["paths/offsets"][row : row + 2].tolist()
+        covered = arrays["paths/text"][start:stop].tobytes()
+    covered += arrays["digests"][row].tobytes() + arrays["errors"][row].tobytes()
     if arrays["status"][row] == DONE:
         covered += arrays["features"][row].tobytes()
     return zlib.crc32(covered)
+
+
+def later_versions(arrays: Arrays) -> list[dict[str, str]]:
+    """The library versions of later sessions. Raises RefusedError if a byte has changed."""
+    found = []
+    lines = arrays["later_versions"].tobytes().rstrip(b"\0").splitlines()
+    for line in lines:
+        checksum, _, text = line.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(text):
+            raise RefusedError("a line of later_versions does not match its checksum")
+        found.append(json.loads(text))
+    return found
 
 
 def sha256_of(arrays: Arrays, *names: str) -> str:

@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO as COCOFile
 
+from cache.merge import merge
+from cache.store import open_cache
 from pipeline.evaluation.evaluate import _write_json
 from pipeline.evaluation.references import (
     PredictionsError,
     coco_results,
     match,
+    numbered_ids,
     read_predictions,
     read_references,
 )
 from pipeline.photos.captions_files import DatasetError
+from tests.pipeline.test_extract import run
 
 COCO = {
     "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (42, 7, 8)],
@@ -68,6 +72,34 @@ def test_coco_takes_the_predictions_for_its_own(tmp_path: Path, ids: list[int | 
     results = coco_results(dict.fromkeys(read_references(truth), "a dog"))
     assert [entry["image_id"] for entry in results] == ids
     COCOFile(str(truth)).loadRes(str(written(tmp_path / "p.json", results)))
+
+
+@pytest.mark.parametrize("form", ["coco", "karpathy"])
+@pytest.mark.parametrize("ids", [[7, 42], ["7", "42"], ["007", "42"], [7, "42"]])
+def test_ids_keep_the_kind_that_they_have_in_the_captions_file(
+    tmp_path: Path, photos: Path, ids: list[int | str], form: str
+) -> None:
+    """From the captions file through the cache and a merge into the predictions."""
+    names = ["a.jpg", "b.jpg"]
+    pairs = list(zip(ids, names, strict=True))
+    record: dict[str, object] = {
+        "images": [{"id": i, "file_name": name} for i, name in pairs],
+        "annotations": [{"id": n, "image_id": i, "caption": "a"} for n, i in enumerate(ids)],
+    }
+    if form == "karpathy":
+        entries = [
+            {"cocoid": i, "filename": name, "split": "train", "sentences": [{"raw": "a"}]}
+            for i, name in pairs
+        ]
+        record = {"images": entries}
+    truth = written(tmp_path / "captions.json", record)
+    run(photos, tmp_path / "x.h5", captions=truth)
+    merge([tmp_path / "x.h5"], tmp_path / "y.h5")
+    for name in ("x.h5", "y.h5"):
+        cache = open_cache(tmp_path / name)
+        captions = dict.fromkeys(cache.image_ids, "a dog")
+        results = coco_results(captions, numbered_ids(cache))
+        assert [entry["image_id"] for entry in results] == ids
 
 
 def test_only_photos_with_references_are_matched(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache.record import CacheError
-from cache.store import DONE, open_cache, row_checksum
+from cache.store import DONE, open_cache
 from cache.verify import verify
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
 from pipeline.extraction import encode_batches
@@ -111,7 +111,7 @@ def test_features_that_are_not_finite_are_not_reused(
         file.seek(old.region("features").offset + 2 * features.nbytes)
         file.write(features.tobytes())
         file.seek(old.region("checksums").offset + 4 * 2)
-        checksum = row_checksum(old.digests[2], old.error_bytes[2], features)
+        checksum = old.checksum(2, old.digests[2], old.error_bytes[2], features)
         file.write(checksum.to_bytes(4, "little"))
     last, _ = run(folder, tmp_path / "x.h5", captions=None, reuse=tmp_path / "old.h5")
     assert last.done == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from pipeline.photos import photo_file, photo_loader
 from pipeline.photos.decoding import MAX_PIXELS
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
 from pipeline.photos.photo_loader import PhotoLoader, StalledError
+from tests.cache.test_place import leave_a_draft
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
 from train.config import Recipe, TrainConfig
@@ -51,12 +53,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_shows_before_the_first_photo(small_disk: Path, make_cache: MakeCache) -> None:
     path = small_disk / "x.h5"
-    with pytest.raises(CacheError, match=r"x\.h5: needs 0\.00 GB of disk, 0\.00 GB are free"):
+    with pytest.raises(CacheError, match=r"x\.h5: needs 1\.7. MB of disk, 1\.0. MB are free"):
         open_writer(path, skeleton([[]] * 40, feature_dim=20_000), library_versions={})
     parts = [make_cache([["a"]] * 40, feature_dim=20_000, name="a.h5").path]
     with pytest.raises(CacheError, match=r"x\.h5: needs .* are free"):
         merge(parts, path)
     assert not list(small_disk.iterdir())
+
+
+def test_what_a_killed_extraction_left_takes_no_room(small_disk: Path) -> None:
+    made = skeleton([[]] * 40, feature_dim=8_000)  # 0.8 MB
+    left = leave_a_draft(small_disk / "x.h5")
+    (left / "file").write_bytes(bytes(700_000))
+    open_writer(small_disk / "x.h5", made, library_versions={}).close()
+    assert [path.name for path in small_disk.iterdir()] == ["x.h5"]
 
 
 def test_once_begun_an_extraction_has_its_disk(small_disk: Path) -> None:
@@ -145,7 +155,7 @@ except CacheError as error:
         f"{tmp_path}/x.h5: cannot write (File too large); what is done is kept, run the same "
         "command again to go on"
     )
-    assert create.startswith(f"{tmp_path}/y.h5: needs 0.00 GB of disk")
+    assert re.match(rf"{tmp_path}/y\.h5: needs \d\d\d kB of disk", create)
     assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
     cache = open_cache(tmp_path / "x.h5", allow_pending=True)
     assert cache.status.tolist() == [1] * 4 + [0] * 4

@@ -78,3 +78,44 @@ def test_a_shard_goes_on_as_itself_only(photos: Path, tmp_path: Path) -> None:
         with pytest.raises(CacheError, match=message):
             run(photos, tmp_path / "x.h5", **changes)
     assert str(open_cache(tmp_path / "x.h5").shard) == "1/3"
+
+
+def other_captions_elsewhere(photos: Path, tmp_path: Path) -> Path:
+    """A captions file that differs from that of the photos in its last line only."""
+    lines = (photos / "captions.txt").read_text().splitlines()
+    changed = tmp_path / "changed.csv"
+    changed.write_text("\n".join([*lines[:-1], lines[-1] + " indeed"]))
+    return changed
+
+
+def test_a_shard_does_not_go_on_with_other_captions_elsewhere_in_the_set(
+    photos: Path, tmp_path: Path
+) -> None:
+    """Its own captions are the same, but it could not be merged with the other shards."""
+    run(photos, tmp_path / "x.h5", shard=(1, 3))
+    changed = other_captions_elsewhere(photos, tmp_path)
+    with pytest.raises(CacheError, match=r"x\.h5: written with other captions in the other shards"):
+        run(photos, tmp_path / "x.h5", shard=(1, 3), captions=changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "notice"),
+    [
+        ({}, None),
+        ({"captions": None}, "shard 1/3 was made with other captions than these; if it"),
+        ({"image_size": 96}, "shard 1/3 was made with image_size 64, not 96; if it"),
+        ({"batch_size": 3}, "shard 1/3 was made with --batch-size 4, not 3; if it"),
+        ({"limit": 11}, "shard 1/3 was made with other photos than these; if it"),
+        ({"shard": (2, 2)}, None),
+        ({"shard": None}, None),
+    ],
+)
+def test_a_shard_that_begins_says_what_keeps_it_from_those_beside_it(
+    photos: Path, tmp_path: Path, changes: dict[str, object], notice: str | None
+) -> None:
+    run(photos, tmp_path / "train.1.h5", shard=(1, 3))
+    run(photos, tmp_path / "other.h5", shard=(3, 3), image_size=32)  # has nothing to do with it
+    (tmp_path / "train.7.h5").write_text("no cache")
+    _, notices = run(photos, tmp_path / "train.2.h5", **{"shard": (2, 3), **changes})
+    expected = [] if notice is None else [f"{tmp_path}/train.1.h5: {notice}"]
+    assert [text.partition(" belongs")[0] for text in notices] == expected

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, MakeCache
+from cache.writer import open_writer
+from tests.conftest import ROOT, MakeCache, skeleton
 from tests.formats import plain_reader
 from tests.formats.plain_reader import (
     DONE,
@@ -23,6 +24,7 @@ from tests.formats.plain_reader import (
     Arrays,
     Attributes,
     RefusedError,
+    later_versions,
     read_cache,
     row_checksum,
     sha256_of,
@@ -30,14 +32,17 @@ from tests.formats.plain_reader import (
 )
 from train.model.bundle import load_bundle
 
-FILES = ROOT / "tests" / "formats" / "v0.1.0"
+FORMATS = ROOT / "tests" / "formats"
+FILES = FORMATS / "v0.1.0"
+VERSIONS = ("v0.1.0", "v0.2.0")
 CACHES = ("cache.h5", "pending.h5", "shard-1.h5", "shard-2.h5")
+every_version = pytest.mark.parametrize("version", VERSIONS)
 CACHE_PAGE = (ROOT / "docs" / "cache-format.md").read_text(encoding="utf-8")
 MODEL_PAGE = (ROOT / "docs" / "model-format.md").read_text(encoding="utf-8")
 
 
-def read(name: str) -> tuple[Arrays, Attributes]:
-    return read_cache((FILES / name).read_bytes())
+def read(version: str, name: str) -> tuple[Arrays, Attributes]:
+    return read_cache((FORMATS / version / name).read_bytes())
 
 
 def first_cells(page: str, heading: str) -> set[str]:
@@ -66,9 +71,10 @@ def test_the_plain_reader_shares_no_code_with_the_program() -> None:
     }
 
 
-def test_a_reader_written_from_the_page_reads_the_file() -> None:
-    arrays, attributes = read("cache.h5")
-    expected = json.loads((FILES / "expected.json").read_text(encoding="utf-8"))
+@every_version
+def test_a_reader_written_from_the_page_reads_the_file(version: str) -> None:
+    arrays, attributes = read(version, "cache.h5")
+    expected = json.loads((FORMATS / version / "expected.json").read_text(encoding="utf-8"))
     assert strings(arrays, "image_ids") == expected["image_ids"]
     assert strings(arrays, "paths") == expected["paths"]
     assert strings(arrays, "captions") == expected["texts"]
@@ -89,9 +95,10 @@ def test_a_reader_written_from_the_page_reads_the_file() -> None:
     assert tokens == ["a", "dog", "runs", "on", "the", "beach", "."]
 
 
+@every_version
 @pytest.mark.parametrize("name", CACHES)
-def test_checksums_and_sums_cover_what_the_page_says(name: str) -> None:
-    arrays, attributes = read(name)
+def test_checksums_and_sums_cover_what_the_page_says(version: str, name: str) -> None:
+    arrays, attributes = read(version, name)
     finished = np.flatnonzero(arrays["status"] != PENDING).tolist()
     assert finished
     for row in finished:
@@ -106,10 +113,11 @@ def test_checksums_and_sums_cover_what_the_page_says(name: str) -> None:
     )
 
 
-def test_a_shard_names_the_whole_set() -> None:
-    whole, attributes = read("cache.h5")
+@every_version
+def test_a_shard_names_the_whole_set(version: str) -> None:
+    whole, attributes = read(version, "cache.h5")
     for number in (1, 2):
-        _, shard = read(f"shard-{number}.h5")
+        _, shard = read(version, f"shard-{number}.h5")
         assert shard["shard"] == f"{number}/2"
         assert shard["shard_first_row"] == 8 * (number - 1)
         assert shard["all_rows"] == len(whole["status"])
@@ -120,7 +128,7 @@ def test_a_shard_names_the_whole_set() -> None:
 
 
 def test_the_page_names_every_array_and_attribute() -> None:
-    arrays, attributes = read("shard-1.h5")
+    arrays, attributes = read(VERSIONS[-1], "shard-1.h5")
     assert first_cells(CACHE_PAGE, "The arrays") == set(arrays)
     assert first_cells(CACHE_PAGE, "Attributes") == set(attributes)
 
@@ -131,9 +139,20 @@ def test_a_cache_of_today_is_as_the_page_says(make_cache: MakeCache) -> None:
     assert np.array_equal(arrays["features"], cache.features)
     assert strings(arrays, "captions") == list(cache.captions.texts)
     assert attributes["photos_sha256"] == cache.photos_sha256
+    rows = range(len(cache))
+    assert [row_checksum(arrays, row) for row in rows] == arrays["checksums"].tolist()
+    assert later_versions(arrays) == []
     large = [name for name in arrays if cache.region(name).size_bytes >= 4096]
     assert {"features", "errors"} <= set(large)
     assert all(cache.region(name).offset % 4096 == 0 for name in large)
+
+
+def test_versions_of_later_sessions_are_where_the_page_says(make_cache: MakeCache) -> None:
+    path = make_cache([["A dog ."]]).path
+    with open_writer(path, skeleton([["A dog ."]]), library_versions={"torch": "2.14"}) as writer:
+        writer.write(np.array([0]), np.ones((1, 1, 8), np.float16), np.ones((1, 16), np.uint8))
+    arrays, _ = read_cache(path.read_bytes())
+    assert later_versions(arrays) == [{"torch": "2.14"}]
 
 
 def test_a_cache_without_captions_is_as_the_page_says(make_cache: MakeCache) -> None:
@@ -144,8 +163,9 @@ def test_a_cache_without_captions_is_as_the_page_says(make_cache: MakeCache) -> 
     assert arrays["captions/token_offsets"].tolist() == [0]
 
 
-def test_the_plain_reader_finds_any_flipped_byte() -> None:
-    whole = (FILES / "cache.h5").read_bytes()
+@every_version
+def test_the_plain_reader_finds_any_flipped_byte(version: str) -> None:
+    whole = (FORMATS / version / "cache.h5").read_bytes()
     arrays, _ = read_cache(whole)
     random = np.random.default_rng(0)
     for place in random.choice(len(whole), 300, replace=False).tolist():
@@ -153,6 +173,8 @@ def test_the_plain_reader_finds_any_flipped_byte() -> None:
         damaged[place] ^= 1 << int(random.integers(8))
         try:
             found, _ = read_cache(bytes(damaged))
+            if version != "v0.1.0":
+                later_versions(found)
         except RefusedError:
             continue
         differing = [
@@ -161,12 +183,12 @@ def test_the_plain_reader_finds_any_flipped_byte() -> None:
             if found["status"][row] != arrays["status"][row]
             or row_checksum(found, row) != found["checksums"][row]
         ]
-        assert len(differing) == 1 or _is_in_unread_features(arrays, place)
+        assert len(differing) == 1 or _is_in_unread_features(arrays, whole, place)
 
 
-def _is_in_unread_features(arrays: Arrays, place: int) -> bool:
+def _is_in_unread_features(arrays: Arrays, whole: bytes, place: int) -> bool:
     """Whether a byte belongs to the features of an unreadable row, which may be anything."""
-    seal = json.loads((FILES / "cache.h5").read_bytes()[20:].split(b"\0")[0])
+    seal = json.loads(whole[20:].split(b"\0")[0])
     row_bytes = arrays["features"][0].nbytes
     row = int(place - seal["arrays"]["features"][2]) // row_bytes
     return 0 <= row < len(arrays["status"]) and bool(arrays["status"][row] == UNREADABLE)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from cache.record import CacheError
 from cache.store import open_cache
 from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
 from train.captions.caption_set import TrainingSetError, _upload, caption_set
+from train.captions.views import view_features
 from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 
 CPU = torch.device("cpu")
@@ -55,7 +59,7 @@ def test_features_are_uploaded_in_parts_without_loss(
 ) -> None:
     monkeypatch.setattr("train.captions.caption_set._UPLOAD_ROWS", 2)
     cache = make_cache(CAPTIONS, views=("flip", "full"))
-    uploaded = _upload(cache.features, CPU)
+    uploaded = _upload(cache, CPU)
     assert torch.equal(uploaded, torch.from_numpy(np.array(cache.features)))
 
 
@@ -94,3 +98,19 @@ def test_a_batch_shows_the_full_view_unless_given_others(
     assert torch.equal(batch.features, torch.from_numpy(np.array(cache.features[2:, 1])))
     batch = captions.batch(np.array([2]), np.array([0]))
     assert torch.equal(batch.features, torch.from_numpy(np.array(cache.features[2:, 0])))
+
+
+def test_a_cache_that_is_cut_off_during_training_is_one_line(make_cache: MakeCache) -> None:
+    """Reading its rows from the mapping would kill the process."""
+    cache = make_cache(CAPTIONS, feature_dim=4096)
+    vocabulary = build_vocabulary(cache.captions, min_count=1)
+    captions = caption_set(cache, vocabulary, device=CPU, max_length=50)
+    captions.batch(np.array([0]))
+    os.truncate(cache.path, cache.path.stat().st_size // 2)
+    for read in (
+        lambda: captions.batch(np.array([0])),
+        lambda: _upload(cache, CPU),
+        lambda: view_features(cache, np.array([0]), "full"),
+    ):
+        with pytest.raises(CacheError, match=r"x\.h5: .* another program has cut it off"):
+            read()

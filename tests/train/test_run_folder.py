@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from cache.store import FeatureCache
 from tests.conftest import MakeCache
 from tests.train.runs import config, same, weights
 from train.fit.run import train
-from train.fit.run_folder import TrainError
+from train.fit.run_folder import RunFolder, TrainError
 
 
 def test_a_run_is_not_overwritten_nor_mixed_up(
@@ -72,6 +73,21 @@ def test_two_runs_do_not_share_a_folder(cache: FeatureCache, tmp_path: Path) -> 
     list(train(config(cache, run, resume=True)))
     list(train(config(cache, tmp_path / "whole")))
     assert same(weights(tmp_path / "whole/last.cap"), weights(run / "last.cap"))
+
+
+def test_inode_numbers_that_change_keep_no_run_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network drives, where a file's number is another at each look."""
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    with RunFolder(tmp_path / "run") as folder:
+        folder.start(overwrite=False)
+        with (
+            RunFolder(tmp_path / "run") as other,
+            pytest.raises(TrainError, match="another process is training into it"),
+        ):
+            other.start(overwrite=True)
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_an_error_or_a_kill_leaves_no_folder_locked(cache: FeatureCache, tmp_path: Path) -> None:

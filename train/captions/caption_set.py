@@ -47,7 +47,7 @@ class CaptionSet:
 
     def __init__(
         self,
-        features: NDArray[np.float16],
+        cache: FeatureCache,
         caption_rows: NDArray[np.int64],
         words: NDArray[np.int32],
         offsets: NDArray[np.int64],
@@ -55,13 +55,13 @@ class CaptionSet:
         device: torch.device,
         features_from: CaptionSet | None = None,
     ) -> None:
-        """features: (N, V, D). caption_rows: (M,) the row in `features` of each caption. words: of
-        all captions in turn; caption m is words[offsets[m] : offsets[m + 1]]. full_view: index of
-        the view that evaluation uses. features_from: a set with the same features, whose copy of
-        them on the device is used.
+        """caption_rows: (M,) the row in `cache` of each caption. words: of all captions in turn;
+        caption m is words[offsets[m] : offsets[m + 1]]. full_view: index of the view that
+        evaluation uses. features_from: a set with the same features, whose copy of them on the
+        device is used.
         """
         self.device = device
-        self.views, self.feature_dim = features.shape[1:]
+        self.views, self.feature_dim = cache.features.shape[1:]
         self.full_view = full_view
         self.feature_rows, self.words, self.offsets = caption_rows, words, offsets
         self.lengths = np.diff(offsets) + 1  # (M,) number of targets, with <end>
@@ -70,13 +70,13 @@ class CaptionSet:
         self.starts = torch.from_numpy(offsets[:-1].copy()).to(device)
         self.targets = torch.from_numpy(self.lengths).to(device)
         self._rows = torch.from_numpy(caption_rows).to(device)
-        self._host_features = features
+        self._cache = cache
         # A GPU holds all features (COCO: 0.34 GB). On a CPU the file stays memory-mapped.
         self._device_features: Tensor | None = None
         if features_from is not None:
             self._device_features = features_from._device_features
         elif device.type != "cpu":
-            self._device_features = _upload(features, device)
+            self._device_features = _upload(cache, device)
 
     def __len__(self) -> int:
         return len(self.feature_rows)
@@ -122,7 +122,8 @@ class CaptionSet:
 
     def _features(self, rows: Tensor, views: Tensor) -> Tensor:
         if self._device_features is None:
-            return torch.from_numpy(self._host_features[rows.numpy(), views.numpy()])
+            self._cache.check_unchanged()  # reading beyond the end of a file kills the process
+            return torch.from_numpy(self._cache.features[rows.numpy(), views.numpy()])
         return self._device_features[rows, views]
 
 
@@ -161,7 +162,7 @@ def caption_set(
     )
     words = vocabulary.numbers_for(table)[table.tokens[source]]
     return CaptionSet(
-        features=cache.features,
+        cache=cache,
         caption_rows=table.rows[kept].astype(np.int64),
         words=words,
         offsets=offsets,
@@ -171,12 +172,10 @@ def caption_set(
     )
 
 
-def _upload(features: NDArray[np.float16], device: torch.device) -> Tensor:
-    """Copy features (N, V, D) to a device. They are memory-mapped, and torch takes only writable
-    arrays, so each part is copied in memory first.
-    """
-    uploaded = torch.empty(features.shape, dtype=torch.float16, device=device)
-    for start in range(0, len(features), _UPLOAD_ROWS):
-        part = slice(start, start + _UPLOAD_ROWS)
-        uploaded[part].copy_(torch.from_numpy(np.array(features[part])))
+def _upload(cache: FeatureCache, device: torch.device) -> Tensor:
+    """Copy the features (N, V, D) to a device, in parts, so that they need no memory beside it."""
+    uploaded = torch.empty(cache.features.shape, dtype=torch.float16, device=device)
+    for start in range(0, len(cache), _UPLOAD_ROWS):
+        rows = np.arange(start, min(start + _UPLOAD_ROWS, len(cache)))
+        uploaded[start : start + len(rows)].copy_(torch.from_numpy(cache.read_rows(rows)))
     return uploaded

@@ -51,7 +51,7 @@ def view_features(cache: FeatureCache, rows: NDArray[np.int64], view: str) -> Te
     """(B, D) features of these rows (B,) of a cache, copied. view: `full` or `mean`."""
     views = cache.encoder.views
     chosen = [views.index(name) for name in views_to_read(views, view)]
-    return mean_of_views(torch.from_numpy(cache.features[rows][:, chosen]))
+    return mean_of_views(torch.from_numpy(cache.read_rows(rows)[:, chosen]))
 
 
 def mean_of_views(features: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cache.atomic import WriteError, write_atomically, write_text
+from cache.atomic import WriteError, still_named, write_atomically, write_text
 from cache.errors import CapError
 from train.model.bundle import Bundle
 
@@ -100,6 +100,7 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         """Raises TrainError if another process trains into the folder."""
+        attempt = 0
         while self._lock_fd is None:
             try:
                 fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -107,7 +108,7 @@ class RunFolder:
                 raise TrainError(f"{self.path}: cannot write there ({error.strerror})") from None
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(self._lock)):
+                if still_named(fd, self._lock, attempt):
                     self._lock_fd = fd
             except BlockingIOError:
                 raise TrainError(
@@ -121,6 +122,7 @@ class RunFolder:
             finally:
                 if self._lock_fd != fd:
                     os.close(fd)
+                attempt += 1
 
     def start(self, *, overwrite: bool, needed_bytes: int = 0) -> None:
         """Make the folder.
