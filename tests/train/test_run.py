@@ -247,6 +247,9 @@ def test_validation_may_come_from_its_own_cache(
     val = make_cache([["a dog runs"], ["zebra"]], name="val.h5")
     logs = list(train(config(cache, tmp_path / "run", epochs=1, val_cache=val.path)))
     assert isinstance(logs[-1], EpochLog)
+    split = make_cache([["a dog"]], name="split.h5", tokenizer="whitespace")
+    with pytest.raises(CacheError, match=r"split\.h5: made with tokenizer whitespace, not treeb"):
+        next(train(config(cache, tmp_path / "run1", val_cache=split.path)))
     foreign = make_cache([["a dog"]], name="foreign.h5", weights_sha256="cd" * 32)
     with pytest.raises(CacheError, match=r"foreign\.h5: made with weights cdcdcdcdcdcd…"):
         next(train(config(cache, tmp_path / "run2", val_cache=foreign.path)))

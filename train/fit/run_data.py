@@ -107,6 +107,9 @@ def _check_val_cache(
     difference = val_cache.encoder.difference(cache.encoder)
     if difference is not None:
         raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
+    difference = val_cache.captions.other_tokenizer(cache.captions)
+    if difference is not None:
+        raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
     is_the_same = (
         val_cache.photos_sha256 == cache.photos_sha256
         and val_cache.captions_sha256 == cache.captions_sha256

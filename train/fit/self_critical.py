@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.captions.caption_set import Batch, CaptionSet
-from train.captions.vocabulary import END, PAD, SPECIALS, Vocabulary
+from train.captions.vocabulary import END, PAD, Vocabulary
 from train.model.decoder import CaptionDecoder
 from train.scores.cider_reward import CiderReward
-from train.scores.scoring_tokens import PUNCTUATION
+from train.scores.scoring_tokens import is_punctuation
 from train.search.rollout import sample
 from train.step.dropout import draw_masks
 from train.step.objective import Objective
@@ -62,13 +62,13 @@ class SelfCritical:
         self._random_views = random_views
         self._by_photo = np.argsort(captions.feature_rows, kind="stable")
         self.photos = np.unique(captions.feature_rows)  # rows of the cache, ascending
-        marks = [vocabulary.number(mark) for mark in PUNCTUATION]
+        marks = [w for w in vocabulary.words if is_punctuation(w, vocabulary.tokenizer)]
         self._reward = CiderReward(
             captions.words,
             captions.offsets,
             captions.feature_rows,
             vocab_size=len(vocabulary),
-            skipped=[number for number in marks if number >= len(SPECIALS)],
+            skipped=[vocabulary.number(mark) for mark in marks],
         )
 
     def epoch_batches(
