@@ -88,7 +88,7 @@ class Captioner:
     def __init__(self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig) -> None:
         self.bundle = bundle
         self.encoder = encoder
-        self.search_config = search_config
+        self.search_config = search_config.up_to(bundle.vocabulary.longest)
         views = encoder.record.views
         self._views = views_to_read(views, chosen_view(search_config.view, views, bundle.training))
 
@@ -189,6 +189,7 @@ def caption_cache(
 
     Raises SearchError, ViewError or CaptionError (a photo gets no caption).
     """
+    search_config = search_config.up_to(bundle.vocabulary.longest)
     view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
     device = next(bundle.decoder.parameters()).device
     predictions = {}

@@ -93,6 +93,7 @@ def evaluate(
     """
     check_search(search_config)
     bundle = load_bundle(model, resolve_device(device))
+    search_config = search_config.up_to(bundle.vocabulary.longest)
     cache = open_cache(cache_path)
     difference = cache.encoder.difference(bundle.encoder)
     if difference is not None:

@@ -17,9 +17,12 @@ from cache.errors import CapError
 from cache.record import CaptionTable
 from train.captions.casing import written_cases
 from train.captions.script import TOKENIZERS, TREEBANK
+from train.config import LONGEST
 
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
+# Every word is a step of the decoder; more of them than a paragraph has take too long.
+_MOST_WORDS = 400
 
 
 class VocabularyError(CapError):
@@ -32,7 +35,9 @@ class Vocabulary:
 
     `counts` says how often each of `words` occurs; the most frequent word comes first. The special
     tokens are in neither. `tokenizer` is the one whose tokens they are. `cases` has the words that
-    people write with capitals within a sentence, and how: `paris` → `Paris`.
+    people write with capitals within a sentence, and how: `paris` → `Paris`. `longest` is the
+    number of words that 99 of 100 captions do not exceed, if that is more than a search goes to by
+    itself, else 0.
     """
 
     words: tuple[str, ...]
@@ -40,6 +45,7 @@ class Vocabulary:
     min_count: int
     tokenizer: str = TREEBANK
     cases: Mapping[str, str] = field(default_factory=dict)
+    longest: int = 0
 
     def __post_init__(self) -> None:
         """Raises VocabularyError for a word that UTF-8 cannot hold, before a model trains with it
@@ -99,6 +105,8 @@ class Vocabulary:
             record["tokenizer"] = self.tokenizer
         if self.cases:
             record["cases"] = dict(self.cases)
+        if self.longest:
+            record["longest"] = self.longest
         return record
 
     @classmethod
@@ -115,7 +123,8 @@ class Vocabulary:
                 raise ValueError(f"tokenizer {tokenizer!r} is not one of {', '.join(TOKENIZERS)}")
             if any(form.lower() != word for word, form in cases.items()):
                 raise ValueError("a word is written with other letters")
-            return cls(words, counts, int(record["min_count"]), tokenizer, cases)
+            longest = min(int(record.get("longest", 0)), _MOST_WORDS)
+            return cls(words, counts, int(record["min_count"]), tokenizer, cases, longest)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise VocabularyError(f"not a vocabulary ({error})") from None
 
@@ -152,13 +161,28 @@ def build_vocabulary(
     counted.sort(key=lambda item: (-item[1], item[0]))
     words = tuple(word for word, _ in counted)
     cases = written_cases(table, rows)
+    longest = usual_length(table, rows)
     return Vocabulary(
         words=words,
         counts=tuple(count for _, count in counted),
         min_count=min_count,
         tokenizer=table.tokenizer,
         cases={word: cases[word] for word in words if word in cases},
+        longest=longest if longest > LONGEST else 0,
     )
+
+
+def usual_length(table: CaptionTable, rows: NDArray[np.int64] | None = None) -> int:
+    """The number of words that 99 of 100 captions do not exceed, but at most 400.
+
+    rows: count only the captions of these photos, or None for all.
+    """
+    lengths = np.diff(table.token_offsets)
+    if rows is not None:
+        lengths = lengths[np.isin(table.rows, rows)]
+    if not len(lengths):
+        return 0
+    return min(int(np.quantile(lengths, 0.99, method="higher")), _MOST_WORDS)
 
 
 def _counts(

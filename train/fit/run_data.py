@@ -12,7 +12,7 @@ from cache.store import DONE, FeatureCache, open_cache
 from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
 from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
-from train.captions.vocabulary import Vocabulary, build_vocabulary
+from train.captions.vocabulary import Vocabulary, build_vocabulary, usual_length
 from train.config import TrainConfig
 from train.fit.run_folder import TrainError
 from train.fit.validation import ValidationPhotos
@@ -60,6 +60,8 @@ def load_run_data(
                 f"{config.from_cache}: {photos}, so none can be held out; use --val-cache"
             )
     length = config.max_length
+    if rules > 1:
+        length = max(length, usual_length(cache.captions, training_rows))
     vocabulary = (
         build_vocabulary(cache.captions, config.min_count)
         if rules == 1

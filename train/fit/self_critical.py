@@ -29,7 +29,9 @@ from train.step.dropout import draw_masks
 from train.step.objective import Objective
 from train.step.packed_batch import pack
 
-_MAX_LENGTH = 20  # words in a sample; about one caption in a thousand is longer
+# Words in a sample; of COCO's captions about one in a thousand is longer. Where the captions are
+# long, a sample has as many words as they have.
+_MAX_LENGTH = 20
 
 
 class SelfCritical:
@@ -60,6 +62,7 @@ class SelfCritical:
         self._samples = samples
         self._anchor = anchor
         self._random_views = random_views
+        self._max_length = max(_MAX_LENGTH, vocabulary.longest)
         self._by_photo = np.argsort(captions.feature_rows, kind="stable")
         self.photos = np.unique(captions.feature_rows)  # rows of the cache, ascending
         marks = [w for w in vocabulary.words if is_punctuation(w, vocabulary.tokenizer)]
@@ -98,7 +101,11 @@ class SelfCritical:
         features = _dropout(features, self._decoder.config.feature_dropout, generator)
         self._decoder.eval()
         words = sample(
-            self._decoder, features, self._samples, max_length=_MAX_LENGTH, generator=generator
+            self._decoder,
+            features,
+            self._samples,
+            max_length=self._max_length,
+            generator=generator,
         )
         rewards = self._reward.score(np.repeat(photos, self._samples), words.cpu().numpy())
         advantages = _advantages(rewards.reshape(-1, self._samples)).reshape(-1)
@@ -108,8 +115,8 @@ class SelfCritical:
         # Padding rows of the packed batch point past the last caption; they get weight 0.
         padded = torch.nn.functional.pad(caption_weights, (0, len(packed.captions)))
         weights = padded[packed.captions]
-        # After `_MAX_LENGTH` words `<end>` is forced, not sampled, so it has no gradient.
-        weights[sum(packed.steps[:_MAX_LENGTH]) :] = 0
+        # After `max_length` words `<end>` is forced, not sampled, so it has no gradient.
+        weights[sum(packed.steps[: self._max_length]) :] = 0
         self._objective.loss_and_gradients(packed, weights=weights, training=False, drawn=True)
         count = packed.count()
         if self._anchor:

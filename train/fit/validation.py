@@ -119,7 +119,7 @@ class ValidationPhotos:
         self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
     ) -> list[str]:
         """A caption for each of `rows`. config: None for greedy search."""
-        config = config or SearchConfig(beam_size=1)
+        config = (config or SearchConfig(beam_size=1)).up_to(vocabulary.longest)
         device = next(decoder.parameters()).device
         training = decoder.training
         decoder.eval()
