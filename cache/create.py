@@ -141,6 +141,7 @@ def _attributes(skeleton: Skeleton, library_versions: Mapping[str, str]) -> dict
         "batch_rows": skeleton.batch_rows,
         "photos_sha256": skeleton.photos_sha256(),
         "captions_sha256": skeleton.captions.sha256(),
+        "tokenizer": skeleton.captions.tokenizer,
         "library_versions": json.dumps(dict(library_versions), sort_keys=True),
     }
     if shard is not None:

@@ -50,9 +50,9 @@ def merge(
     counted again. A cache whose rows another process changes meanwhile is refused.
 
     Memory holds names and captions; features pass through it in blocks of 16 MB.
-    Raises CacheError for another encoder (naming the field), pending or damaged rows, missing
-    shards, shards of other photos or captions, duplicates, two photos with one id, or an `out` that
-    cannot be written.
+    Raises CacheError for another encoder (naming the field) or tokenizer, pending or damaged rows,
+    missing shards, shards of other photos or captions, duplicates, two photos with one id, or an
+    `out` that cannot be written.
     """
     caches = [open_cache(path) for path in paths]
     if not caches:
@@ -61,6 +61,11 @@ def merge(
         difference = cache.encoder.difference(caches[0].encoder)
         if difference is not None:
             raise CacheError(f"{cache.path}: made with {difference} as in {caches[0].path}")
+    captioned = [cache for cache in caches if len(cache.captions)]
+    for cache in captioned[1:]:
+        difference = cache.captions.other_tokenizer(captioned[0].captions)
+        if difference is not None:
+            raise CacheError(f"{cache.path}: made with {difference} as in {captioned[0].path}")
     sharded = any(cache.shard is not None for cache in caches)
     if sharded:
         caches = _shards_in_order(caches)
@@ -147,6 +152,7 @@ def merge_captions(
         ),
         words=Strings.pack(word for word, _ in ordered),
         counts=np.array([count for _, count in ordered], np.int64),
+        tokenizer=next((table.tokenizer for table in tables if len(table)), tables[0].tokenizer),
     )
 
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from cache.errors import CapError
 
+FIRST_TOKENIZER = "treebank"  # the only one of 0.1.0, whose caches do not name it
+
 
 class CacheError(CapError):
     """Raised when a cache is missing, damaged, unfinished, in use, or not the one asked for.
@@ -142,6 +144,7 @@ class CaptionTable:
     token_offsets: NDArray[np.int64]  # (M + 1,)
     words: Strings  # W distinct tokens
     counts: NDArray[np.int64]  # (W,) how often each occurs, descending
+    tokenizer: str = FIRST_TOKENIZER  # what split the texts, see `train.captions.script`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -152,6 +155,12 @@ class CaptionTable:
         for row, text in zip(self.rows.tolist(), self.texts, strict=True):
             grouped[row].append(text)
         return grouped
+
+    def other_tokenizer(self, other: CaptionTable) -> str | None:
+        """`tokenizer mine, not theirs`; None if they are equal or one of the tables is empty."""
+        if self.tokenizer == other.tokenizer or not len(self) or not len(other):
+            return None
+        return f"tokenizer {self.tokenizer}, not {other.tokenizer}"
 
     def sha256(self) -> str:
         digest = hashlib.sha256()

@@ -28,9 +28,9 @@ Format, version 3. N photos, V views, D features, M captions, K tokens, W words.
     int64. A vocabulary of all the captions is a prefix of `words` for any minimum count.
 - Root attributes: `format_version`, `backbone`, `weights`, `weights_sha256`, `feature_dim`,
   `image_size`, `views` (comma-separated), `preprocessing`, `precision`, `batch_rows`,
-  `photos_sha256`, `captions_sha256`, `library_versions` (JSON). A shard of a larger set of photos
-  has five more: `shard` (as in `2/8`), `shard_first_row`, `all_rows`, `all_photos_sha256`,
-  `all_captions_sha256`.
+  `photos_sha256`, `captions_sha256`, `tokenizer` (0.1.0 wrote none), `library_versions` (JSON). A
+  shard of a larger set of photos has five more: `shard` (as in `2/8`), `shard_first_row`,
+  `all_rows`, `all_photos_sha256`, `all_captions_sha256`.
 
 There are no timestamps, so the same photos and the same encoder give the same bytes.
 """
@@ -51,6 +51,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.record import (
+    FIRST_TOKENIZER,
     CacheError,
     CaptionTable,
     Strings,
@@ -131,6 +132,7 @@ class FeatureCache:
             token_offsets=self._offsets("captions/token_offsets", len(tokens), len(texts)),
             words=words,
             counts=self._map("words/counts", "<i8", 1, len(words)),
+            tokenizer=str(seal.attributes.get("tokenizer", FIRST_TOKENIZER)),
         )
         self.encoder, self.batch_rows, self.shard = made_by(seal.attributes)
         self.photos_sha256 = str(seal.attributes["photos_sha256"])

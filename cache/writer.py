@@ -330,6 +330,8 @@ def _check_same(path: Path, skeleton: Skeleton) -> None:
             difference = "other photos (names, ids or order), not those asked for"
         else:
             difference = f"{len(there):,} photos, not {len(skeleton.paths):,}"
+    if difference is None:
+        difference = there.captions.other_tokenizer(skeleton.captions)
     if difference is None and there.captions_sha256 != skeleton.captions.sha256():
         difference = "other captions, not those asked for"
     if difference is None and there.shard is not None and skeleton.shard is not None:

@@ -23,6 +23,7 @@ from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
 from pipeline.photos.captions_files import IMAGE_SUFFIXES
 from pipeline.photos.photo_file import ReadPhoto, read_photo
+from train.captions.sentence import sentence
 from train.captions.views import chosen_view, mean_of_views, view_features, views_to_read
 from train.captions.vocabulary import Vocabulary
 from train.config import SearchConfig, check_search
@@ -42,13 +43,15 @@ class CaptionError(CapError):
 class Caption:
     """One of several captions for a photo."""
 
-    caption: str
+    caption: str  # as people write it: a sentence
     score: float  # length-normalized log-probability; 0 means certainty
-    log_probs: tuple[float, ...] = ()  # of each word of the caption, then of its end
+    log_probs: tuple[float, ...] = ()  # of each of the words, then of the caption's end
+    words: tuple[str, ...] = ()  # as the model knows them: in lower case, punctuation among them
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "caption": self.caption,
+            "words": list(self.words),
             "score": round(self.score, 4),
             "log_probs": [round(value, 4) for value in self.log_probs],
         }
@@ -59,10 +62,15 @@ class Prediction:
     """The best caption for one photo, or the reason why there is none."""
 
     path: str
-    caption: str
+    caption: str  # as people write it: a sentence
     score: float  # length-normalized log-probability; 0 means certainty
     error: str = ""
     captions: tuple[Caption, ...] = ()  # as many as were asked for, the best one first
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of `caption` as the model knows them: in lower case, punctuation among them."""
+        return self.captions[0].words if self.captions else ()
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON. `captions` is present only if there are several."""
@@ -80,7 +88,7 @@ class Captioner:
     def __init__(self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig) -> None:
         self.bundle = bundle
         self.encoder = encoder
-        self.search_config = search_config
+        self.search_config = search_config.up_to(bundle.vocabulary.longest)
         views = encoder.record.views
         self._views = views_to_read(views, chosen_view(search_config.view, views, bundle.training))
 
@@ -165,8 +173,13 @@ def _prediction(name: str, vocabulary: Vocabulary, found: list[Hypothesis]) -> P
         return Prediction(
             name, "", float("-inf"), "the model's probabilities are not finite (NaN or infinity)"
         )
-    captions = tuple(Caption(vocabulary.decode(h.words), h.score, h.log_probs) for h in found)
+    captions = tuple(_caption(vocabulary, hypothesis) for hypothesis in found)
     return Prediction(name, captions[0].caption, captions[0].score, captions=captions)
+
+
+def _caption(vocabulary: Vocabulary, hypothesis: Hypothesis) -> Caption:
+    words = vocabulary.caption_words(hypothesis.words)
+    return Caption(sentence(words, vocabulary), hypothesis.score, hypothesis.log_probs, words)
 
 
 def caption_cache(
@@ -176,6 +189,7 @@ def caption_cache(
 
     Raises SearchError, ViewError or CaptionError (a photo gets no caption).
     """
+    search_config = search_config.up_to(bundle.vocabulary.longest)
     view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
     device = next(bundle.decoder.parameters()).device
     predictions = {}

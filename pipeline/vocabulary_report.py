@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.record import CaptionTable
+from cache.record import CacheError, CaptionTable
 from cache.seal import is_cache
 from cache.store import open_cache
 from pipeline.photos.captions_files import DatasetError, read_captions
+from train.captions.script import TREEBANK, misfit
 from train.captions.tokenizer import build_caption_table
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 
@@ -24,6 +25,7 @@ class VocabularyReport:
     captions: int
     tokens: int  # occurrences of all words
     distinct: int  # different words
+    unfit: str | None  # one line, if the tokenizer does not fit the script of the captions
 
     @property
     def coverage(self) -> float:
@@ -35,6 +37,7 @@ class VocabularyReport:
         return {
             "size": len(self.vocabulary),
             "min_count": self.vocabulary.min_count,
+            "tokenizer": self.vocabulary.tokenizer,
             "captions": self.captions,
             "tokens": self.tokens,
             "distinct_tokens": self.distinct,
@@ -56,12 +59,15 @@ class VocabularyReport:
         )
 
 
-def vocabulary_report(source: Path, min_count: int) -> VocabularyReport:
+def vocabulary_report(
+    source: Path, min_count: int, tokenizer: str | None = None
+) -> VocabularyReport:
     """Count the words of a cache or of a captions file.
 
-    Raises CacheError, DatasetError or VocabularyError.
+    tokenizer: what splits the captions of a file; None for `treebank`. A cache holds its words.
+    Raises CacheError (also for a cache of another tokenizer), DatasetError or VocabularyError.
     """
-    table = _captions_of(source)
+    table = _captions_of(source, tokenizer)
     if not len(table):
         raise DatasetError(f"{source}: holds no captions")
     return VocabularyReport(
@@ -69,10 +75,18 @@ def vocabulary_report(source: Path, min_count: int) -> VocabularyReport:
         captions=len(table),
         tokens=len(table.tokens),
         distinct=len(table.words),
+        unfit=misfit(table.texts, table.tokenizer),
     )
 
 
-def _captions_of(source: Path) -> CaptionTable:
-    if is_cache(source):
-        return open_cache(source, allow_pending=True).captions
-    return build_caption_table([photo.captions for photo in read_captions(source)])
+def _captions_of(source: Path, tokenizer: str | None) -> CaptionTable:
+    if not is_cache(source):
+        captions = [photo.captions for photo in read_captions(source)]
+        return build_caption_table(captions, tokenizer or TREEBANK)
+    table = open_cache(source, allow_pending=True).captions
+    if tokenizer not in (None, table.tokenizer):
+        raise CacheError(
+            f"{source}: made with tokenizer {table.tokenizer}, not {tokenizer}; leave out "
+            f"--tokenizer, or extract again with it (--reuse {source} keeps the features)"
+        )
+    return table

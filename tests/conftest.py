@@ -21,6 +21,7 @@ from PIL import Image
 from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
+from train.captions.script import TREEBANK
 from train.captions.tokenizer import build_caption_table
 from train.scores import meteor
 from train.scores.java import package_folder
@@ -119,11 +120,13 @@ def record(**changes: object) -> EncoderRecord:
 
 
 def skeleton(captions: list[list[str]], **changes: object) -> Skeleton:
+    """changes: fields of the encoder's record, and the tokenizer."""
+    tokenizer = str(changes.pop("tokenizer", TREEBANK))
     names = [f"{i:04d}.jpg" for i in range(len(captions))]
     return Skeleton(
         image_ids=Strings.pack(str(1000 + i) for i in range(len(captions))),
         paths=Strings.pack(names),
-        captions=build_caption_table(captions),
+        captions=build_caption_table(captions, tokenizer),
         encoder=record(**changes),
         batch_rows=4,
     )
@@ -134,8 +137,9 @@ MakeCache = Callable[..., FeatureCache]
 
 @pytest.fixture
 def make_cache(tmp_path: Path) -> MakeCache:
-    """make_cache(captions, features=None, name="x.h5", ids=None, digests=None, **record fields)
-    → a finished cache. digests: a number from 0 to 255 for each photo; 0, as by default: unknown.
+    """make_cache(captions, features=None, name="x.h5", ids=None, digests=None, **record fields or
+    tokenizer) → a finished cache. digests: a number from 0 to 255 for each photo; 0, as by default:
+    unknown.
     """
 
     def make(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cache.errors import CapError
@@ -181,7 +181,7 @@ class TrainConfig:
         "A trained model to start from, of the same encoder: its sizes, weights and words. New "
         "words are added.",
     )
-    max_length: int = 50  # words of a caption; the rest is cut off
+    max_length: int = 50  # words of a caption; the rest is cut off, unless many are longer
     val_share: float | None = option(
         None,
         "Share of the photos held out for validation without --val-cache; at least one photo.  "
@@ -269,12 +269,20 @@ class SweepConfig:
 FULL, MEAN, AUTO = "full", "mean", "auto"
 
 
+# Words of a caption that search ends at, unless the training captions are longer.
+LONGEST = 30
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How captions are searched for, or drawn."""
 
     beam_size: int = option(3, "Beams of the search; 1 is greedy search.", min=1)
-    max_length: int = option(30, "Longest caption, in words.", min=1)
+    max_length: int | None = option(
+        None,
+        f"Longest caption, in words.  [default: {LONGEST}, or more where those of training are]",
+        min=1,
+    )
     length_penalty: float = option(
         1.0,
         "0 prefers short captions, 1 compares captions by their mean log-probability per word.",
@@ -312,6 +320,17 @@ class SearchConfig:
     def __post_init__(self) -> None:
         """Raises SettingError."""
         check_bounds(self)
+
+    @property
+    def longest(self) -> int:
+        """Words of the longest caption."""
+        return LONGEST if self.max_length is None else self.max_length
+
+    def up_to(self, words: int) -> SearchConfig:
+        """These settings for a model that learned captions of this many words."""
+        if self.max_length is not None:
+            return self
+        return replace(self, max_length=max(LONGEST, words))
 
 
 # The settings that have no effect: without `sample`, and with it.

@@ -79,6 +79,7 @@ def info(
             "unreadable": len(opened.errors()),
             "captions": len(opened.captions),
             "distinct_words": len(opened.captions.words),
+            "tokenizer": opened.captions.tokenizer,
             "size_bytes": cache.stat().st_size,
             **dataclasses.asdict(opened.encoder),
             "batch_rows": opened.batch_rows,

@@ -12,9 +12,10 @@ import typer
 
 from cache.errors import CapError
 from pipeline.cli.errors import errors
-from pipeline.cli.options import Device, Json, MovedWeights, options
+from pipeline.cli.options import Device, Json, MovedWeights, choice, options
 from pipeline.cli.terminal import print_json, say
 from pipeline.demo.config import DemoConfig
+from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SearchConfig, SearchError, check_search
 
 
@@ -44,6 +45,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Score only the photos of --captions named in this file, one per line."),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        choice(f"{TOKENIZER_HELP} Only for --captions.  [default: treebank]", TOKENIZERS),
+    ] = None,
     search: SearchConfig,
     no_meteor: Annotated[
         bool, typer.Option("--no-meteor", help="Leave out METEOR, which takes most of the time.")
@@ -64,6 +69,8 @@ def evaluate(
     _check_what_is_scored(model, predictions, human, cache, captions, split or only)
     if model is None and search != SearchConfig():
         raise typer.BadParameter("the options of the search have no effect without --model")
+    if tokenizer is not None and captions is None:
+        raise typer.BadParameter("--tokenizer is for --captions; a cache and a model know theirs")
     with errors():
         from pipeline.evaluation import evaluate as stage
 
@@ -80,6 +87,7 @@ def evaluate(
                 captions=captions,
                 split=split,
                 only=only,
+                tokenizer=tokenizer,
                 meteor=meteor,
                 spice=spice,
             )
@@ -91,6 +99,7 @@ def evaluate(
                 captions=captions,
                 split=split,
                 only=only,
+                tokenizer=tokenizer,
                 meteor=meteor,
                 spice=spice,
             )
@@ -150,6 +159,10 @@ def predict(
     captions: Annotated[
         int, typer.Option(min=1, help="Captions per photo, best first, one per line.")
     ] = SearchConfig.captions,
+    words: Annotated[
+        bool,
+        typer.Option("--words", help="Print the model's words, not the sentence made of them."),
+    ] = False,
     search: SearchConfig,
     weights: MovedWeights = None,
     device: Device = "auto",
@@ -164,6 +177,8 @@ def predict(
 
     Example: cap predict dog.jpg holidays/ --model runs/base
     """
+    if words and as_json:
+        raise typer.BadParameter("--json has the words besides the sentence; leave out --words")
     search = dataclasses.replace(search, captions=captions)
     _check_search(search)
     with errors():
@@ -182,7 +197,8 @@ def predict(
                 say(f"error: {prediction.path}: {prediction.error}")
             else:
                 for caption in prediction.captions:
-                    print(f"{prediction.path}\t{caption.caption}", flush=True)
+                    text = " ".join(caption.words) if words else caption.caption
+                    print(f"{prediction.path}\t{text}", flush=True)
         if failed:
             say(f"{failed:,} of {len(names):,} photos have no caption")
             raise typer.Exit(1)

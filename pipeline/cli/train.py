@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.errors import errors
-from pipeline.cli.options import Json, options
+from pipeline.cli.options import Json, choice, options
 from pipeline.cli.terminal import print_json, say
+from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import TrainConfig
 
 
@@ -21,6 +22,10 @@ def build_vocab(
     min_count: Annotated[
         int, typer.Option(min=1, help="Keep words that occur at least this often.")
     ] = 4,
+    tokenizer: Annotated[
+        str | None,
+        choice(f"{TOKENIZER_HELP}  [default: treebank; a cache knows its own]", TOKENIZERS),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the vocabulary to.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +39,9 @@ def build_vocab(
     with errors():
         from pipeline.vocabulary_report import vocabulary_report
 
-        report = vocabulary_report(source, min_count)
+        report = vocabulary_report(source, min_count, tokenizer)
+        if report.unfit is not None:
+            say(report.unfit)
         if out is not None:
             report.vocabulary.save(out)
             say(f"written to {out}")

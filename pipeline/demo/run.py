@@ -180,7 +180,7 @@ def _judge(
 ) -> DemoResult:
     """Count the objects named right, score the control, caption some photo files and draw them."""
     names = list(truth)
-    captions = {name: evaluation.predictions[name].caption for name in names}
+    captions = {name: " ".join(evaluation.predictions[name].words) for name in names}
     counts = [named_right(captions[name], truth[name]) for name in names]
     # The control: each scene gets the caption of the scene before it.
     shifted = {name: captions[names[i - 1]] for i, name in enumerate(names)}

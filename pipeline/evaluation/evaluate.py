@@ -19,7 +19,10 @@ from pipeline.evaluation.references import (
     numbered_ids,
     read_predictions,
     references_of,
+    tokenizer_of,
 )
+from train.captions.script import TREEBANK
+from train.captions.tokenizer import tokenize
 from train.captions.vocabulary import SPECIALS
 from train.config import SearchConfig, check_search
 from train.device import resolve_device
@@ -91,6 +94,7 @@ def evaluate(
     """
     check_search(search_config)
     bundle = load_bundle(model, resolve_device(device))
+    search_config = search_config.up_to(bundle.vocabulary.longest)
     cache = open_cache(cache_path)
     difference = cache.encoder.difference(bundle.encoder)
     if difference is not None:
@@ -100,10 +104,11 @@ def evaluate(
     check_rows(cache, cache.rows_with(DONE))
     references = {image: texts for image, texts in cache_references(cache).items() if texts}
     predictions = caption_cache(bundle, cache, search_config)
-    captions = {image: prediction.caption for image, prediction in predictions.items()}
+    captions = {image: " ".join(prediction.words) for image, prediction in predictions.items()}
     result = _score(
         {image: captions[image] for image in references},
         references,
+        tokenizer=bundle.vocabulary.tokenizer,
         vocabulary=len(bundle.vocabulary) - len(SPECIALS),
         meteor=meteor,
         spice=spice,
@@ -143,20 +148,27 @@ def evaluate_predictions(
     captions: Path | None = None,
     split: str | None = None,
     only: Path | None = None,
+    tokenizer: str | None = None,
     meteor: bool = True,
     spice: bool = True,
 ) -> Result:
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
 
-    split, only: as for `read_photos`. Raises PredictionsError, CacheError, DatasetError or
-    MetricsError.
+    split, only: as for `read_photos`. tokenizer: what splits captions; None for that of the cache,
+    or `treebank`. Raises PredictionsError, CacheError, DatasetError or MetricsError.
     """
     found = read_predictions(predictions)
     references = references_of(cache=cache, captions=captions, split=split, only=only)
     source = captions or cache
     assert source is not None
     hypotheses, references = match(found, references, predictions, source)
-    return _score(hypotheses, references, meteor=meteor, spice=spice)
+    return _score(
+        hypotheses,
+        references,
+        tokenizer=tokenizer or tokenizer_of(cache),
+        meteor=meteor,
+        spice=spice,
+    )
 
 
 def evaluate_people(
@@ -165,27 +177,35 @@ def evaluate_people(
     captions: Path | None = None,
     split: str | None = None,
     only: Path | None = None,
+    tokenizer: str | None = None,
     meteor: bool = True,
     spice: bool = True,
 ) -> Agreement:
     """`human_agreement` of the captions of a cache or of a captions file.
 
-    split, only: as for `read_photos`. Raises CacheError, DatasetError or MetricsError.
+    split, only: as for `read_photos`. tokenizer: what splits captions; None for that of the cache,
+    or `treebank`. Raises CacheError, DatasetError or MetricsError.
     """
     references = references_of(cache=cache, captions=captions, split=split, only=only)
-    return human_agreement(references, meteor=meteor, spice=spice)
+    return human_agreement(
+        references, tokenizer=tokenizer or tokenizer_of(cache), meteor=meteor, spice=spice
+    )
 
 
 def _score(
     captions: dict[str, str],
     references: dict[str, list[str]],
     *,
+    tokenizer: str,
     vocabulary: int | None = None,
     meteor: bool,
     spice: bool,
 ) -> Result:
-    scores = score(captions, references, meteor=meteor, spice=spice)
-    return Result(scores, intervals(scores.photos), diversity(list(captions.values()), vocabulary))
+    scores = score(captions, references, tokenizer=tokenizer, meteor=meteor, spice=spice)
+    spoken = list(captions.values())
+    if tokenizer != TREEBANK:  # words that may have no spaces between them
+        spoken = [" ".join(tokenize(caption, tokenizer)) for caption in spoken]
+    return Result(scores, intervals(scores.photos), diversity(spoken, vocabulary))
 
 
 def _write_json(path: Path, value: object) -> None:

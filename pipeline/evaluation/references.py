@@ -14,6 +14,7 @@ from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.photos.captions_files import DatasetError, keep_listed, read_captions
+from train.captions.script import TREEBANK
 
 # Up to 18 digits, which fit into 64 bits.
 _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -68,6 +69,11 @@ def references_of(
         return read_references(captions, split=split, only=only)
     assert cache is not None
     return cache_references(open_cache(cache))
+
+
+def tokenizer_of(cache: Path | None) -> str:
+    """The tokenizer of a cache's captions, or `treebank` without a cache. Raises CacheError."""
+    return TREEBANK if cache is None else open_cache(cache).captions.tokenizer
 
 
 def read_predictions(path: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.photos.views import parse_views
+from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
 from train.option import about, option
 
 # Of the network's arithmetic; `auto` is the fastest that agrees with float32.
@@ -35,6 +36,7 @@ class ExtractConfig:
     )
     split: str | None = option(None, "Splits of a Karpathy JSON, as in train,restval.")
     only: Path | None = option(None, "Extract only the photos named in this file, one per line.")
+    tokenizer: str = option(TREEBANK, TOKENIZER_HELP, choices=TOKENIZERS)
     backbone: str = option("resnet152", BACKBONE_HELP)
     weights: str = option(
         "IMAGENET1K_V1",

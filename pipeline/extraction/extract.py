@@ -32,6 +32,7 @@ from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.photos.captions_files import Photo, read_photos
 from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
+from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
 
@@ -86,6 +87,9 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
         only=config.only,
         limit=config.limit,
     )
+    unfit = misfit([text for photo in photos for text in photo.captions], config.tokenizer)
+    if unfit is not None:
+        yield Notice(unfit)
     devices = resolve_devices(config.device)
     backbone = load_backbone(config.backbone, config.weights)
     precision, notices = _choose_precision(config, backbone, photos, devices[0])
@@ -129,7 +133,7 @@ def _skeleton(
     return Skeleton(
         image_ids=Strings.pack(photo.image_id for photo in photos),
         paths=Strings.pack(photo.path for photo in photos),
-        captions=build_caption_table([photo.captions for photo in photos]),
+        captions=build_caption_table([photo.captions for photo in photos], config.tokenizer),
         encoder=record,
         batch_rows=batch_rows,
         shard=shard,

@@ -20,6 +20,7 @@ from cache.verify import verify
 from cache.writer import CacheWriter, open_writer
 from tests.conftest import ROOT, record
 from tests.pipeline.test_cli import cap
+from train.captions.script import TREEBANK, WHITESPACE
 from train.captions.tokenizer import build_caption_table
 
 PHOTOS = [f"{letter}.jpg" for letter in "abcdefghij"]
@@ -46,6 +47,7 @@ def write(
     pending: Sequence[str] = (),
     content: dict[str, str] | None = None,
     unreadable: Collection[str] = BAD,
+    tokenizer: str = TREEBANK,
     **changes: object,
 ) -> FeatureCache:
     """Write a cache of these photos as an extraction would. Features follow from the content."""
@@ -53,7 +55,7 @@ def write(
     skeleton = Skeleton(
         image_ids=Strings.pack(photos),
         paths=Strings.pack(photos),
-        captions=build_caption_table([CAPTIONS[name] for name in photos]),
+        captions=build_caption_table([CAPTIONS[name] for name in photos], tokenizer),
         encoder=record(**changes),
         batch_rows=2,
         shard=shard,
@@ -132,6 +134,20 @@ def test_another_encoder_is_refused_by_file_and_field(tmp_path: Path) -> None:
         CacheError, match=r"b\.h5: made with precision bfloat16, not float32 as in .*a\.h5"
     ):
         merge([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "merged.h5")
+
+
+def test_captions_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bare.h5", ["a.jpg"])  # has no captions, so any tokenizer goes with it
+    write(tmp_path / "b.h5", PHOTOS[1:3], tokenizer=WHITESPACE)
+    write(tmp_path / "c.h5", PHOTOS[3:6])
+    merge([tmp_path / "bare.h5", tmp_path / "b.h5"], tmp_path / "merged.h5")
+    merged = open_cache(tmp_path / "merged.h5").captions
+    assert merged.tokenizer == WHITESPACE
+    assert "the" in merged.words
+    with pytest.raises(
+        CacheError, match=r"c\.h5: made with tokenizer treebank, not whitespace as in .*b\.h5"
+    ):
+        merge([tmp_path / name for name in ("bare.h5", "b.h5", "c.h5")], tmp_path / "all.h5")
 
 
 def test_pending_and_damaged_rows_are_refused(tmp_path: Path) -> None:

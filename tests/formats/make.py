@@ -111,7 +111,7 @@ def main(folder: Path) -> None:
     for name in ("best.cap", "last.cap"):
         model = load_bundle(folder / "run" / name)
         found = caption_cache(model, cache, SearchConfig(beam_size=1))
-        captions[name] = {key: prediction.caption for key, prediction in found.items()}
+        captions[name] = {key: " ".join(one.words) for key, one in found.items()}
     expected = {
         "image_ids": list(cache.image_ids),
         "paths": list(cache.paths),

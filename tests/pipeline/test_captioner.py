@@ -16,6 +16,7 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.photos.photo_file import read_photo
 from tests.conftest import write_photo
+from train.captions.sentence import sentence
 from train.captions.views import ViewError
 from train.config import Recipe, SearchConfig, TrainConfig
 from train.fit.run import train
@@ -80,7 +81,9 @@ def test_prediction_computes_the_cached_features_and_captions(
         assert float(torch.cosine_similarity(features, stored, dim=0)) >= 0.9999
         assert prediction.caption == from_cache[cache.image_ids[row]].caption
         assert prediction.score == pytest.approx(from_cache[cache.image_ids[row]].score, abs=1e-2)
-    assert any(prediction.caption for prediction in from_files)
+        assert prediction.caption == sentence(prediction.words, captioner.bundle.vocabulary)
+        assert prediction.as_dict()["words"] == list(prediction.words)
+    assert any(prediction.caption.endswith(".") for prediction in from_files)
 
 
 def test_a_cache_made_with_several_views_predicts_from_the_full_one(
@@ -110,7 +113,8 @@ def test_the_mean_of_the_views_is_the_same_from_cache_and_file(
     )
     for row, prediction, hypothesis in zip(rows, from_files, expected, strict=True):
         found = from_cache[cache.image_ids[row]]
-        assert found.caption == prediction.caption == bundle.vocabulary.decode(hypothesis.words)
+        assert found.caption == prediction.caption
+        assert found.words == bundle.vocabulary.caption_words(hypothesis.words)
         assert found.score == pytest.approx(prediction.score, abs=1e-2)
         assert found.score == pytest.approx(hypothesis.score, abs=1e-5)
     full = caption_cache(bundle, cache, SearchConfig(view="full"))

@@ -176,8 +176,16 @@ def test_predict_prints_a_caption_a_line_and_goes_on_after_a_bad_photo(
     assert "1 of 12 photos have no caption" in err
     out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json")
     found = json.loads(out)
-    assert found.keys() == {"path", "caption", "score", "log_probs"}
-    assert len(found["log_probs"]) == len(found["caption"].split()) + 1
+    assert found.keys() == {"path", "caption", "words", "score", "log_probs"}
+    assert len(found["log_probs"]) == len(found["words"]) + 1
+    assert lines[0][1] == found["caption"]
+    spoken = " ".join(found["words"])
+    assert found["caption"].lower() == re.sub(" ([,.])", r"\1", spoken)
+    assert found["caption"] != spoken
+    out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--words")
+    assert out == f"{photos / 'a.jpg'}\t{spoken}\n"
+    _, err = cap("predict", "a.jpg", "--model", work / "run", "--words", "--json", code=2)
+    assert "leave out --words" in err
 
 
 def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Path) -> None:

@@ -80,7 +80,7 @@ def test_shards_are_merged_into_the_whole(written: Path) -> None:
 def test_a_model_says_what_it_said(name: str, written: Path, expected: dict[str, Any]) -> None:
     model, cache = load_bundle(written / "run" / name), open_cache(written / "cache.h5")
     found = caption_cache(model, cache, SearchConfig(beam_size=1))
-    assert {key: one.caption for key, one in found.items()} == expected["captions"][name]
+    assert {key: " ".join(one.words) for key, one in found.items()} == expected["captions"][name]
     assert model.encoder == cache.encoder
 
 

@@ -29,6 +29,9 @@ def test_validation_may_come_from_its_own_cache(
     val = make_cache([["a dog runs"], ["zebra"]], name="val.h5")
     logs = list(train(config(cache, tmp_path / "run", epochs=1, val_cache=val.path)))
     assert isinstance(logs[-1], EpochLog)
+    split = make_cache([["a dog"]], name="split.h5", tokenizer="whitespace")
+    with pytest.raises(CacheError, match=r"split\.h5: made with tokenizer whitespace, not treeb"):
+        next(train(config(cache, tmp_path / "run1", val_cache=split.path)))
     foreign = make_cache([["a dog"]], name="foreign.h5", weights_sha256="cd" * 32)
     with pytest.raises(CacheError, match=r"foreign\.h5: made with weights cdcdcdcdcdcd…"):
         next(train(config(cache, tmp_path / "run2", val_cache=foreign.path)))
@@ -49,12 +52,12 @@ def test_the_vocabulary_counts_only_what_is_trained_on(
         for n in range(30)
     ]
     cache = make_cache(captions)
-    changes: dict[str, Any] = {"min_count": 2, "max_length": 45}
+    changes: dict[str, Any] = {"min_count": 2, "max_length": 45}  # half of them are longer
     list(train(config(cache, tmp_path / "run", epochs=1, **changes)))
     vocabulary = load_bundle(tmp_path / "run/best.cap").vocabulary
     rows, held_out = split_photos(cache, held_out=0.2, seed=0)
     counts = collections.Counter(
-        word for row in rows.tolist() for text in captions[row] for word in tokenize(text)[:45]
+        word for row in rows.tolist() for text in captions[row] for word in tokenize(text)
     )
     expected = sorted((-count, word) for word, count in counts.items() if count >= 2)
     assert list(zip(vocabulary.words, vocabulary.counts, strict=True)) == [

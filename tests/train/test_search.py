@@ -34,7 +34,7 @@ def all_captions(
 ) -> list[Hypothesis]:
     """All captions of up to `max_length` words, each scored as a whole, best first."""
     found: list[Hypothesis] = []
-    for length in range(1, config.max_length + 1):
+    for length in range(1, config.longest + 1):
         words = torch.tensor(list(itertools.product(range(4, WORDS), repeat=length)))
         with torch.no_grad():
             log_probs = model(photo.expand(len(words), -1), words).log_softmax(-1)
@@ -189,7 +189,7 @@ def diverse_by_hand(
     groups = [Hypothesis((), 0.0) for _ in range(config.groups)]
     best: list[Hypothesis] = [Hypothesis((), float("-inf"))] * config.groups
     done = [False] * config.groups
-    for length in range(config.max_length + 1):
+    for length in range(config.longest + 1):
         said: list[int] = []
         for g, group in enumerate(groups):
             if done[g]:
@@ -197,8 +197,8 @@ def diverse_by_hand(
             with torch.no_grad():
                 words = torch.tensor([group.words], dtype=torch.int64)
                 logs = model(photo.unsqueeze(0), words)[0, -1].log_softmax(-1).tolist()
-            allowed = [END] if length == config.max_length else [*range(4, WORDS)]
-            if 0 < length < config.max_length:
+            allowed = [END] if length == config.longest else [*range(4, WORDS)]
+            if 0 < length < config.longest:
                 allowed.append(END)
             cost = {word: config.diversity * said.count(word) for word in allowed}
             order = sorted(allowed, key=lambda word: cost[word] - logs[word])

@@ -46,6 +46,15 @@ def test_known_words_keep_their_numbers_and_new_ones_follow(dogs: Bundle) -> Non
     assert joined.min_count == 2
 
 
+def test_the_ways_that_words_are_written_are_joined(dogs: Bundle) -> None:
+    known = dataclasses.replace(dogs.vocabulary, cases={"dog": "Dog", "a": "A"}, longest=60)
+    start = StartModel(dataclasses.replace(dogs, vocabulary=known), "")
+    new = Vocabulary(("dog", "paris"), (3, 1), 1, cases={"dog": "DOG", "paris": "Paris"})
+    joined = start.vocabulary(new)
+    assert joined.cases == {"dog": "DOG", "a": "A", "paris": "Paris"}
+    assert joined.longest == 60
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_decoder_with_more_words_predicts_the_known_ones_as_before(
     make_cache: MakeCache, tmp_path: Path, tied: bool
@@ -111,6 +120,9 @@ def test_a_model_of_other_features_is_refused(
     with pytest.raises(CapError, match=r"best\.cap: trained on features with feature_dim \d+, not"):
         run(other, tmp_path / "run", from_model=tmp_path / "dogs")
     assert not (tmp_path / "run/checkpoint.pt").exists()
+    split = make_cache([["a dog runs"]] * 12, name="split.h5", tokenizer="whitespace")
+    with pytest.raises(CapError, match="holds those of whitespace; extract with --tokenizer tree"):
+        run(split, tmp_path / "run", from_model=tmp_path / "dogs")
 
 
 def test_a_run_goes_on_only_with_the_model_it_started_from(

@@ -8,7 +8,8 @@ import pytest
 from nltk.tokenize import NLTKWordTokenizer
 
 from train.captions import tokenizer
-from train.captions.tokenizer import tokenize
+from train.captions.script import CHARACTERS, WHITESPACE
+from train.captions.tokenizer import TokenizerError, tokenize
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,36 @@ from train.captions.tokenizer import tokenize
 )
 def test_tokens_are_treebank_words(caption: str, tokens: list[str]) -> None:
     assert tokenize(caption) == tokens
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("一只狗。", ["一", "只", "狗", "。"]),
+        (
+            "骑着BMX-20自行车，2.5个！！",
+            ["骑", "着", "bmx-20", "自", "行", "车", "，", "2.5", "个", "！！"],
+        ),
+        ("人々の ｶﾒﾗ", ["人", "々", "の", "ｶ", "ﾒ", "ﾗ"]),
+        ("ผู้ชาย", ["ผู้", "ช", "า", "ย"]),  # with the vowel and the tone on a consonant
+        ("A dog's ball...", ["a", "dog's", "ball", "..."]),
+        ("한 남자가", ["한", "남자가"]),
+        ("cafe\u0301 中", ["cafe\u0301", "中"]),
+        (" \u0301a", ["\u0301", "a"]),
+        ("", []),
+    ],
+)
+def test_characters_are_tokens_where_there_are_no_spaces(caption: str, tokens: list[str]) -> None:
+    assert tokenize(caption, CHARACTERS) == tokens
+
+
+def test_between_spaces_everything_is_a_word() -> None:
+    assert tokenize("Ein  Hund\tläuft.", WHITESPACE) == ["ein", "hund", "läuft."]
+
+
+def test_an_unknown_tokenizer_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer 'x', this program has treebank, white"):
+        tokenize("a", "x")
 
 
 def reference_tokens(caption: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import MakeCache, real_captions
 from train.captions.caption_set import TrainingSetError
+from train.captions.script import CHARACTERS
 from train.captions.vocabulary import build_vocabulary
 from train.config import SearchConfig
 from train.fit.validation import ValidationPhotos, ValidationScorer
@@ -37,6 +38,23 @@ def test_the_scores_are_those_of_the_evaluation_without_java(sample_data: Path, 
         assert found.bleu_4 == pytest.approx(official.bleu_4, rel=1e-12)
         assert found.count == 1000
         assert found.distinct == len(set(hypotheses))
+
+
+def test_captions_are_split_by_the_tokenizer_of_their_references() -> None:
+    references = [["一只狗在跑。", "一只狗跑"], ["两只猫在睡", "两只猫。"]]
+    hypotheses = ["一 只 狗 跑", "两 只 狗 在 睡"]
+    scorer = ValidationScorer(references, CHARACTERS)
+    official = score(
+        dict(zip("12", hypotheses, strict=True)),
+        dict(zip("12", references, strict=True)),
+        tokenizer=CHARACTERS,
+    )
+    found = scorer.score(hypotheses)
+    assert found.cider == pytest.approx(official.cider, rel=1e-12)
+    assert found.bleu_4 == pytest.approx(official.bleu_4, rel=1e-12)
+    # Whether spaces are between them or not, and with the signs that do not count.
+    again = scorer.score(["一只狗跑！", "两只狗在睡。"])
+    assert again.ciders.tolist() == found.ciders.tolist()
 
 
 def make_decoder(vocab_size: int) -> CaptionDecoder:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train.captions.script import TREEBANK, WHITESPACE
 from train.captions.tokenizer import build_caption_table, tokenize
 from train.captions.vocabulary import END, UNK, Vocabulary, VocabularyError, build_vocabulary
 
@@ -48,6 +49,13 @@ def test_the_numbers_of_known_words_are_decoded_back() -> None:
     assert vocabulary.number("unknown") == UNK
 
 
+def test_cases_are_those_of_known_words_in_the_captions_that_are_counted() -> None:
+    table = build_caption_table([["to Rome", "in Rome by Ann"], ["a rome", "of rome"]])
+    assert build_vocabulary(table, 1, rows=np.array([0])).cases == {"rome": "Rome"}
+    assert build_vocabulary(table, 1).cases == {}
+    assert "cases" not in build_vocabulary(table, 1).as_dict()
+
+
 def test_no_word_often_enough_is_one_line() -> None:
     with pytest.raises(VocabularyError, match="no word occurs 9 times in 3 captions"):
         build_vocabulary(build_caption_table(CAPTIONS), min_count=9)
@@ -62,15 +70,26 @@ def test_a_word_that_no_file_can_hold_is_found_before_training() -> None:
         build_vocabulary(table, min_count=1)
 
 
-def test_a_saved_vocabulary_is_loaded_back(tmp_path: Path) -> None:
-    vocabulary = build_vocabulary(build_caption_table([["é dog"]]), min_count=1)
+@pytest.mark.parametrize("tokenizer", [TREEBANK, WHITESPACE])
+def test_a_saved_vocabulary_is_loaded_back(tmp_path: Path, tokenizer: str) -> None:
+    table = build_caption_table([["é dog in Rome", "to Rome"]], tokenizer)
+    vocabulary = build_vocabulary(table, min_count=1)
+    assert (vocabulary.tokenizer, vocabulary.cases) == (tokenizer, {"rome": "Rome"})
     vocabulary.save(tmp_path / "v.json")
     saved = json.loads((tmp_path / "v.json").read_text("utf-8"))
     assert Vocabulary.from_dict(saved) == vocabulary
 
 
 @pytest.mark.parametrize(
-    "record", ["", [], {"words": ["a"], "counts": [], "min_count": 1}, {"words": [1]}]
+    "record",
+    [
+        *("", [], {"words": ["a"], "counts": [], "min_count": 1}, {"words": [1]}),
+        {"words": ["a"], "counts": [1], "min_count": 1, "tokenizer": "x"},
+        {"words": ["a"], "counts": [1], "min_count": 1, "tokenizer": []},
+        {"words": ["a"], "counts": [1], "min_count": 1, "cases": {"a": "B"}},
+        {"words": ["a"], "counts": [1], "min_count": 1, "cases": {"a": 1}},
+        {"words": ["a"], "counts": [1], "min_count": 1, "cases": ["a"]},
+    ],
 )
 def test_what_is_no_vocabulary_is_refused(record: Any) -> None:
     with pytest.raises(VocabularyError, match="not a vocabulary"):

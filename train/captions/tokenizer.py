@@ -1,24 +1,32 @@
 """Splits captions into tokens, and numbers the tokens of a whole set of captions.
 
-Tokens are NLTK's Penn Treebank words of the lower-cased caption. NLTK's `word_tokenize` first
-splits the text into sentences, with a model that must be downloaded. Splitting after `.`, `!` or
-`?` before a space gives nearly the same result without a model.
+Captions are lower-cased. Tokens are then NLTK's Penn Treebank words, or those of another tokenizer
+of `train.captions.script`. NLTK's `word_tokenize` first splits the text into sentences, with a
+model that must be downloaded. Splitting after `.`, `!` or `?` before a space gives nearly the same
+result without a model.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
 import numpy as np
 
+from cache.errors import CapError
 from cache.record import CaptionTable, Strings
+from train.captions.script import CHARACTERS, TOKENIZERS, TREEBANK, WHITESPACE, has_no_spaces
 
 _COUNTED_TOKENS = 1 << 20  # tokens counted at a time; bincount needs 8 bytes for each
+
+
+class TokenizerError(CapError):
+    """Raised for a tokenizer that this program does not have. The message is one line."""
 
 
 class _Tokenizer(Protocol):
@@ -44,9 +52,29 @@ def _treebank() -> _Tokenizer:
     return tokenizer
 
 
-def tokenize(caption: str) -> list[str]:
-    """The Penn Treebank tokens of a caption, lower-cased: `A dog's ball.` → a dog 's ball ."""
-    text = " ".join(caption.lower().split())
+def tokenize(caption: str, tokenizer: str = TREEBANK) -> list[str]:
+    """The tokens of a caption, lower-cased. None of them contains a space.
+
+    treebank: `A dog's ball.` → a dog 's ball .
+    whitespace: `A dog's ball.` → a dog's ball.
+    characters: `一只BMX。` → 一 只 bmx 。
+    Raises TokenizerError for another tokenizer.
+    """
+    return splitter(tokenizer)(caption.lower())
+
+
+def splitter(tokenizer: str) -> Callable[[str], list[str]]:
+    """The function that splits a text into tokens, as it is written. Raises TokenizerError."""
+    if tokenizer not in _SPLITTERS:
+        raise TokenizerError(
+            f"no tokenizer {tokenizer!r}, this program has {', '.join(TOKENIZERS)}; "
+            "install a newer version of it"
+        )
+    return _SPLITTERS[tokenizer]
+
+
+def _treebank_words(text: str) -> list[str]:
+    text = " ".join(text.split())
     plain = _PLAIN.match(text)
     if plain:
         words = (text[: plain.start(1)] if plain.group(1) else text).split()
@@ -57,15 +85,62 @@ def tokenize(caption: str) -> list[str]:
     ]
 
 
-def build_caption_table(captions: Sequence[Sequence[str]]) -> CaptionTable:
-    """Tokenize and number the captions of N photos; `captions[n]` are the texts of photo n."""
+def _words_and_characters(text: str) -> list[str]:
+    """Characters of scripts without spaces, each with the marks on it; words of other scripts.
+
+    A hyphen, an apostrophe or a full stop between two letters of a word belongs to it. Of other
+    signs each is a token, and so is a row of the same sign.
+    """
+    tokens: list[str] = []
+    grows = False  # whether a letter goes on with the last token
+    for place, character in enumerate(text):
+        if character.isspace():
+            grows = False
+            continue
+        before = text[place - 1 : place] if tokens else ""
+        is_mark = _is_mark(character) and before.strip() != ""
+        is_letter = _is_spaced_letter(character)
+        is_inside = grows and character in "-'’." and _is_spaced_letter(text[place + 1 : place + 2])
+        is_repeated = character == before and not has_no_spaces(character)
+        if is_mark or is_inside or (is_letter and grows) or (is_repeated and not is_letter):
+            tokens[-1] += character
+        else:
+            tokens.append(character)
+        grows = is_letter or is_inside or (grows and is_mark)
+    return tokens
+
+
+def _is_spaced_letter(character: str) -> bool:
+    return character.isalnum() and not has_no_spaces(character)
+
+
+@cache
+def _is_mark(character: str) -> bool:
+    """Whether a character is part of the one before it, such as a vowel sign, or joins two."""
+    return unicodedata.category(character).startswith("M") or character in "\u200c\u200d"
+
+
+_SPLITTERS: dict[str, Callable[[str], list[str]]] = {
+    TREEBANK: _treebank_words,
+    WHITESPACE: str.split,
+    CHARACTERS: _words_and_characters,
+}
+
+
+def build_caption_table(
+    captions: Sequence[Sequence[str]], tokenizer: str = TREEBANK
+) -> CaptionTable:
+    """Tokenize and number the captions of N photos; `captions[n]` are the texts of photo n.
+
+    Raises TokenizerError.
+    """
     texts = [text for group in captions for text in group]
     rows = np.repeat(np.arange(len(captions), dtype=np.int32), [len(group) for group in captions])
     # Tokens are numbered as they first appear: lists of words would take ten times the memory.
     first_numbers: defaultdict[str, int] = defaultdict(lambda: len(first_numbers))
     flat, offsets = array("i"), np.zeros(len(texts) + 1, np.int64)
     for index, text in enumerate(texts, 1):
-        flat.extend([first_numbers[token] for token in tokenize(text)])
+        flat.extend([first_numbers[token] for token in tokenize(text, tokenizer)])
         offsets[index] = len(flat)
     tokens = np.frombuffer(flat, np.int32)
     parts = np.split(tokens, range(_COUNTED_TOKENS, len(tokens), _COUNTED_TOKENS))
@@ -86,4 +161,5 @@ def build_caption_table(captions: Sequence[Sequence[str]]) -> CaptionTable:
         token_offsets=offsets,
         words=Strings.pack(word for word, _ in by_frequency),
         counts=np.array([count for _, count in by_frequency], np.int64),
+        tokenizer=tokenizer,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 from cache.atomic import write_text
 from cache.errors import CapError
 from cache.record import CaptionTable
+from train.captions.casing import written_cases
+from train.captions.script import TOKENIZERS, TREEBANK
+from train.config import LONGEST
 
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
+# Every word is a step of the decoder; more of them than a paragraph has take too long.
+_MOST_WORDS = 400
 
 
 class VocabularyError(CapError):
@@ -29,12 +34,18 @@ class Vocabulary:
     """The words a decoder knows. Numbers 0–3 are `<pad> <start> <end> <unk>`, then come the words.
 
     `counts` says how often each of `words` occurs; the most frequent word comes first. The special
-    tokens are in neither.
+    tokens are in neither. `tokenizer` is the one whose tokens they are. `cases` has the words that
+    people write with capitals within a sentence, and how: `paris` → `Paris`. `longest` is the
+    number of words that 99 of 100 captions do not exceed, if that is more than a search goes to by
+    itself, else 0.
     """
 
     words: tuple[str, ...]
     counts: tuple[int, ...]
     min_count: int
+    tokenizer: str = TREEBANK
+    cases: Mapping[str, str] = field(default_factory=dict)
+    longest: int = 0
 
     def __post_init__(self) -> None:
         """Raises VocabularyError for a word that UTF-8 cannot hold, before a model trains with it
@@ -62,14 +73,18 @@ class Vocabulary:
         return SPECIALS[number] if number < len(SPECIALS) else self.words[number - len(SPECIALS)]
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The caption up to `<end>`, without `<pad>` and `<start>`."""
+        """The words of the caption up to `<end>`, without `<pad>` and `<start>`, between spaces."""
+        return " ".join(self.caption_words(numbers))
+
+    def caption_words(self, numbers: Iterable[int]) -> tuple[str, ...]:
+        """The words of the caption up to `<end>`, without `<pad>` and `<start>`."""
         words: list[str] = []
         for number in numbers:
             if number == END:
                 break
             if number not in (PAD, START):
                 words.append(self.word(number))
-        return " ".join(words)
+        return tuple(words)
 
     def numbers_for(self, table: CaptionTable) -> NDArray[np.int32]:
         """Map a cache's word table to this vocabulary: (W,) the number of each word."""
@@ -80,8 +95,19 @@ class Vocabulary:
         write_text(path, json.dumps(self.as_dict(), ensure_ascii=False) + "\n")
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON object that `from_dict` reads."""
-        return {"min_count": self.min_count, "words": self.words, "counts": self.counts}
+        """A JSON object that `from_dict` reads, without the members that say nothing new."""
+        record: dict[str, Any] = {
+            "min_count": self.min_count,
+            "words": self.words,
+            "counts": self.counts,
+        }
+        if self.tokenizer != TREEBANK:
+            record["tokenizer"] = self.tokenizer
+        if self.cases:
+            record["cases"] = dict(self.cases)
+        if self.longest:
+            record["longest"] = self.longest
+        return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Vocabulary:
@@ -92,8 +118,14 @@ class Vocabulary:
                 raise ValueError("words and counts do not match")
             if not all(isinstance(word, str) for word in words):
                 raise ValueError("a word is not text")
-            return cls(words, counts, int(record["min_count"]))
-        except (ValueError, KeyError, TypeError) as error:
+            tokenizer, cases = record.get("tokenizer", TREEBANK), dict(record.get("cases", {}))
+            if tokenizer not in TOKENIZERS:
+                raise ValueError(f"tokenizer {tokenizer!r} is not one of {', '.join(TOKENIZERS)}")
+            if any(form.lower() != word for word, form in cases.items()):
+                raise ValueError("a word is written with other letters")
+            longest = min(int(record.get("longest", 0)), _MOST_WORDS)
+            return cls(words, counts, int(record["min_count"]), tokenizer, cases, longest)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise VocabularyError(f"not a vocabulary ({error})") from None
 
 
@@ -107,7 +139,8 @@ def build_vocabulary(
     """The vocabulary of the words that occur at least `min_count` times.
 
     rows: count only the captions of these photos, or None for all. max_length: count only the first
-    words of a caption. Raises VocabularyError if there is no such word.
+    words of a caption. How people write the words is read from the same captions. Raises
+    VocabularyError if there is no such word.
     """
     if not len(table):
         raise VocabularyError("the cache holds no captions; extract its photos with --captions")
@@ -126,11 +159,30 @@ def build_vocabulary(
         )
     counted = [(table.words[number], int(counts[number])) for number in kept.tolist()]
     counted.sort(key=lambda item: (-item[1], item[0]))
+    words = tuple(word for word, _ in counted)
+    cases = written_cases(table, rows)
+    longest = usual_length(table, rows)
     return Vocabulary(
-        words=tuple(word for word, _ in counted),
+        words=words,
         counts=tuple(count for _, count in counted),
         min_count=min_count,
+        tokenizer=table.tokenizer,
+        cases={word: cases[word] for word in words if word in cases},
+        longest=longest if longest > LONGEST else 0,
     )
+
+
+def usual_length(table: CaptionTable, rows: NDArray[np.int64] | None = None) -> int:
+    """The number of words that 99 of 100 captions do not exceed, but at most 400.
+
+    rows: count only the captions of these photos, or None for all.
+    """
+    lengths = np.diff(table.token_offsets)
+    if rows is not None:
+        lengths = lengths[np.isin(table.rows, rows)]
+    if not len(lengths):
+        return 0
+    return min(int(np.quantile(lengths, 0.99, method="higher")), _MOST_WORDS)
 
 
 def _counts(

@@ -40,6 +40,7 @@ def data_identity(cache: FeatureCache) -> dict[str, str]:
         "views": ",".join(encoder.views),
         "preprocessing": encoder.preprocessing,
         "precision": encoder.precision,
+        "tokenizer": cache.captions.tokenizer,
         "digests": _sha256(cache.digests),
         "status": _sha256(cache.status),
         "checksums": _sha256(cache.checksums),
@@ -54,6 +55,7 @@ def _sha256(array: NDArray[np.uint8] | NDArray[np.uint32]) -> str:
 _OTHER_DATA = {
     "photos": "photos",
     "captions": "captions",
+    "tokenizer": "tokens (of another --tokenizer)",
     "weights": "weights of the backbone",
     "digests": "digests (contents of the photo files)",
     "status": "status of its photos (which of them are extracted)",

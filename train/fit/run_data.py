@@ -12,7 +12,7 @@ from cache.store import DONE, FeatureCache, open_cache
 from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
 from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
-from train.captions.vocabulary import Vocabulary, build_vocabulary
+from train.captions.vocabulary import Vocabulary, build_vocabulary, usual_length
 from train.config import FixedRecipe, TrainConfig
 from train.fit.run_folder import TrainError
 from train.fit.validation import ValidationPhotos
@@ -69,6 +69,8 @@ def load_run_data(
                 f"{config.from_cache}: {photos}, so none can be held out; use --val-cache"
             )
     length = config.max_length
+    if rules > 1:
+        length = max(length, usual_length(cache.captions, training_rows))
     vocabulary = (
         build_vocabulary(cache.captions, recipe.min_count)
         if rules == 1
@@ -116,6 +118,9 @@ def _check_val_cache(
 ) -> None:
     """Raise CacheError or TrainingSetError if a cache cannot validate training on another one."""
     difference = val_cache.encoder.difference(cache.encoder)
+    if difference is not None:
+        raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
+    difference = val_cache.captions.other_tokenizer(cache.captions)
     if difference is not None:
         raise CacheError(f"{val_cache.path}: made with {difference} as in {cache.path}")
     is_the_same = (

@@ -37,7 +37,8 @@ CHECKPOINT_VERSION = 3
 
 # How a run splits its photos and counts its words, which a resumed run must not change:
 # 1, as 0.1.0 did: copies of a photo may be on both sides; all captions of the cache are counted.
-# 2: copies stay on one side; only the captions that are trained on are counted.
+# 2: copies stay on one side; only the captions that are trained on are counted; where many captions
+# have more words than `max_length`, the cut is further behind.
 DATA_RULES = 2
 
 

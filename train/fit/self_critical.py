@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.captions.caption_set import Batch, CaptionSet
-from train.captions.vocabulary import END, PAD, SPECIALS, Vocabulary
+from train.captions.vocabulary import END, PAD, Vocabulary
 from train.model.decoder import CaptionDecoder
 from train.scores.cider_reward import CiderReward
-from train.scores.scoring_tokens import PUNCTUATION
+from train.scores.scoring_tokens import is_punctuation
 from train.search.rollout import sample
 from train.step.dropout import draw_masks
 from train.step.objective import Objective
 from train.step.packed_batch import pack
 
-_MAX_LENGTH = 20  # words in a sample; about one caption in a thousand is longer
+# Words in a sample; of COCO's captions about one in a thousand is longer. Where the captions are
+# long, a sample has as many words as they have.
+_MAX_LENGTH = 20
 # The true captions of a step are computed in parts of at most this many captions for each photo, or
 # of the least number. Photos with five captions make one part; a photo may have thousands.
 _TRUE_CAPTIONS_PER_PHOTO = 8
@@ -64,15 +66,16 @@ class SelfCritical:
         self._samples = samples
         self._anchor = anchor
         self._random_views = random_views
+        self._max_length = max(_MAX_LENGTH, vocabulary.longest)
         self._by_photo = np.argsort(captions.feature_rows, kind="stable")
         self.photos = np.unique(captions.feature_rows)  # rows of the cache, ascending
-        marks = [vocabulary.number(mark) for mark in PUNCTUATION]
+        marks = [w for w in vocabulary.words if is_punctuation(w, vocabulary.tokenizer)]
         self._reward = CiderReward(
             captions.words,
             captions.offsets,
             captions.feature_rows,
             vocab_size=len(vocabulary),
-            skipped=[number for number in marks if number >= len(SPECIALS)],
+            skipped=[vocabulary.number(mark) for mark in marks],
         )
 
     def epoch_batches(
@@ -102,7 +105,11 @@ class SelfCritical:
         features = _dropout(features, self._decoder.config.feature_dropout, generator)
         self._decoder.eval()
         words = sample(
-            self._decoder, features, self._samples, max_length=_MAX_LENGTH, generator=generator
+            self._decoder,
+            features,
+            self._samples,
+            max_length=self._max_length,
+            generator=generator,
         )
         rewards = self._reward.score(np.repeat(photos, self._samples), words.cpu().numpy())
         advantages = _advantages(rewards.reshape(-1, self._samples)).reshape(-1)
@@ -112,8 +119,8 @@ class SelfCritical:
         # Padding rows of the packed batch point past the last caption; they get weight 0.
         padded = torch.nn.functional.pad(caption_weights, (0, len(packed.captions)))
         weights = padded[packed.captions]
-        # After `_MAX_LENGTH` words `<end>` is forced, not sampled, so it has no gradient.
-        weights[sum(packed.steps[:_MAX_LENGTH]) :] = 0
+        # After `max_length` words `<end>` is forced, not sampled, so it has no gradient.
+        weights[sum(packed.steps[: self._max_length]) :] = 0
         self._objective.loss_and_gradients(packed, weights=weights, training=False, drawn=True)
         count = packed.count()
         if self._anchor:

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from cache.store import DONE, FeatureCache
 from train.captions.caption_set import TrainingSetError
+from train.captions.script import TREEBANK
 from train.captions.views import view_features
 from train.captions.vocabulary import Vocabulary
 from train.config import FULL, SearchConfig
 from train.model.decoder import CaptionDecoder
 from train.scores.ngrams import ReferenceNgrams, number_words
-from train.scores.scoring_tokens import treebank_line
+from train.scores.scoring_tokens import scoring_line
 from train.search.hypotheses import search
 
 _CHUNK_ROWS = 4096  # photos whose features are in memory at a time
@@ -49,18 +50,22 @@ class ValidationScores:
 class ValidationScorer:
     """Scores captions of the same photos many times."""
 
-    def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        """references: the raw reference captions of each photo, at least one."""
+    def __init__(self, references: Sequence[Sequence[str]], tokenizer: str = TREEBANK) -> None:
+        """references: the raw reference captions of each photo, at least one. tokenizer: what
+        splits them and the captions that are scored.
+        """
+        self._tokenizer = tokenizer
         self._photos = np.arange(len(references))
         self._numbers: dict[str, int] = {}
-        lines = (treebank_line(text) for texts in references for text in texts)
+        lines = (scoring_line(text, tokenizer) for texts in references for text in texts)
         photo_offsets = np.cumsum([0, *map(len, references)])
         self._ngrams = ReferenceNgrams(number_words(lines, self._numbers), photo_offsets)
 
     def score(self, captions: Sequence[str]) -> ValidationScores:
         """Score one raw caption for each photo, in the order of the references."""
         # Words that no reference has get numbers too: CIDEr-D counts how often a caption says each.
-        lines = number_words(map(treebank_line, captions), dict(self._numbers))
+        spoken = (scoring_line(caption, self._tokenizer) for caption in captions)
+        lines = number_words(spoken, dict(self._numbers))
         bleu, cider = self._ngrams.score(self._photos, lines)
         return ValidationScores(
             bleu_4=float(bleu.bleu()[3]),
@@ -90,7 +95,9 @@ class ValidationPhotos:
         if not len(self.rows):
             raise TrainingSetError(f"{cache.path}: no captions of extracted photos to validate on")
         self._cache, self._view = cache, view
-        self._scorer = ValidationScorer([texts[row] for row in self.rows.tolist()])
+        self._scorer = ValidationScorer(
+            [texts[row] for row in self.rows.tolist()], cache.captions.tokenizer
+        )
 
     @property
     def identity(self) -> str:
@@ -112,7 +119,7 @@ class ValidationPhotos:
         self, decoder: CaptionDecoder, vocabulary: Vocabulary, config: SearchConfig | None = None
     ) -> list[str]:
         """A caption for each of `rows`. config: None for greedy search."""
-        config = config or SearchConfig(beam_size=1)
+        config = (config or SearchConfig(beam_size=1)).up_to(vocabulary.longest)
         device = next(decoder.parameters()).device
         training = decoder.training
         decoder.eval()

@@ -33,7 +33,13 @@ class StartModel:
         counts = dict(zip(known.words, known.counts, strict=True))
         for word, count in zip(new.words, new.counts, strict=True):
             counts[word] = counts.get(word, 0) + count
-        return dataclasses.replace(new, words=tuple(counts), counts=tuple(counts.values()))
+        return dataclasses.replace(
+            new,
+            words=tuple(counts),
+            counts=tuple(counts.values()),
+            cases={**known.cases, **new.cases},
+            longest=max(known.longest, new.longest),
+        )
 
     def decoder(self, recipe: FixedRecipe, vocabulary: Vocabulary) -> CaptionDecoder:
         """A decoder with the model's sizes and weights and the recipe's dropout.
@@ -71,6 +77,12 @@ def load_start_model(path: Path, cache: FeatureCache) -> StartModel:
     difference = bundle.encoder.difference(cache.encoder)
     if difference is not None:
         raise CacheError(f"{file}: trained on features with {difference} as in {cache.path}")
+    tokenizer = bundle.vocabulary.tokenizer
+    if tokenizer != cache.captions.tokenizer:
+        raise CacheError(
+            f"{file}: trained on tokens of --tokenizer {tokenizer}, {cache.path} holds those of "
+            f"{cache.captions.tokenizer}; extract with --tokenizer {tokenizer}"
+        )
     try:
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
+from train.captions.script import TREEBANK
 from train.scores.metrics import MetricsError, Scores, score
 
 _ROUNDS = 5
@@ -48,6 +49,7 @@ class Agreement:
 def human_agreement(
     references: Mapping[str, Sequence[str]],
     *,
+    tokenizer: str = TREEBANK,
     java: bool | None = None,
     meteor: bool = True,
     spice: bool = True,
@@ -56,8 +58,8 @@ def human_agreement(
 
     There is a round for each k up to the most captions of a photo, but at most 5. Photos with one
     caption are left out. Photos with fewer captions than rounds start again with the first. In each
-    round, CIDEr's document frequencies are those of the other captions. meteor, spice: False leaves
-    them out. Raises MetricsError.
+    round, CIDEr's document frequencies are those of the other captions. tokenizer: what splits
+    them, as for `score`. meteor, spice: False leaves them out. Raises MetricsError.
     """
     several = {image: list(texts) for image, texts in references.items() if len(texts) > 1}
     if not several:
@@ -70,7 +72,9 @@ def human_agreement(
             place = k % len(texts)
             hypotheses[image] = texts[place]
             others[image] = texts[:place] + texts[place + 1 :]
-        results.append(score(hypotheses, others, java=java, meteor=meteor, spice=spice))
+        results.append(
+            score(hypotheses, others, tokenizer=tokenizer, java=java, meteor=meteor, spice=spice)
+        )
     means = {}
     for field in fields(Scores):
         values = [getattr(result, field.name) for result in results]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CapError
+from train.captions.script import TREEBANK
 from train.scores.bleu import BleuStatistics
 from train.scores.java import failure_reason
 from train.scores.meteor import meteor as meteor_score
@@ -48,8 +49,9 @@ class PhotoScores:
 class Scores:
     """Corpus scores as fractions (papers print them times 100; CIDEr may exceed 1).
 
-    tokenizer: `ptb` (official, Java) or `treebank` (NLTK). meteor: None without Java. spice: None
-    without Java or SPICE's models. notices: why a score is missing or the tokenizer is NLTK's.
+    tokenizer: `ptb` (official, Java), `treebank` (NLTK) or another of `train.captions.script`.
+    meteor: None without Java or for another language. spice: None without Java or SPICE's models.
+    notices: why a score is missing or the tokenizer is not the official one.
     """
 
     bleu_1: float
@@ -84,22 +86,24 @@ def score(
     hypotheses: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     *,
+    tokenizer: str = TREEBANK,
     java: bool | None = None,
     meteor: bool = True,
     spice: bool = True,
 ) -> Scores:
     """Score one caption per image against the image's references, over the whole corpus.
 
-    java: whether to use Java; None to use it if it is there and works. meteor, spice: False leaves
-    them out, which saves most of the time. CIDEr's document frequencies come from these references,
-    as in the official evaluation. Raises MetricsError.
+    tokenizer: what splits captions and references; Java's takes the place of `treebank`. java:
+    whether to use Java; None to use it if it is there and works. meteor, spice: False leaves them
+    out, which saves most of the time. CIDEr's document frequencies come from these references, as
+    in the official evaluation. Raises MetricsError or TokenizerError.
     """
     _check(hypotheses, references)
     notices: list[str] = []
     ids = list(hypotheses)
     texts = [hypotheses[image] for image in ids]
     texts += [text for image in ids for text in references[image]]
-    tokenized, tokenizer = scoring_tokens(texts, java, notices)
+    tokenized, tokenizer = scoring_tokens(texts, java, notices, tokenizer)
     # From here on captions are tokens joined by spaces, in the form that pycocoevalcap expects.
     captions = {image: [tokenized[i]] for i, image in enumerate(ids)}
     rest = iter(tokenized[len(ids) :])

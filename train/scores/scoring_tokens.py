@@ -2,14 +2,17 @@
 
 The official tokenizer, Stanford's PTBTokenizer, is a Java program in pycocoevalcap. Without Java,
 NLTK's Penn Treebank tokens replace it, adjusted to the commonest differences from Stanford's.
-`tests/train/test_metrics.py` measures how that changes the scores.
+`tests/train/test_metrics.py` measures how that changes the scores. Captions that were split by
+another tokenizer are split by it here as well.
 """
 
 from __future__ import annotations
 
 import subprocess
+import unicodedata
 from collections.abc import Sequence
 
+from train.captions.script import TREEBANK, misfit, script_of
 from train.captions.tokenizer import tokenize
 from train.scores.java import failure_reason, has_java, package_folder, run_java
 
@@ -23,22 +26,34 @@ _WITHOUT_JAVA = "using NLTK's Treebank tokens instead of PTBTokenizer's, and lea
 
 
 def scoring_tokens(
-    texts: Sequence[str], java: bool | None, notices: list[str]
+    texts: Sequence[str], java: bool | None, notices: list[str], tokenizer: str = TREEBANK
 ) -> tuple[list[str], str]:
-    """(tokens of each caption, joined by spaces; name of the tokenizer, `ptb` or `treebank`).
+    """(tokens of each caption, joined by spaces; name of the tokenizer, `ptb` or that given).
 
     java: whether to use Java; None to use it if it is there and works. If it cannot be used, the
-    reason is appended to `notices`.
+    reason is appended to `notices`. The official tokenizer knows English, so it takes the place of
+    `treebank` alone, and only for captions in the Latin script. Raises TokenizerError.
     """
+    unfit = misfit(texts, tokenizer)
+    if unfit is not None:
+        notices.append(unfit)
+    script = script_of(texts)
     if java is not False:
-        if not has_java():
+        if tokenizer != TREEBANK:
+            notices.append(
+                f"using tokens of --tokenizer {tokenizer} instead of PTBTokenizer's, and leaving "
+                "out METEOR: both know English alone"
+            )
+        elif script not in ("Latin", None):
+            notices.append(f"captions in {script}, but PTBTokenizer knows English: {_WITHOUT_JAVA}")
+        elif not has_java():
             notices.append(f"no Java: {_WITHOUT_JAVA}")
         else:
             try:
                 return _ptb_tokens(texts), "ptb"
             except (OSError, subprocess.SubprocessError, ValueError) as error:
                 notices.append(f"Java fails ({failure_reason(error)}): {_WITHOUT_JAVA}")
-    return [treebank_line(text) for text in texts], "treebank"
+    return [scoring_line(text, tokenizer) for text in texts], tokenizer
 
 
 def _ptb_tokens(texts: Sequence[str]) -> list[str]:
@@ -62,11 +77,23 @@ def _ptb_tokens(texts: Sequence[str]) -> list[str]:
     return [_without_punctuation(line.split()) for line in output]
 
 
-def treebank_line(text: str) -> str:
-    """The scoring tokens of a caption without Java, joined by spaces."""
-    return _without_punctuation(
-        [_STANFORD.get(token, token) for token in tokenize(text.replace("\0", " "))]
-    )
+def scoring_line(text: str, tokenizer: str = TREEBANK) -> str:
+    """The scoring tokens of a caption without Java, joined by spaces. Raises TokenizerError."""
+    tokens = tokenize(text.replace("\0", " "), tokenizer)
+    if tokenizer != TREEBANK:
+        return " ".join(token for token in tokens if not is_punctuation(token, tokenizer))
+    return _without_punctuation([_STANFORD.get(token, token) for token in tokens])
+
+
+def is_punctuation(token: str, tokenizer: str) -> bool:
+    """Whether scores leave a token out.
+
+    The official scores leave out some of the signs, see `PUNCTUATION`. There are no official ones
+    for other tokenizers, so every sign that Unicode calls punctuation is left out there.
+    """
+    if tokenizer == TREEBANK:
+        return token in PUNCTUATION
+    return all(unicodedata.category(character).startswith("P") for character in token)
 
 
 def _without_punctuation(tokens: Sequence[str]) -> str:

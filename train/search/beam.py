@@ -63,7 +63,7 @@ def beam_search(
     """
     count, device, groups = len(features), features.device, config.groups
     beams = config.beam_size // groups  # K
-    steps = config.max_length + 1
+    steps = config.longest + 1
     best = FinishedCaptions.empty(count, groups, min(config.captions, beams), steps, device)
     finished = torch.zeros(count, groups, dtype=torch.int64, device=device)  # number of captions
     active = torch.ones(count, groups, dtype=torch.bool, device=device)  # (P, G)
@@ -79,7 +79,7 @@ def beam_search(
     for length in range(steps):
         live_beams = sums.shape[2]  # K' in `_extensions`: 1 at the first step, then K
         logits = logits.log_softmax(1)
-        forbid(logits, length, config.max_length)
+        forbid(logits, length, config.longest)
         if config.no_repeat_ngram:
             forbid_repeats(logits, words.flatten(0, 2)[:, :length], config.no_repeat_ngram)
         diversity = config.diversity * active
@@ -91,7 +91,7 @@ def beam_search(
         scores = (top / (length + 1) ** config.length_penalty).masked_fill(~ends, IMPOSSIBLE)
         best.add(photos, scores[:, :, :beams], *(part[:, :, :beams] for part in extended))
         finished[photos] += ends.sum(2)
-        if length == config.max_length:
+        if length == config.longest:
             break
 
         # Continue with the K best that have not ended. Log-probabilities are at most 0, so a score

@@ -77,7 +77,7 @@ def search_several(
             words, log_probs = greedy(
                 decoder,
                 batch,
-                max_length=config.max_length,
+                max_length=config.longest,
                 no_repeat_ngram=config.no_repeat_ngram,
             )
             found.extend([h] for h in _hypotheses(words, log_probs, config))
@@ -148,7 +148,7 @@ def _best_of_groups(groups: list[list[Hypothesis]], count: int) -> list[Hypothes
 def _sample(
     decoder: CaptionDecoder, features: Tensor, config: SearchConfig, numbers: Sequence[int]
 ) -> list[list[Hypothesis]]:
-    shape = (config.captions, config.max_length + 1)
+    shape = (config.captions, config.longest + 1)
     uniform = np.stack([np.random.default_rng((config.seed, n)).random(shape) for n in numbers])
     words, log_probs = sample_scored(
         decoder,
@@ -156,7 +156,7 @@ def _sample(
         torch.from_numpy(uniform),
         temperature=config.temperature,
         top_p=config.top_p,
-        max_length=config.max_length,
+        max_length=config.longest,
         no_repeat_ngram=config.no_repeat_ngram,
     )
     samples = _hypotheses(words, log_probs, config)
