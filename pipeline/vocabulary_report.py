@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.record import CaptionTable
 from cache.seal import is_cache
 from cache.store import open_cache
-from pipeline.photos.captions_files import DatasetError, read_captions
+from pipeline.captions.dataset import read_captions
+from pipeline.captions.records import DatasetError
 from train.captions.tokenizer import build_caption_table
 from train.captions.vocabulary import Vocabulary, build_vocabulary
 
@@ -56,12 +57,26 @@ class VocabularyReport:
         )
 
 
-def vocabulary_report(source: Path, min_count: int) -> VocabularyReport:
+def vocabulary_report(
+    source: Path,
+    min_count: int,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> VocabularyReport:
     """Count the words of a cache or of a captions file.
 
+    image_column, caption_column, say: as for `read_captions`.
     Raises CacheError, DatasetError or VocabularyError.
     """
-    table = _captions_of(source)
+    if is_cache(source):
+        table = open_cache(source, allow_pending=True).captions
+    else:
+        photos = read_captions(
+            source, image_column=image_column, caption_column=caption_column, say=say
+        )
+        table = build_caption_table([photo.captions for photo in photos])
     if not len(table):
         raise DatasetError(f"{source}: holds no captions")
     return VocabularyReport(
@@ -70,9 +85,3 @@ def vocabulary_report(source: Path, min_count: int) -> VocabularyReport:
         tokens=len(table.tokens),
         distinct=len(table.words),
     )
-
-
-def _captions_of(source: Path) -> CaptionTable:
-    if is_cache(source):
-        return open_cache(source, allow_pending=True).captions
-    return build_caption_table([photo.captions for photo in read_captions(source)])

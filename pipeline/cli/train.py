@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.errors import errors
-from pipeline.cli.options import Json, options
+from pipeline.cli.options import CaptionColumn, ImageColumn, Json, options
 from pipeline.cli.terminal import print_json, say
 from train.config import TrainConfig
 
@@ -21,6 +21,8 @@ def build_vocab(
     min_count: Annotated[
         int, typer.Option(min=1, help="Keep words that occur at least this often.")
     ] = TrainConfig.min_count,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the vocabulary to.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +36,9 @@ def build_vocab(
     with errors():
         from pipeline.vocabulary_report import vocabulary_report
 
-        report = vocabulary_report(source, min_count)
+        report = vocabulary_report(
+            source, min_count, image_column=image_column, caption_column=caption_column, say=say
+        )
         if out is not None:
             report.vocabulary.save(out)
             say(f"written to {out}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO as COCOFile
 
+from pipeline.captions.records import DatasetError
 from pipeline.evaluation.evaluate import _write_json
 from pipeline.evaluation.references import (
     PredictionsError,
@@ -14,7 +15,6 @@ from pipeline.evaluation.references import (
     read_predictions,
     read_references,
 )
-from pipeline.photos.captions_files import DatasetError
 
 COCO = {
     "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (42, 7, 8)],
