@@ -45,7 +45,7 @@ class Understood:
         if self.example is not None:
             photo, caption = self.example
             shown = caption if len(caption) <= _SHOWN_CAPTION else caption[:_SHOWN_CAPTION] + "…"
-            lines.append(f"first caption, of {photo}: {shown}")
+            lines.append(f"first caption, of {_one_line(photo)}: {shown}")
         return [f"{self.source}: {line}" for line in [*lines, *self.notes]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def _notes(reading: Reading, matches: Matches | None, index: PhotoIndex | None) 
         if matches.ambiguous:
             notes.append(
                 f"{len(matches.ambiguous):,} names are left out because they fit several photos, "
-                f"or several of them fit one (first: {matches.ambiguous[0]})"
+                f"or several of them fit one (first: {_one_line(matches.ambiguous[0])})"
             )
         if matches.missing:
             few = len(matches.paths) < _HARDLY_ANY * min(len(reading.photos), index.files)
             more = f"; {what_is_there(matches, index)}" if few else ""
             notes.append(
                 f"{len(matches.missing):,} photos are not in {index.images} and are left out "
-                f"(first: {matches.missing[0]}){more}"
+                f"(first: {_one_line(matches.missing[0])}){more}"
             )
     return notes
 
@@ -127,7 +127,7 @@ def what_is_there(matches: Matches, index: PhotoIndex) -> str:
     """What was looked for in vain, what the folder holds, and what looks alike."""
     looked = (matches.missing or matches.ambiguous)[0]
     there = next(index.some_files(), None)
-    said = f"looked for {looked}"
+    said = f"looked for {_one_line(looked)}"
     if there is None:
         return f"{said}; the folder is empty"
     said += f"; there are {index.files:,} files, as {there}"
@@ -144,3 +144,7 @@ def joined_notes(photos: Sequence[Photo], ids_differ: bool, sources: int) -> lis
         count = sum(len(photo.captions) for photo in photos)
         lines.append(f"together: {len(photos):,} photos, {count:,} captions")
     return lines
+
+
+def _one_line(name: str) -> str:
+    return " ".join(name.split())

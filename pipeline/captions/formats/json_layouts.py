@@ -90,9 +90,9 @@ def _notes(notes: list[Any], reading: Reading) -> list[dict[str, Any]]:
         if image_id is None or "caption" not in note:
             reading.fault(f"annotation {number}", _shown(note), "no image_id and caption")
             continue
-        flagged = next((reason for flag, reason in _FLAGS.items() if note.get(flag) is True), None)
-        if flagged is not None:
-            reading.left_out[flagged] += 1
+        flags = [] if _FLAGS.keys().isdisjoint(note) else [f for f in _FLAGS if note.get(f) is True]
+        if flags:
+            reading.left_out[_FLAGS[flags[0]]] += 1
         else:
             good.append({"id": number, "image_id": image_id, "caption": note["caption"]})
     return good

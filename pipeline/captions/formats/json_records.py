@@ -313,6 +313,10 @@ def _flat(record: object) -> dict[str, list[str]]:
 
 def _values(value: Any, field: Sequence[str]) -> list[object]:
     """The values of a field in a record; None for those that are null."""
+    if len(field) == 1 and isinstance(value, dict) and value.keys().isdisjoint(_SPEAKERS):
+        plain = value.get(field[0])
+        if isinstance(plain, str):  # the usual case, of which a file has hundreds of thousands
+            return [plain]
     if isinstance(value, list) and field and field[0].isdigit():
         place = int(field[0]) - 1
         return _values(value[place], field[1:]) if place < len(value) else []

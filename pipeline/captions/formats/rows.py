@@ -1,11 +1,13 @@
 """Lines of a text file to rows of cells.
 
-Python's csv module is not used. It reads on to the next quote, however far, if one is not closed,
-and its limit on the length of a cell holds for the whole process.
+Python's csv module splits only single rows that it finds no fault with. It reads on to the next
+quote, however far, if one is not closed, and its limit on the length of a cell holds for the whole
+process.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -71,6 +73,11 @@ def split_line(text: str, delimiter: str) -> tuple[list[str], bool]:
     A cell that begins with a quote ends with one, before a delimiter or the end. Two quotes, or a
     backslash and a quote, are a quote inside it. Otherwise quotes are letters like others.
     """
+    if ' "' not in text:  # a space before a quote is a letter to the csv module
+        try:
+            return next(csv.reader([text], delimiter=delimiter, strict=True)), False
+        except csv.Error:  # a quote is not where that module wants it, or a cell is too long
+            pass
     cells, place = list[str](), 0
     while True:
         start = place
