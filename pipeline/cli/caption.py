@@ -35,7 +35,8 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             help="Captions file with the references, in place of --cache; not for a model. "
-            "Several if given several times."
+            "Several if given several times.",
+            metavar="<path>",
         ),
     ] = None,
     image_column: ImageColumn = None,

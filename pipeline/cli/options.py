@@ -110,6 +110,8 @@ def _typer_option(option: Option, default: Any, *flags: str) -> Any:
         help=option.help,
         min=option.min,
         max=option.max,
+        # Left to itself, typer would show the type of the whole list.
+        metavar=f"<{option.many.__name__.lower()}>" if option.many is not None else None,
         callback=_reader(option),
         autocompletion=(lambda: list(option.choices)) if option.choices else None,
     )
