@@ -21,7 +21,7 @@ import torch
 from cache.errors import CapError
 from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
-from pipeline.photos.captions_files import IMAGE_SUFFIXES
+from pipeline.photos.folder import IMAGE_SUFFIXES
 from pipeline.photos.photo_file import ReadPhoto, read_photo
 from train.captions.sentence import sentence
 from train.captions.views import chosen_view, mean_of_views, view_features, views_to_read

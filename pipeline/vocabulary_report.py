@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.record import CacheError, CaptionTable
+from cache.record import CacheError
 from cache.seal import is_cache
 from cache.store import open_cache
-from pipeline.photos.captions_files import DatasetError, read_captions
+from pipeline.captions.dataset import read_captions
+from pipeline.captions.records import DatasetError
 from train.captions.script import TREEBANK, misfit
 from train.captions.tokenizer import build_caption_table
 from train.captions.vocabulary import Vocabulary, build_vocabulary
@@ -60,14 +62,32 @@ class VocabularyReport:
 
 
 def vocabulary_report(
-    source: Path, min_count: int, tokenizer: str | None = None
+    source: Path,
+    min_count: int,
+    tokenizer: str | None = None,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> VocabularyReport:
     """Count the words of a cache or of a captions file.
 
     tokenizer: what splits the captions of a file; None for `treebank`. A cache holds its words.
-    Raises CacheError (also for a cache of another tokenizer), DatasetError or VocabularyError.
+    image_column, caption_column, say: as for `read_captions`. Raises CacheError (also for a cache
+    of another tokenizer), DatasetError or VocabularyError.
     """
-    table = _captions_of(source, tokenizer)
+    if is_cache(source):
+        table = open_cache(source, allow_pending=True).captions
+        if tokenizer not in (None, table.tokenizer):
+            raise CacheError(
+                f"{source}: made with tokenizer {table.tokenizer}, not {tokenizer}; leave out "
+                f"--tokenizer, or extract again with it (--reuse {source} keeps the features)"
+            )
+    else:
+        photos = read_captions(
+            source, image_column=image_column, caption_column=caption_column, say=say
+        )
+        table = build_caption_table([photo.captions for photo in photos], tokenizer or TREEBANK)
     if not len(table):
         raise DatasetError(f"{source}: holds no captions")
     return VocabularyReport(
@@ -77,16 +97,3 @@ def vocabulary_report(
         distinct=len(table.words),
         unfit=misfit(table.texts, table.tokenizer),
     )
-
-
-def _captions_of(source: Path, tokenizer: str | None) -> CaptionTable:
-    if not is_cache(source):
-        captions = [photo.captions for photo in read_captions(source)]
-        return build_caption_table(captions, tokenizer or TREEBANK)
-    table = open_cache(source, allow_pending=True).captions
-    if tokenizer not in (None, table.tokenizer):
-        raise CacheError(
-            f"{source}: made with tokenizer {table.tokenizer}, not {tokenizer}; leave out "
-            f"--tokenizer, or extract again with it (--reuse {source} keeps the features)"
-        )
-    return table

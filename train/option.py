@@ -42,6 +42,8 @@ class Option:
     # For a field that is a dataclass itself: the values the user can name. The fields of that
     # dataclass become options too, each of which overrides one field of the named value.
     presets: Mapping[str, Any] | None = None
+    # The type of each value of an option that may be given several times, which makes a tuple.
+    many: type | None = None
 
 
 def about(help: str) -> dict[str, Option]:
@@ -58,9 +60,10 @@ def option(
     choices: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
     presets: Mapping[str, Any] | None = None,
+    many: type | None = None,
 ) -> T:
     """A field with a default that is an option."""
-    metadata = {_KEY: Option(help, min, max, choices, parse, presets)}
+    metadata = {_KEY: Option(help, min, max, choices, parse, presets, many)}
     return field(default=default, metadata=metadata)
 
 

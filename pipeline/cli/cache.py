@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.errors import errors
-from pipeline.cli.options import Device, Json, MovedWeights
+from pipeline.cli.options import CaptionColumn, Device, ImageColumn, Json, MovedWeights
 from pipeline.cli.terminal import print_json, say
 
 
@@ -54,20 +54,36 @@ def merge(
 
 
 def info(
-    cache: Annotated[Path, typer.Argument(help="A feature cache.")],
+    file: Annotated[Path, typer.Argument(help="A feature cache or a captions file.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the photos that a captions file names.")
+    ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     unreadable: Annotated[
         bool, typer.Option("--unreadable", help="List the photos that were set aside, and why.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what is inside a cache and how it was made.
+    """Show what is inside a cache and how it was made, or how a captions file is understood.
 
     Example: cap info val.h5
     """
     with errors():
+        from cache.seal import is_cache
+        from pipeline.captions.dataset import WITHOUT_FILE
+
+        is_text = file.is_file() and file.suffix.lower() not in (".h5", ".hdf5")
+        if str(file) in WITHOUT_FILE or (is_text and not is_cache(file)):
+            if unreadable:
+                raise typer.BadParameter("--unreadable is for caches")
+            _show_captions(file, images, image_column, caption_column, as_json)
+            return
+        if images or image_column or caption_column:
+            raise typer.BadParameter("--images and the columns are for captions files")
         from cache.store import DONE, PENDING, open_cache
 
-        opened = open_cache(cache, allow_pending=True)
+        opened = open_cache(file, allow_pending=True)
         if unreadable and not as_json:
             for path, reason in opened.errors():
                 print(f"{path}\t{reason}")
@@ -80,7 +96,7 @@ def info(
             "captions": len(opened.captions),
             "distinct_words": len(opened.captions.words),
             "tokenizer": opened.captions.tokenizer,
-            "size_bytes": cache.stat().st_size,
+            "size_bytes": file.stat().st_size,
             **dataclasses.asdict(opened.encoder),
             "batch_rows": opened.batch_rows,
             **({"shard": str(opened.shard)} if opened.shard else {}),
@@ -97,6 +113,24 @@ def info(
             elif isinstance(value, tuple):
                 value = ",".join(value)
             print(f"{name:<16} {value:,}" if isinstance(value, int) else f"{name:<16} {value}")
+
+
+def _show_captions(
+    file: Path,
+    images: Path | None,
+    image_column: str | None,
+    caption_column: str | None,
+    as_json: bool,
+) -> None:
+    from pipeline.captions.dataset import read_dataset
+    from pipeline.captions.records import Choice
+
+    dataset = read_dataset(file, Choice(None, image_column, caption_column), images=images)
+    if as_json:
+        (source,) = dataset.sources
+        print_json(source.as_dict())
+    else:
+        print("\n".join(dataset.lines()))
 
 
 def verify(

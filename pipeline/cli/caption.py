@@ -12,7 +12,15 @@ import typer
 
 from cache.errors import CapError
 from pipeline.cli.errors import errors
-from pipeline.cli.options import Device, Json, MovedWeights, choice, options
+from pipeline.cli.options import (
+    CaptionColumn,
+    Device,
+    ImageColumn,
+    Json,
+    MovedWeights,
+    choice,
+    options,
+)
 from pipeline.cli.terminal import print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
@@ -33,13 +41,17 @@ def evaluate(
         typer.Option("--human", help="Score people: each caption against the photo's others."),
     ] = False,
     captions: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Captions file with the references, in place of --cache; not for a model."
+            help="Captions file with the references, in place of --cache; not for a model. "
+            "Several if given several times.",
+            metavar="<path>",
         ),
     ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     split: Annotated[
-        str | None, typer.Option(help="Splits of a Karpathy JSON, comma-separated.")
+        str | None, typer.Option(help="Splits of the captions file, comma-separated.")
     ] = None,
     only: Annotated[
         Path | None,
@@ -66,7 +78,8 @@ def evaluate(
     Example: cap evaluate --model runs/base --cache val.h5
     """
     _check_search(search)
-    _check_what_is_scored(model, predictions, human, cache, captions, split or only)
+    part = split or only or image_column or caption_column
+    _check_what_is_scored(model, predictions, human, cache, captions, part)
     if model is None and search != SearchConfig():
         raise typer.BadParameter("the options of the search have no effect without --model")
     if tokenizer is not None and captions is None:
@@ -88,8 +101,11 @@ def evaluate(
                 split=split,
                 only=only,
                 tokenizer=tokenizer,
+                image_column=image_column,
+                caption_column=caption_column,
                 meteor=meteor,
                 spice=spice,
+                say=say,
             )
             _say_all(scored.scores.notices)
             _show(scored, as_json)
@@ -100,8 +116,11 @@ def evaluate(
                 split=split,
                 only=only,
                 tokenizer=tokenizer,
+                image_column=image_column,
+                caption_column=caption_column,
                 meteor=meteor,
                 spice=spice,
+                say=say,
             )
             _say_all(people.notices)
             _show(people, as_json)
@@ -120,18 +139,18 @@ def _check_what_is_scored(
     predictions: Path | None,
     human: bool,
     cache: Path | None,
-    captions: Path | None,
+    captions: Sequence[Path] | None,
     part: object,
 ) -> None:
     """Raise BadParameter unless there is one source of captions and one of references."""
     if (model is not None) + (predictions is not None) + human != 1:
         raise typer.BadParameter("give one of --model, --predictions and --human")
-    if model is not None and (cache is None or captions is not None):
+    if model is not None and (cache is None or captions):
         raise typer.BadParameter("a model needs the photos of a --cache (and not --captions)")
-    if (cache is None) == (captions is None):
+    if (cache is None) == (not captions):
         raise typer.BadParameter("give the references: --cache or --captions, one of them")
-    if part is not None and captions is None:
-        raise typer.BadParameter("--split and --only choose from --captions")
+    if part is not None and not captions:
+        raise typer.BadParameter("--split, --only and the columns are those of --captions")
 
 
 def _say_all(notices: Sequence[str]) -> None:

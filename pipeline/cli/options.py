@@ -18,13 +18,15 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pipeline.extraction.config import BACKBONE_HELP
+from pipeline.extraction.config import BACKBONE_HELP, CAPTION_COLUMN_HELP, IMAGE_COLUMN_HELP
 from train.config import DEVICE_HELP
 from train.option import Option, SettingError, described
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Backbone = Annotated[str, typer.Option(help=BACKBONE_HELP)]
+ImageColumn = Annotated[str | None, typer.Option(help=IMAGE_COLUMN_HELP)]
+CaptionColumn = Annotated[str | None, typer.Option(help=CAPTION_COLUMN_HELP)]
 MovedWeights = Annotated[
     str | None, typer.Option(help="Where the backbone's weights are now, if they were moved.")
 ]
@@ -95,6 +97,8 @@ def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Pa
     if option.parse is not None:
         kind = str if default is not None else str | None
         default = ",".join(default) if isinstance(default, tuple) else default
+    if option.many is not None:
+        kind, default = list[option.many] | None, None  # type: ignore[name-defined]
     info = _typer_option(option, default, *flags)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
@@ -106,6 +110,8 @@ def _typer_option(option: Option, default: Any, *flags: str) -> Any:
         help=option.help,
         min=option.min,
         max=option.max,
+        # Left to itself, typer would show the type of the whole list.
+        metavar=f"<{option.many.__name__.lower()}>" if option.many is not None else None,
         callback=_reader(option),
         autocompletion=(lambda: list(option.choices)) if option.choices else None,
     )
@@ -126,7 +132,7 @@ def _from_options(config: type, given: dict[str, Any]) -> Any:
                 changes = {name: given.pop(name) for name in names}
                 told = {name: change for name, change in changes.items() if change is not None}
                 value = dataclasses.replace(preset, **told)
-            values[field.name] = value
+            values[field.name] = tuple(value) if option.many and value else value
         return config(**values)
     except SettingError as error:
         raise typer.BadParameter(str(error)) from None

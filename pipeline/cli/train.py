@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.errors import errors
-from pipeline.cli.options import Json, choice, options
+from pipeline.cli.options import CaptionColumn, ImageColumn, Json, choice, options
 from pipeline.cli.terminal import print_json, say
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import TrainConfig
@@ -26,6 +26,8 @@ def build_vocab(
         str | None,
         choice(f"{TOKENIZER_HELP}  [default: treebank; a cache knows its own]", TOKENIZERS),
     ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the vocabulary to.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +41,14 @@ def build_vocab(
     with errors():
         from pipeline.vocabulary_report import vocabulary_report
 
-        report = vocabulary_report(source, min_count, tokenizer)
+        report = vocabulary_report(
+            source,
+            min_count,
+            tokenizer,
+            image_column=image_column,
+            caption_column=caption_column,
+            say=say,
+        )
         if report.unfit is not None:
             say(report.unfit)
         if out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,22 +146,36 @@ def evaluate_predictions(
     predictions: Path,
     *,
     cache: Path | None = None,
-    captions: Path | None = None,
+    captions: Path | Sequence[Path] | None = None,
     split: str | None = None,
     only: Path | None = None,
     tokenizer: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     meteor: bool = True,
     spice: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
 
-    split, only: as for `read_photos`. tokenizer: what splits captions; None for that of the cache,
-    or `treebank`. Raises PredictionsError, CacheError, DatasetError or MetricsError.
+    captions, split, only, image_column, caption_column, say: as for `read_photos`. tokenizer: what
+    splits captions; None for that of the cache, or `treebank`. Raises PredictionsError, CacheError,
+    DatasetError or MetricsError.
     """
     found = read_predictions(predictions)
-    references = references_of(cache=cache, captions=captions, split=split, only=only)
-    source = captions or cache
-    assert source is not None
+    references = references_of(
+        cache=cache,
+        captions=captions,
+        split=split,
+        only=only,
+        image_column=image_column,
+        caption_column=caption_column,
+        say=say,
+    )
+    if isinstance(captions, Path) or not captions:
+        source = str(captions or cache)
+    else:
+        source = ", ".join(map(str, captions))
     hypotheses, references = match(found, references, predictions, source)
     return _score(
         hypotheses,
@@ -174,19 +189,31 @@ def evaluate_predictions(
 def evaluate_people(
     *,
     cache: Path | None = None,
-    captions: Path | None = None,
+    captions: Path | Sequence[Path] | None = None,
     split: str | None = None,
     only: Path | None = None,
     tokenizer: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     meteor: bool = True,
     spice: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Agreement:
     """`human_agreement` of the captions of a cache or of a captions file.
 
-    split, only: as for `read_photos`. tokenizer: what splits captions; None for that of the cache,
-    or `treebank`. Raises CacheError, DatasetError or MetricsError.
+    captions, split, only, image_column, caption_column, say: as for `read_photos`. tokenizer: what
+    splits captions; None for that of the cache, or `treebank`. Raises CacheError, DatasetError or
+    MetricsError.
     """
-    references = references_of(cache=cache, captions=captions, split=split, only=only)
+    references = references_of(
+        cache=cache,
+        captions=captions,
+        split=split,
+        only=only,
+        image_column=image_column,
+        caption_column=caption_column,
+        say=say,
+    )
     return human_agreement(
         references, tokenizer=tokenizer or tokenizer_of(cache), meteor=meteor, spice=spice
     )

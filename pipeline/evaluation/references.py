@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
-from pipeline.photos.captions_files import DatasetError, keep_listed, read_captions
+from pipeline.captions.dataset import keep_listed, read_captions
+from pipeline.captions.records import DatasetError
 from train.captions.script import TREEBANK
 
 # Up to 18 digits, which fit into 64 bits.
@@ -42,31 +43,50 @@ def cache_references(cache: FeatureCache) -> dict[str, list[str]]:
 
 
 def read_references(
-    source: Path, *, split: str | None = None, only: Path | None = None
+    source: Path | Sequence[Path],
+    *,
+    split: str | None = None,
+    only: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, list[str]]:
-    """The captions of a captions file in any of the formats, by image id. A photo may have none.
+    """The captions of captions files, by image id. A photo may have none.
 
-    split, only: as for `read_photos`. Raises DatasetError.
+    The arguments are those of `read_photos`. Raises DatasetError.
     """
-    photos = read_captions(source, split=split)
+    photos = read_captions(
+        source, split=split, image_column=image_column, caption_column=caption_column, say=say
+    )
     if only is not None:
         photos = keep_listed(photos, only)
     references = {photo.image_id: list(photo.captions) for photo in photos}
     if not any(references.values()):
-        raise DatasetError(f"{source}: holds no captions to score against")
+        names = source if isinstance(source, Path) else ", ".join(map(str, source))
+        raise DatasetError(f"{names}: holds no captions to score against")
     return references
 
 
 def references_of(
     *,
     cache: Path | None = None,
-    captions: Path | None = None,
+    captions: Path | Sequence[Path] | None = None,
     split: str | None = None,
     only: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, list[str]]:
-    """`cache_references` of a cache, or `read_references` of a captions file."""
+    """`cache_references` of a cache, or `read_references` of captions files."""
     if captions is not None:
-        return read_references(captions, split=split, only=only)
+        return read_references(
+            captions,
+            split=split,
+            only=only,
+            image_column=image_column,
+            caption_column=caption_column,
+            say=say,
+        )
     assert cache is not None
     return cache_references(open_cache(cache))
 
@@ -112,7 +132,7 @@ def _fields(entry: object) -> tuple[object, object]:
 
 
 def match(
-    predictions: Mapping[str, str], references: Mapping[str, list[str]], path: Path, source: Path
+    predictions: Mapping[str, str], references: Mapping[str, list[str]], path: Path, source: object
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """(captions, references) of the photos that have references, in the order of these.
 

@@ -13,6 +13,15 @@ from train.option import about, option
 # Of the network's arithmetic; `auto` is the fastest that agrees with float32.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
+CAPTIONS_HELP = (
+    "A captions file: a table or JSON of any layout; several if given several times. "
+    "`sidecar` for text files beside the photos, `metadata` for captions inside them. "
+    "Without it, the cache has no captions."
+)
+IMAGE_COLUMN_HELP = (
+    "The column or field that names the photos, by name or number from 1, if it is not found."
+)
+CAPTION_COLUMN_HELP = "The same for the captions."
 BACKBONE_HELP = "Any torchvision classifier."
 
 
@@ -30,11 +39,10 @@ class ExtractConfig:
 
     images: Path = field(metadata=about("Folder of photos."))
     out: Path = field(metadata=about("The cache to write, or to continue."))
-    captions: Path | None = option(
-        None,
-        "COCO or Karpathy JSON, Flickr CSV or token.txt. Without it, the cache has no captions.",
-    )
-    split: str | None = option(None, "Splits of a Karpathy JSON, as in train,restval.")
+    captions: Path | tuple[Path, ...] | None = option(None, CAPTIONS_HELP, many=Path)
+    image_column: str | None = option(None, IMAGE_COLUMN_HELP)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
+    split: str | None = option(None, "Splits of the captions file, as in train,restval.")
     only: Path | None = option(None, "Extract only the photos named in this file, one per line.")
     tokenizer: str = option(TREEBANK, TOKENIZER_HELP, choices=TOKENIZERS)
     backbone: str = option("resnet152", BACKBONE_HELP)

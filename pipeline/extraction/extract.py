@@ -20,6 +20,8 @@ from cache.errors import CapError
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
 from cache.store import DONE, UNREADABLE, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
+from pipeline.captions.dataset import read_photos
+from pipeline.captions.records import Photo
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import choose_precision, fast_precisions
@@ -29,7 +31,6 @@ from pipeline.extraction.device_workers import encode_on_devices
 from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
-from pipeline.photos.captions_files import Photo, read_photos
 from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from train.captions.script import misfit
@@ -80,13 +81,18 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     StalledError, WorkerError or ExtractError.
     """
     check_place(config.out)
+    understood: list[str] = []
     photos = read_photos(
         config.images,
         config.captions,
         split=config.split,
         only=config.only,
         limit=config.limit,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        say=understood.append,
     )
+    yield from (Notice(text) for text in understood)
     unfit = misfit([text for photo in photos for text in photo.captions], config.tokenizer)
     if unfit is not None:
         yield Notice(unfit)

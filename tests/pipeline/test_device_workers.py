@@ -139,7 +139,7 @@ def test_what_a_worker_cannot_do_is_its_one_line(photos: Path, tmp_path: Path) -
     weights = tmp_path / "w.pth"
     torch.save(load_backbone("resnet18", "random").network.state_dict(), weights)
     reports = extract(config(photos, tmp_path / "x.h5", weights=str(weights), device="cpu,cpu"))
-    next(reports)
+    next(report for report in reports if isinstance(report, Progress))
     weights.unlink()  # before the workers start
     with pytest.raises(WorkerError, match=r"w\.pth: no such weights file"):
         list(reports)

@@ -71,10 +71,10 @@ def test_a_closed_extraction_keeps_what_is_done_and_goes_on(photos: Path, tmp_pa
 def test_going_on_keeps_the_batch_size_and_so_the_bytes(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "whole.h5")
     reports = extract(config(photos, tmp_path / "x.h5"))
-    next(reports)
+    next(report for report in reports if isinstance(report, Progress))
     reports.close()
     _, notices = run(photos, tmp_path / "x.h5", batch_size=3)
-    assert notices == ["continuing with the cache's own batch size, 4"]
+    assert notices[-1:] == ["continuing with the cache's own batch size, 4"]
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
@@ -160,15 +160,13 @@ def test_files_that_are_no_photos_never_stop_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     write_photo(folder / "a.jpg", 0)
     os.mkfifo(folder / "pipe.jpg")
-    (folder / "folder.jpg").mkdir()
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     (tmp_path / "captions.txt").write_text(
-        "".join(f"{name}.jpg,A caption\n" for name in ("a", "pipe", "folder", "gone"))
+        "".join(f"{name}.jpg,A caption\n" for name in ("a", "pipe", "gone"))
     )
     run(folder, tmp_path / "x.h5", captions=tmp_path / "captions.txt")
     assert dict(open_cache(tmp_path / "x.h5").errors()) == {
         "pipe.jpg": "not a regular file",
-        "folder.jpg": "not a regular file",
         "gone.jpg": "file not found",
     }
 

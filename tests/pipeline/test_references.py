@@ -8,6 +8,7 @@ from pycocotools.coco import COCO as COCOFile
 
 from cache.merge import merge
 from cache.store import open_cache
+from pipeline.captions.records import DatasetError
 from pipeline.evaluation.evaluate import _write_json
 from pipeline.evaluation.references import (
     PredictionsError,
@@ -17,7 +18,6 @@ from pipeline.evaluation.references import (
     read_predictions,
     read_references,
 )
-from pipeline.photos.captions_files import DatasetError
 from tests.pipeline.test_extract import run
 
 COCO = {

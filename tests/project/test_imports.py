@@ -39,16 +39,17 @@ TRAIN = {
 }
 PIPELINE = {
     "photos": set[str](),
+    "captions": {"photos"},
     "encoder": {"photos"},
-    "vocabulary_report": {"photos"},
+    "vocabulary_report": {"captions"},
     "gallery": {"photos"},
-    "extraction": {"photos", "encoder"},
+    "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
-    "evaluation": {"photos", "captioner"},
+    "evaluation": {"captions", "captioner"},
     "demo": {"extraction", "captioner", "evaluation", "gallery"},
     "bench": {"photos", "encoder", "extraction", "captioner"},
     "cli": {
-        *("photos", "encoder", "extraction", "captioner", "evaluation"),
+        *("photos", "captions", "encoder", "extraction", "captioner", "evaluation"),
         *("vocabulary_report", "gallery", "demo", "bench"),
     },
     "__main__": {"cli"},

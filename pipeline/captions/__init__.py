@@ -1,0 +1,1 @@
+"""Captions as people keep them: files of any layout, texts beside photos, texts inside photos."""

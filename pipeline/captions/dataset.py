@@ -1,0 +1,232 @@
+"""The photos to work on and their captions, from one or several sources.
+
+Photos come in a fixed order. A photo is identified by its own id (COCO's number, otherwise its name
+as the captions file writes it, or its path), never by its position in a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipeline.captions.formats.beside import SIDECAR, read_sidecars
+from pipeline.captions.formats.encoding import open_text
+from pipeline.captions.formats.inside import METADATA, read_metadata
+from pipeline.captions.formats.json_files import read_json
+from pipeline.captions.formats.tables import read_table
+from pipeline.captions.photo_index import Matches, PhotoIndex
+from pipeline.captions.records import Choice, DatasetError, Photo, Reading, check_text
+from pipeline.captions.understood import Understood, joined_notes, understood, what_is_there
+from pipeline.photos.folder import list_photos
+from train.option import SettingError
+
+# Files beside the photos, and texts inside them, are read only if these words ask for them.
+WITHOUT_FILE = frozenset((SIDECAR, METADATA))
+
+Captions = Path | Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Photos with captions, and what was understood of each source of captions."""
+
+    photos: list[Photo]
+    sources: list[Understood]
+    notes: list[str]  # of all sources together, one line each
+
+    def lines(self) -> list[str]:
+        return [line for source in self.sources for line in source.lines()] + self.notes
+
+
+def read_photos(
+    images: Path,
+    captions: Captions | None = None,
+    *,
+    split: str | None = None,
+    only: Path | None = None,
+    limit: int | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[Photo]:
+    """The photos to work on, in the order of the captions file, or else sorted by path.
+
+    captions: a captions file of any layout, or several, whose captions are joined by photo;
+    `sidecar` for text files beside the photos, `metadata` for captions inside them; None for every
+    photo below `images`. Photos that are not below `images` are left out. split: comma-separated
+    splits of the captions file. only: a file with one photo name per line; other photos are left
+    out. limit: how many photos to return at most. image_column, caption_column: where the columns
+    or fields cannot be found out. say: is told, line by line, what was understood.
+
+    Raises DatasetError if a file cannot be read, no photo is left, or the arguments contradict each
+    other.
+    """
+    if not images.is_dir():
+        wrong = "is a file; name a folder" if images.is_file() else "no such folder"
+        raise DatasetError(f"{images}: {wrong}")
+    if not _sources(captions):
+        if split is not None:
+            raise DatasetError("--split needs a captions file with splits as --captions")
+        photos = [Photo(path, path) for path in list_photos(images).paths]
+        if only is not None:
+            photos = keep_listed(photos, only)
+    else:
+        dataset = read_dataset(
+            captions, Choice(split, image_column, caption_column), images=images, only=only
+        )
+        photos = dataset.photos
+        for line in dataset.lines() if say is not None else ():
+            say(line)  # type: ignore[misc]
+    photos = photos[:limit]
+    if not photos:
+        raise DatasetError(f"{images}: no photos found")
+    return photos
+
+
+def read_captions(
+    captions: Captions,
+    *,
+    split: str | None = None,
+    images: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[Photo]:
+    """The photos of captions files of any layout.
+
+    images: the image folder; without it, the paths of the photos are their names in the file. The
+    other arguments are those of `read_photos`. Raises DatasetError if a layout is unknown or a file
+    names no photo.
+    """
+    choice = Choice(split, image_column, caption_column)
+    dataset = read_dataset(captions, choice, images=images)
+    for line in dataset.lines() if say is not None else ():
+        say(line)  # type: ignore[misc]
+    return dataset.photos
+
+
+def read_dataset(
+    captions: Captions | None,
+    choice: Choice,
+    *,
+    images: Path | None = None,
+    only: Path | None = None,
+) -> Dataset:
+    """Read captions, join them by photo, and say what was understood.
+
+    images, only: as for `read_photos`. Raises DatasetError.
+    """
+    sources = _sources(captions)
+    if choice.names_columns and {str(source) for source in sources} <= WITHOUT_FILE:
+        raise SettingError("--image-column and --caption-column have no effect without a file")
+    index = PhotoIndex(images) if images is not None else None
+    readings = [_read(source, index, choice) for source in sources]
+    matches = [index.match(reading.photos) if index is not None else None for reading in readings]
+    photos, missing, ids_differ = _join(readings, matches)
+    if only is not None:
+        kept = keep_listed([*photos, *missing], only)
+        known = {photo.path for photo in photos}
+        photos = [photo for photo in kept if photo.path in known]
+    if index is not None and not photos:
+        raise _none_found(index, readings, matches, bool(only))
+    described = [
+        understood(reading, match, index) for reading, match in zip(readings, matches, strict=True)
+    ]
+    names = ", ".join(map(str, sources))
+    for photo in photos:
+        check_text(photo, names)
+    return Dataset(photos, described, joined_notes(photos, ids_differ, len(sources)))
+
+
+def _sources(captions: Captions | None) -> list[Path]:
+    return [captions] if isinstance(captions, Path) else list(captions or ())
+
+
+def _read(source: Path, index: PhotoIndex | None, choice: Choice) -> Reading:
+    if str(source) in WITHOUT_FILE:
+        if index is None:
+            raise DatasetError(f"--captions {source} needs a folder of photos (--images)")
+        if choice.split is not None:
+            raise DatasetError(f"--captions {source} has no splits")
+        read = read_sidecars if str(source) == SIDECAR else read_metadata
+        return read(list_photos(index.images).paths, index)
+    file, encoding = open_text(source)
+    try:
+        with file:
+            start = file.read(4096).lstrip("\ufeff \t\r\n")
+            file.seek(0)
+            read_it = read_json if start[:1] in ("{", "[") else read_table
+            return read_it(source, file, encoding, index, choice)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{source}: not the text it seemed to be ({error.reason})") from None
+
+
+def _join(
+    readings: Sequence[Reading], matches: Sequence[Matches | None]
+) -> tuple[list[Photo], list[Photo], bool]:
+    """(photos with the captions of all sources, photos without a file, whether names have taken the
+    place of ids because some ids stand for several photos).
+    """
+    captions: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    missing: dict[str, Photo] = {}
+    for reading, match in zip(readings, matches, strict=True):
+        before = set(captions)
+        for name, texts in reading.photos.items():
+            path = name if match is None else match.paths.get(name)
+            if path is None:
+                missing.setdefault(name, Photo(reading.ids.get(name, name), name))
+                continue
+            names.setdefault(path, name)
+            ids.setdefault(path, reading.ids.get(name, name))
+            known = captions.setdefault(path, [])
+            # Two files that overlap do not make a caption count twice.
+            known += [text for text in texts if text not in known] if path in before else texts
+    differ = len(set(ids.values())) < len(ids) or any(reading.ids_differ for reading in readings)
+    if differ:
+        ids = names if len(set(names.values())) == len(names) else {path: path for path in names}
+    photos = [Photo(ids[path], path, tuple(texts)) for path, texts in captions.items()]
+    return photos, list(missing.values()), differ
+
+
+def _none_found(
+    index: PhotoIndex,
+    readings: Sequence[Reading],
+    matches: Sequence[Matches | None],
+    listed: bool,
+) -> DatasetError:
+    found = [match for match in matches if match is not None]
+    sources = ", ".join(reading.source for reading in readings)
+    if listed and any(match.paths for match in found):
+        return DatasetError(f"{index.images}: none of the photos of --only is here")
+    first = next((match for match in found if match.missing or match.ambiguous), None)
+    if first is None:
+        return DatasetError(f"{sources}: names no photo")
+    return DatasetError(
+        f"{index.images}: none of the photos of {sources} is here ({what_is_there(first, index)})"
+    )
+
+
+def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
+    """The photos that the file `only` names, one per line, with or without folders.
+
+    Raises DatasetError if it names a photo that is not among `photos`.
+    """
+    file, _ = open_text(only)
+    with file:
+        wanted = {line.strip() for line in file if line.strip()}
+    kept, known = [], set[str]()
+    for photo in photos:
+        names = {photo.path, PurePosixPath(photo.path).name, photo.image_id}
+        if not names.isdisjoint(wanted):
+            kept.append(photo)
+            known |= names
+    unknown = sorted(wanted - known)
+    if unknown:
+        raise DatasetError(
+            f"{only}: {len(unknown):,} of {len(wanted):,} names are not among the photos "
+            f"(first: {unknown[0]})"
+        )
+    return kept

@@ -1,0 +1,156 @@
+"""Photos with their captions, and what one source of captions says before its photos are found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache.errors import CapError
+
+# More of the rows than this share cannot be read: the file was probably misunderstood.
+_MOST_FAULTS = 0.1
+_SHOWN_FAULTS = 3
+_SHOWN_LETTERS = 60
+# A longer text is no caption, but a line that lost its end or a photo's bytes.
+_LONGEST_CAPTION = 20_000
+# How programs write that there is no caption.
+_NOTHING = frozenset(("nan", "null", "none", "na", "n/a", "<na>", "#n/a"))
+
+
+class DatasetError(CapError):
+    """Raised when a photo folder or a captions file cannot be used.
+
+    The message is one line that starts with the file.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One photo and its captions. `path` is relative to the image folder, with `/` as separator."""
+
+    image_id: str
+    path: str
+    captions: tuple[str, ...] = ()
+
+
+@dataclass
+class Reading:
+    """What one source of captions says. Names of photos are as the source writes them."""
+
+    source: str
+    format: str  # in words, as `CSV, ISO-8859-1`
+    columns: str = ""  # in words, which column or field holds what
+    photos: dict[str, list[str]] = field(default_factory=dict)  # captions by name
+    ids: dict[str, str] = field(default_factory=dict)  # by name; the others have their name as id
+    ids_differ: bool = False  # one photo has several
+    rows: int = 0
+    faults: int = 0  # rows that cannot be read
+    first_faults: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)  # captions, by reason
+    notes: list[str] = field(default_factory=list)  # what else the user should know
+    encoding_guessed: bool = False
+
+    def add(self, name: str, texts: Iterable[object], image_id: str | None = None) -> None:
+        """Add captions of a photo, without the empty ones, which are counted."""
+        captions = self.photos.setdefault(name, [])
+        if image_id is not None and self.ids.setdefault(name, image_id) != image_id:
+            self.ids_differ = True
+        for text in texts:
+            caption = self._caption(text)
+            if caption:
+                captions.append(caption)
+
+    def _caption(self, text: object) -> str | None:
+        if text is None:
+            self.left_out["empty"] += 1
+            return None
+        if not isinstance(text, str):
+            self.left_out["not text"] += 1
+            return None
+        caption = " ".join(text.split())
+        if not caption:
+            self.left_out["empty"] += 1
+            return None
+        if len(caption) <= 5 and caption.lower() in _NOTHING:
+            self.left_out[f"“{caption}”"] += 1
+            return None
+        if len(caption) > _LONGEST_CAPTION:
+            self.left_out[f"longer than {_LONGEST_CAPTION:,} characters"] += 1
+            return None
+        return caption
+
+    def fault(self, where: str, text: str, reason: str) -> None:
+        """Count a row that cannot be read. where: as `line 17`. text: the row as it is there."""
+        self.faults += 1
+        if len(self.first_faults) < _SHOWN_FAULTS:
+            self.first_faults.append(f"{where}: {reason}: {shortened(text)}")
+
+    def faults_in_words(self) -> str:
+        return (
+            f"{self.faults:,} of {self.rows:,} rows cannot be read ({'; '.join(self.first_faults)})"
+        )
+
+    def check(self, help: str) -> None:
+        """Raise DatasetError if too many rows cannot be read, or if no photo was named.
+
+        help: what the user can do about rows that cannot be read.
+        """
+        if self.faults > _MOST_FAULTS * self.rows:
+            understood = f"understood as {self.format}"
+            if self.columns:
+                understood += f" with {self.columns}"
+            raise DatasetError(
+                f"{self.source}: {self.faults_in_words()}, more than a tenth; {understood}; {help}"
+            )
+        if not self.photos:
+            raise DatasetError(f"{self.source}: names no photo")
+
+
+def shortened(text: str) -> str:
+    """A text for a message, on one line and not too long."""
+    text = text.strip()
+    return repr(text if len(text) <= _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + "…")
+
+
+def check_text(photo: Photo, source: str) -> None:
+    r"""Raise DatasetError if half of a surrogate pair, as JSON can hold (`"\ud83d"`), is among the
+    strings. It is no text, and no file in UTF-8 can hold it.
+    """
+    # Python gives such halves to the bytes of a file's name that are not UTF-8.
+    names = [(text, "surrogateescape") for text in (photo.image_id, photo.path)]
+    for text, errors in names + [(text, "strict") for text in photo.captions]:
+        try:
+            text.encode(errors=errors)
+        except UnicodeEncodeError as error:
+            raise DatasetError(
+                f"{source}: half of a character ({text[error.start]!r}) in {text!r} of photo "
+                f"{photo.path!r}, instead of text; correct it in the file"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user says about a captions file; None: to be found out."""
+
+    split: str | None = None  # comma-separated names
+    image_column: str | None = None
+    caption_column: str | None = None
+
+    @property
+    def wanted_splits(self) -> frozenset[str] | None:
+        return frozenset(name.strip() for name in self.split.split(",")) if self.split else None
+
+    @property
+    def names_columns(self) -> bool:
+        return self.image_column is not None or self.caption_column is not None
+
+
+def no_splits(source: str | Path) -> DatasetError:
+    return DatasetError(f"{source}: has no splits; use --only with a list of photo names")
+
+
+def unknown_splits(source: str | Path, wanted: frozenset[str], known: set[str]) -> DatasetError:
+    unknown, known_ones = ", ".join(sorted(wanted - known)), ", ".join(sorted(known))
+    return DatasetError(f"{source}: no split {unknown}; it has {known_ones}")
