@@ -169,7 +169,9 @@ def predict(
     with errors():
         from pipeline.captioner import Captioner, find_photos
 
-        names = find_photos(paths)
+        left_out: list[str] = []
+        names = find_photos(paths, left_out)
+        _say_all(left_out)
         if not names:
             raise CapError(f"{' '.join(paths)}: no photos found")
         captioner = Captioner.load(model, device=device, weights=weights, search_config=search)

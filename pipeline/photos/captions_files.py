@@ -10,7 +10,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from cache.errors import CapError
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".avif")
-)
+from pipeline.photos.folder import IMAGE_SUFFIXES, list_photos
 
 
 class DatasetError(CapError):
@@ -48,16 +44,17 @@ def read_photos(
     split: str | None = None,
     only: Path | None = None,
     limit: int | None = None,
+    notices: list[str] | None = None,
 ) -> list[Photo]:
     """The photos to work on, in the order of the captions file, or else sorted by path.
 
     captions: COCO captions JSON, Karpathy JSON, Flickr8k `captions.txt` (CSV), Flickr `token.txt`
     or Flickr30k `results.csv`; None for every photo below `images`. split: comma-separated splits
     of a Karpathy file. only: a file with one photo name per line; other photos are left out.
-    limit: how many photos to return at most.
+    limit: how many photos to return at most. notices: gets a line about what else the folder holds.
 
-    Raises DatasetError if a file cannot be read, no photo is left, or the arguments contradict each
-    other.
+    Raises FolderError if a folder cannot be read, and DatasetError if a file cannot be read, no
+    photo is left, or the arguments contradict each other.
     """
     if not images.is_dir():
         wrong = "is a file; name a folder" if images.is_file() else "no such folder"
@@ -65,7 +62,10 @@ def read_photos(
     if captions is None:
         if split is not None:
             raise DatasetError("--split needs a Karpathy JSON as --captions")
-        photos = _folder_photos(images)
+        found = list_photos(images)
+        photos = [Photo(path, path) for path in found.paths]
+        if notices is not None and (line := found.notice()):
+            notices.append(line)
     else:
         photos = read_captions(captions, split=split, images=images)
     if only is not None:
@@ -124,18 +124,6 @@ def _check_text(captions: Path, photo: Photo) -> None:
                 f"{captions}: half of a character ({text[error.start]!r}) in {text!r} of photo "
                 f"{photo.path!r}, instead of text; correct it in the file"
             ) from None
-
-
-def _folder_photos(images: Path) -> list[Photo]:
-    found: list[str] = []
-    for folder, subfolders, names in os.walk(images):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found.extend(
-            (Path(folder) / name).relative_to(images).as_posix()
-            for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        )
-    return [Photo(path, path) for path in sorted(found)]
 
 
 def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
