@@ -44,6 +44,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Score only the photos of --captions named in this file, one per line."),
     ] = None,
+    all_photos: Annotated[
+        bool,
+        typer.Option("--all", help="Refuse --predictions that leave out photos with references."),
+    ] = False,
     search: SearchConfig,
     no_meteor: Annotated[
         bool, typer.Option("--no-meteor", help="Leave out METEOR, which takes most of the time.")
@@ -64,6 +68,8 @@ def evaluate(
     _check_what_is_scored(model, predictions, human, cache, captions, split or only)
     if model is None and search != SearchConfig():
         raise typer.BadParameter("the options of the search have no effect without --model")
+    if predictions is None and all_photos:
+        raise typer.BadParameter("--all has no effect without --predictions")
     with errors():
         from pipeline.evaluation import evaluate as stage
 
@@ -80,6 +86,7 @@ def evaluate(
                 captions=captions,
                 split=split,
                 only=only,
+                all_photos=all_photos,
                 meteor=meteor,
                 spice=spice,
             )

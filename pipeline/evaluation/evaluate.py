@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +142,26 @@ def evaluate_predictions(
     captions: Path | None = None,
     split: str | None = None,
     only: Path | None = None,
+    all_photos: bool = False,
     meteor: bool = True,
     spice: bool = True,
 ) -> Result:
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
 
-    split, only: as for `read_photos`. Raises PredictionsError, CacheError, DatasetError or
-    MetricsError.
+    split, only: as for `read_photos`. all_photos: refuse a file that leaves out photos; otherwise
+    those that it has are scored, and a notice of the scores says how many of how many. Raises
+    PredictionsError, CacheError, DatasetError or MetricsError.
     """
     found = read_predictions(predictions)
     references = references_of(cache=cache, captions=captions, split=split, only=only)
     source = captions or cache
     assert source is not None
-    hypotheses, references = match(found, references, predictions, source)
-    return _score(hypotheses, references, meteor=meteor, spice=spice)
+    matched = match(found, references, predictions, source, all_photos=all_photos)
+    result = _score(matched.hypotheses, matched.references, meteor=meteor, spice=spice)
+    if matched.notice is None:
+        return result
+    notices = (matched.notice, *result.scores.notices)
+    return replace(result, scores=replace(result.scores, notices=notices))
 
 
 def evaluate_people(
