@@ -69,7 +69,8 @@ class FolderPhotos:
         others = sum(count for _, count in kinds[_NAMED_KINDS:])
         if others:
             named.append(f"{others:,} of other kinds")
-        line = f"{self.folder}: {len(self.paths):,} photos; left out {', '.join(named)}"
+        photos = f"{len(self.paths):,} photo{'s' if len(self.paths) != 1 else ''}"
+        line = f"{self.folder}: {photos}; left out {', '.join(named)}"
         convertible = sorted(_TO_CONVERT & self.left_out.keys())
         if convertible:
             line += f"; convert {', '.join(convertible)} to JPEG to use them"

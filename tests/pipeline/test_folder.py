@@ -85,7 +85,7 @@ def test_one_line_counts_what_is_left_out(tmp_path: Path) -> None:
     written(tmp_path, a__jpg=JPEG, b__nef=b"", c__nef=b"", d__jxl=b"", e__txt=b"", f=b"")
     (tmp_path / ".git").mkdir()
     assert list_photos(tmp_path).notice() == (
-        f"{tmp_path}: 1 photos; left out 2 .nef, 1 .jxl, 1 .txt, 1 hidden, 1 without suffix; "
+        f"{tmp_path}: 1 photo; left out 2 .nef, 1 .jxl, 1 .txt, 1 hidden, 1 without suffix; "
         "convert .jxl, .nef to JPEG to use them"
     )
     for number in range(9):
