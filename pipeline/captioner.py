@@ -21,7 +21,7 @@ import torch
 from cache.errors import CapError
 from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
-from pipeline.photos.folder import IMAGE_SUFFIXES
+from pipeline.photos.folder import list_photos
 from pipeline.photos.photo_file import ReadPhoto, read_photo
 from train.captions.sentence import sentence
 from train.captions.views import chosen_view, mean_of_views, view_features, views_to_read
@@ -213,17 +213,20 @@ def caption_cache(
     return predictions
 
 
-def find_photos(paths: Iterable[str]) -> list[str]:
+def find_photos(paths: Iterable[str], notices: list[str] | None = None) -> list[str]:
     """The given files, the photos below the given folders, and the matches of globs.
 
     Photos of one folder or glob are sorted, and no file is named twice. A name that matches nothing
-    stays in the list, so that captioning it tells what is wrong.
+    stays in the list, so that captioning it tells what is wrong. notices: gets a line about what
+    else a folder holds. Raises FolderError if a folder cannot be read.
     """
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            below = (p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            found.extend(sorted(str(p) for p in below if p.is_file()))
+            below = list_photos(Path(path))
+            found.extend(str(below.folder / name) for name in below.paths)
+            if notices is not None and (line := below.notice()):
+                notices.append(line)
         elif os.path.exists(path):
             found.append(path)
         else:

@@ -137,9 +137,9 @@ MakeCache = Callable[..., FeatureCache]
 
 @pytest.fixture
 def make_cache(tmp_path: Path) -> MakeCache:
-    """make_cache(captions, features=None, name="x.h5", ids=None, digests=None, **record fields or
-    tokenizer) → a finished cache. digests: a number from 0 to 255 for each photo; 0, as by default:
-    unknown.
+    """make_cache(captions, features=None, name="x.h5", ids=None, digests=None, paths=None,
+    **record fields or tokenizer) → a finished cache. digests: a number from 0 to 255 for each
+    photo; 0, as by default: unknown.
     """
 
     def make(
@@ -148,11 +148,14 @@ def make_cache(tmp_path: Path) -> MakeCache:
         name: str = "x.h5",
         ids: Sequence[str] | None = None,
         digests: Sequence[int] | None = None,
+        paths: Sequence[str] | None = None,
         **changes: object,
     ) -> FeatureCache:
         made = skeleton(captions, **changes)
         if ids is not None:
             made = dataclasses.replace(made, image_ids=Strings.pack(ids))
+        if paths is not None:
+            made = dataclasses.replace(made, paths=Strings.pack(paths))
         shape = (len(captions), len(made.encoder.views), made.encoder.feature_dim)
         if features is None:
             features = np.random.default_rng(0).standard_normal(shape)

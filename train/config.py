@@ -170,6 +170,9 @@ class TrainConfig:
     from_cache: Path = field(metadata=about(TRAIN_CACHE_HELP))
     out: Path = field(metadata=about("Run folder to write."))
     val_cache: Path | None = option(None, VAL_CACHE_HELP)
+    val_list: Path | None = option(
+        None, "Validate on the photos of --from-cache named in this file, one per line."
+    )
     recipe: Recipe = option(
         BEST,
         "best, or classic: the training of the CNN-LSTM tutorials. The options that show a value "
@@ -184,8 +187,8 @@ class TrainConfig:
     max_length: int = 50  # words of a caption; the rest is cut off, unless many are longer
     val_share: float | None = option(
         None,
-        "Share of the photos held out for validation without --val-cache; at least one photo.  "
-        "[default: by their number]",
+        "Share of the photos held out for validation without --val-cache and --val-list; at least "
+        "one photo.  [default: by their number]",
         min=0.0,
         max=0.9,
     )
@@ -227,8 +230,17 @@ class TrainConfig:
         check_bounds(self)
         if self.plain and self.precision == "bfloat16":
             raise SettingError("--plain computes in float32; leave out --precision bfloat16")
-        if self.val_cache is not None and self.val_share is not None:
-            raise SettingError("--val-share has no effect beside --val-cache; give one of the two")
+        if self.val_cache is not None and self.val_list is not None:
+            raise SettingError(
+                "--val-cache validates on photos of its own, --val-list on some of --from-cache; "
+                "give one of them"
+            )
+        for name in ("val_cache", "val_list"):
+            if getattr(self, name) is not None and self.val_share is not None:
+                option_name = f"--{name.replace('_', '-')}"
+                raise SettingError(
+                    f"--val-share has no effect beside {option_name}; give one of the two"
+                )
         if self.resume and self.overwrite:
             raise SettingError(
                 "--resume continues the run in --out, --overwrite starts afresh; give one of them"

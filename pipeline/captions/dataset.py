@@ -68,7 +68,10 @@ def read_photos(
     if not _sources(captions):
         if split is not None:
             raise DatasetError("--split needs a captions file with splits as --captions")
-        photos = [Photo(path, path) for path in list_photos(images).paths]
+        found = list_photos(images)
+        photos = [Photo(path, path) for path in found.paths]
+        if say is not None and (line := found.notice()):
+            say(line)
         if only is not None:
             photos = keep_listed(photos, only)
     else:

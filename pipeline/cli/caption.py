@@ -61,6 +61,10 @@ def evaluate(
         str | None,
         choice(f"{TOKENIZER_HELP} Only for --captions.  [default: treebank]", TOKENIZERS),
     ] = None,
+    all_photos: Annotated[
+        bool,
+        typer.Option("--all", help="Refuse --predictions that leave out photos with references."),
+    ] = False,
     search: SearchConfig,
     no_meteor: Annotated[
         bool, typer.Option("--no-meteor", help="Leave out METEOR, which takes most of the time.")
@@ -84,6 +88,8 @@ def evaluate(
         raise typer.BadParameter("the options of the search have no effect without --model")
     if tokenizer is not None and captions is None:
         raise typer.BadParameter("--tokenizer is for --captions; a cache and a model know theirs")
+    if predictions is None and all_photos:
+        raise typer.BadParameter("--all has no effect without --predictions")
     with errors():
         from pipeline.evaluation import evaluate as stage
 
@@ -103,6 +109,7 @@ def evaluate(
                 tokenizer=tokenizer,
                 image_column=image_column,
                 caption_column=caption_column,
+                all_photos=all_photos,
                 meteor=meteor,
                 spice=spice,
                 say=say,
@@ -203,7 +210,9 @@ def predict(
     with errors():
         from pipeline.captioner import Captioner, find_photos
 
-        names = find_photos(paths)
+        left_out: list[str] = []
+        names = find_photos(paths, left_out)
+        _say_all(left_out)
         if not names:
             raise CapError(f"{' '.join(paths)}: no photos found")
         captioner = Captioner.load(model, device=device, weights=weights, search_config=search)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def evaluate_predictions(
     tokenizer: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    all_photos: bool = False,
     meteor: bool = True,
     spice: bool = True,
     say: Callable[[str], None] | None = None,
@@ -159,8 +160,9 @@ def evaluate_predictions(
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
 
     captions, split, only, image_column, caption_column, say: as for `read_photos`. tokenizer: what
-    splits captions; None for that of the cache, or `treebank`. Raises PredictionsError, CacheError,
-    DatasetError or MetricsError.
+    splits captions; None for that of the cache, or `treebank`. all_photos: refuse a file that
+    leaves out photos; otherwise those that it has are scored, and a notice of the scores says how
+    many of how many. Raises PredictionsError, CacheError, DatasetError or MetricsError.
     """
     found = read_predictions(predictions)
     references = references_of(
@@ -176,14 +178,18 @@ def evaluate_predictions(
         source = str(captions or cache)
     else:
         source = ", ".join(map(str, captions))
-    hypotheses, references = match(found, references, predictions, source)
-    return _score(
-        hypotheses,
-        references,
+    matched = match(found, references, predictions, source, all_photos=all_photos)
+    result = _score(
+        matched.hypotheses,
+        matched.references,
         tokenizer=tokenizer or tokenizer_of(cache),
         meteor=meteor,
         spice=spice,
     )
+    if matched.notice is None:
+        return result
+    notices = (matched.notice, *result.scores.notices)
+    return replace(result, scores=replace(result.scores, notices=notices))
 
 
 def evaluate_people(

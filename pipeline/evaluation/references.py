@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ class PredictionsError(CapError):
 
     The message is one line that starts with the file.
     """
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Predictions and references of the same photos."""
+
+    hypotheses: dict[str, str]  # by image id
+    references: dict[str, list[str]]  # by image id; none is empty
+    notice: str | None  # one line, if other photos have references
 
 
 def cache_references(cache: FeatureCache) -> dict[str, list[str]]:
@@ -132,13 +142,18 @@ def _fields(entry: object) -> tuple[object, object]:
 
 
 def match(
-    predictions: Mapping[str, str], references: Mapping[str, list[str]], path: Path, source: object
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """(captions, references) of the photos that have references, in the order of these.
+    predictions: Mapping[str, str],
+    references: Mapping[str, list[str]],
+    path: Path,
+    source: object,
+    *,
+    all_photos: bool = False,
+) -> Matched:
+    """The predicted photos that have references, in the order of these.
 
-    path, source: files of the predictions and of the references, for messages. Raises
-    PredictionsError if a predicted photo is not in `source`, or if a photo with references has no
-    prediction, because the scores of a part of the photos cannot be compared with others.
+    path, source: files of the predictions and of the references, for messages. all_photos: whether
+    every photo with references has to have a prediction. Raises PredictionsError if one has none
+    then, if a predicted photo is not in `source`, or if no predicted photo has references.
     """
     unknown = [image for image in predictions if image not in references]
     if unknown:
@@ -148,12 +163,22 @@ def match(
         )
     wanted = {image: texts for image, texts in references.items() if texts}
     missing = [image for image in wanted if image not in predictions]
-    if missing:
+    lack = f"no caption for {len(missing):,} of the {len(wanted):,} photos in {source}"
+    if missing and all_photos:
         raise PredictionsError(
-            f"{path}: no caption for {len(missing):,} of the {len(wanted):,} photos in {source} "
-            f"(first: {missing[0]}); choose photos with --split or --only"
+            f"{path}: {lack} (first: {missing[0]}); choose photos with --split or --only, or leave "
+            "out --all to score the others"
         )
-    return {image: predictions[image] for image in wanted}, wanted
+    scored = {image: texts for image, texts in wanted.items() if image in predictions}
+    if not scored:
+        raise PredictionsError(f"{path}: none of its photos has captions in {source}")
+    notice = None
+    if missing:
+        notice = (
+            f"{path}: {lack} (first: {missing[0]}); scored the other {len(scored):,}, so do not "
+            "compare these scores with those of all photos"
+        )
+    return Matched({image: predictions[image] for image in scored}, scored, notice)
 
 
 def numbered_ids(cache: FeatureCache) -> set[str] | None:

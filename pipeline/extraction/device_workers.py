@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -140,6 +141,7 @@ def _start(pipe: Connection) -> subprocess.Popen[bytes]:
 
 def main() -> None:
     """Run a worker. It also ends when its parent has ended, because its pipe is then closed."""
+    warnings.filterwarnings("ignore", module=r"PIL|pillow_heif")  # as in the parent
     pipe = Connection(int(sys.argv[1]))
     try:
         for item in _encode(pipe.recv()):

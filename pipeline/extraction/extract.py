@@ -70,15 +70,18 @@ class Progress:
 
 
 def library_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "torchvision", "pillow", "simplejpeg")}
+    return {
+        name: version(name)
+        for name in ("torch", "torchvision", "pillow", "pillow-heif", "simplejpeg")
+    }
 
 
 def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     """Make a cache, or finish one that was begun.
 
     Yields notices and progress; the last item is the final progress. Closing the generator keeps
-    what is done. Raises DatasetError, ShardError, DeviceError, EncoderError, CacheError,
-    StalledError, WorkerError or ExtractError.
+    what is done. Raises FolderError, DatasetError, ShardError, DeviceError, EncoderError,
+    CacheError, StalledError, VanishedError, ShortageError, WorkerError or ExtractError.
     """
     check_place(config.out)
     understood: list[str] = []

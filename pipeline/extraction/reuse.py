@@ -6,6 +6,7 @@ size or date; this takes about a hundredth of the time of encoding it.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from cache.verify import damaged_rows
 from cache.writer import CacheWriter
 from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file
-from pipeline.photos.photo_loader import STALL_S, StalledError
+from pipeline.photos.photo_loader import STALL_S, Silence, StalledError
 
 _TASK_PHOTOS = 32
 _Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]
@@ -117,17 +118,26 @@ def _digests(
         threading.Thread(target=work, name=f"digests-{number}", daemon=True).start()
     try:
         for _ in parts:
-            result = finished.get(timeout=STALL_S)
+            result = _next_of(finished, images)
             if isinstance(result, BaseException):
                 raise result
             yield result
-    except queue.Empty:
-        raise StalledError(
-            f"{images}: nothing came from the disk for {STALL_S:.0f} s; what is done is kept, run "
-            "the same command again to continue"
-        ) from None
     finally:
         stopped.set()
+
+
+def _next_of(
+    finished: queue.SimpleQueue[_Digested | BaseException], images: Path
+) -> _Digested | BaseException:
+    silence = Silence(STALL_S)
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return finished.get(timeout=1.0)
+        if silence.is_stall(0):
+            raise StalledError(
+                f"{images}: nothing came from the disk for {silence.seconds:.0f} s; what is done "
+                "is kept, run the same command again to continue"
+            )
 
 
 def _digest(path: Path) -> NDArray[np.uint8] | None:

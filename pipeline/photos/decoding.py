@@ -2,47 +2,114 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import warnings
+import sys
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow's own threshold for a decompression bomb. Such an image takes half a gigabyte decoded.
+from pipeline.photos.memory_budget import MemoryBudget, Reservation
+from pipeline.photos.shortages import is_shortage
+
+# Pillow's own threshold for a decompression bomb. Such an image takes 0.7 to 4 GB to decode.
 MAX_PIXELS = 178_956_970
 
+# Bytes per pixel that decoding takes at its peak, measured: by libjpeg-turbo, which holds the
+# coefficients of a progressive JPEG beside the pixels, and by Pillow, with its copies.
+# Transparency, 16 bits and decoders that hold a picture of their own take more.
+_JPEG_BYTES, _PROGRESSIVE_BYTES, _PILLOW_BYTES, _PILLOW_MOST_BYTES = 4, 10, 12, 24
+_WITH_OWN_COPY = frozenset(("AVIF", "HEIF", "JPEG2000", "WEBP"))
+
 _ORIENTATION_TAG = 0x0112
+_APP1, _PROGRESSIVE, _PIXELS = b"\xe1", b"\xc2", b"\xda"  # markers of a JPEG's segments
+
+# What Pillow opens besides pictures: data of many kinds, videos, and programs that draw.
+_NO_PICTURES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
+# Formats that their first bytes tell from any other file.
+_SIGNED = (*("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "WEBP"),)
 
 
 class ImageError(Exception):
     """Raised when a file is not an image that can be decoded. The message is the reason alone."""
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
+def open_picture(file: IO[bytes]) -> Image.Image:
+    """The image in a file as Pillow opens it, without its pixels yet; HEIC and HEIF too.
+
+    Raises ImageError or what Pillow raises.
+    """
+    start = file.read(12)
+    file.seek(0)
+    if start[4:8] == b"ftyp":  # HEIF, AVIF, or a video
+        _register_heif()
+    image = Image.open(file)
+    if image.format in _NO_PICTURES:
+        raise ImageError(f"not a picture, but {image.format}")
+    return image
+
+
+@functools.cache
+def _register_heif() -> None:
+    import pillow_heif
+
+    Image.init()  # Pillow's plugins first: an AVIF may call itself a HEIF as well
+    pillow_heif.register_heif_opener()
+
+
+def shows_picture(path: str) -> bool:
+    """Whether the first bytes of a regular file are those of a picture.
+
+    Formats without a signature of their own count if the file's suffix is theirs. A TIFF counts
+    only with its own suffix or without any: the raw files of many cameras are TIFFs too, with a
+    thumbnail where Pillow looks for the picture. Raises OSError.
+    """
+    _register_heif()
+    suffix = PurePosixPath(path).suffix.lower()
+    of_suffix = Image.registered_extensions().get(suffix, "" if suffix else "TIFF")
+    formats = [name for name in (*_SIGNED, of_suffix) if name in Image.OPEN]  # some lack AVIF
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file, formats=formats) as image:
+                return image.format not in _NO_PICTURES
+        except Exception as error:  # nearly anything, as in `decode`
+            if is_shortage(error):
+                raise
+            return False
+
+
+def decode(data: bytes, reservation: Reservation | None = None) -> NDArray[np.uint8]:
     """The image in a file's bytes as (H, W, 3) uint8 RGB, upright; of several frames, the first.
 
-    Transparent parts are shown on white, 16-bit gray is scaled to 8 bits. Raises ImageError.
+    Transparent parts are shown on white, 16-bit gray is scaled to 8 bits. reservation: of the
+    memory that decoding takes; it is made as soon as the size of the image is known. Raises
+    ImageError, or MemoryError or OSError if `is_shortage`.
     """
     if not data:
         raise ImageError("the file is empty")
+    if reservation is None:
+        reservation = MemoryBudget(sys.maxsize).reservation()
     if not _needs_pillow(data):
-        pixels = _decode_plain_jpeg(data)
+        pixels = _decode_plain_jpeg(data, reservation)
         if pixels is not None:
             return pixels
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata and large images: handled here
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageError(f"too large ({image.width}×{image.height} pixels)")
-                upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
-                if upright and image.format == "JPEG" and image.mode in ("RGB", "L"):
-                    pixels = _decode_plain_jpeg(data)
-                    if pixels is not None:
-                        return pixels
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        with open_picture(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"too large ({image.width}×{image.height} pixels)")
+            upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
+            if upright and image.format == "JPEG" and image.mode in ("RGB", "L"):
+                pixels = _decode_plain_jpeg(data, reservation)
+                if pixels is not None:
+                    return pixels
+            reservation.change(image.width * image.height * _bytes_per_pixel(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_to_rgb(image))
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -50,8 +117,10 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     except UnidentifiedImageError:
         raise ImageError("not an image, or of an unknown format") from None
     except Exception as error:
+        if is_shortage(error):
+            raise
         # Pillow's plugins raise nearly anything on hostile input: SyntaxError, struct.error, …
-        raise ImageError(f"cannot decode ({error or type(error).__name__})") from None
+        raise ImageError(f"cannot decode ({str(error) or type(error).__name__})") from None
 
 
 def _needs_pillow(data: bytes) -> bool:
@@ -60,20 +129,30 @@ def _needs_pillow(data: bytes) -> bool:
     Reads only the few segments before the pixels. Pillow would take five times as long for them
     and hold Python's lock, which all decoding threads share.
     """
-    if not data.startswith(b"\xff\xd8"):
-        return True
-    position = 2
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1 : position + 2]
-        if marker == b"\xda":  # the pixels start
+    for marker in _jpeg_markers(data):
+        if marker == _PIXELS:
             return False
-        if marker == b"\xe1":  # APP1
+        if marker == _APP1:
             return True
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return True
 
 
-def _decode_plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+def _is_progressive(data: bytes) -> bool:
+    return _PROGRESSIVE in _jpeg_markers(data)
+
+
+def _jpeg_markers(data: bytes) -> Iterator[bytes]:
+    """The markers of a JPEG's segments, up to where its pixels start. None for other files."""
+    position = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while data[position : position + 1] == b"\xff":
+        marker = data[position + 1 : position + 2]
+        yield marker
+        if marker == _PIXELS:
+            return
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+
+
+def _decode_plain_jpeg(data: bytes, reservation: Reservation) -> NDArray[np.uint8] | None:
     """Decode by libjpeg-turbo without Pillow's copies, to the same pixels.
 
     Releases Python's lock, so several threads decode side by side. None if Pillow has to decode the
@@ -83,9 +162,16 @@ def _decode_plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             return None
+        bytes_per_pixel = _PROGRESSIVE_BYTES if _is_progressive(data) else _JPEG_BYTES
+        reservation.change(height * width * bytes_per_pixel)
         return simplejpeg.decode_jpeg(data, "RGB")  # type: ignore[no-any-return]
     except ValueError:  # damaged, or of an unusual kind
         return None
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    costly = image.has_transparency_data or image.mode[0] in "IF" or image.format in _WITH_OWN_COPY
+    return _PILLOW_MOST_BYTES if costly else _PILLOW_BYTES
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -100,4 +186,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,4 +1,7 @@
-"""Reading one photo file. Whatever is wrong with the file becomes a reason, not an exception."""
+"""Reading one photo file. Whatever is wrong with the file becomes a reason, not an exception.
+
+What is wrong with the machine is an exception: see `shortages`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from torch import Tensor
 
 from cache.store import DIGEST_BYTES
 from pipeline.photos.decoding import ImageError
+from pipeline.photos.memory_budget import Reservation, file_budget, pixel_budget
 from pipeline.photos.preprocessing import preprocess
+from pipeline.photos.shortages import check_shortage
 
 # A larger file is not a photo, and reading it would only take memory.
 MAX_FILE_BYTES = 1 << 29
@@ -27,6 +32,7 @@ class ReadPhoto:
     pixels: Tensor | None  # (V, 3, S, S) uint8, channels last in memory
     digest: NDArray[np.uint8]  # (16,), zeros if the file could not be read
     error: str = ""
+    missing: bool = False  # there is no such file
 
 
 def read_photo(
@@ -34,27 +40,34 @@ def read_photo(
 ) -> ReadPhoto:
     """Read, digest and decode one file. An error with the file is returned, not raised.
 
-    out: where the pixels go; see `preprocess`. Its content is undefined if there is an error.
+    out: where the pixels go; see `preprocess`. Its content is undefined if there is an error. Waits
+    while other threads decode so much that the memory for this photo is not to be had. Raises
+    ShortageError if files, memory or the drive fall short.
     """
     digest = np.zeros(DIGEST_BYTES, np.uint8)
     try:
-        data = read_file(path)
-        digest = file_digest(data)
-        return ReadPhoto(preprocess(data, size, views, out), digest)
+        with file_budget().reservation() as of_file, pixel_budget().reservation() as of_pixels:
+            data = read_file(path, of_file)
+            digest = file_digest(data)
+            return ReadPhoto(preprocess(data, size, views, out, of_pixels), digest)
     except ImageError as error:
         return ReadPhoto(None, digest, str(error))
     except IsADirectoryError:
         return ReadPhoto(None, digest, "not a regular file")
     except FileNotFoundError:
-        return ReadPhoto(None, digest, "file not found")
-    except OSError as error:
+        return ReadPhoto(None, digest, "file not found", missing=True)
+    except (OSError, MemoryError, RuntimeError) as error:
+        check_shortage(path, error)
+        if not isinstance(error, OSError):
+            raise
         return ReadPhoto(None, digest, f"cannot read ({error.strerror or error})")
-    except MemoryError:
-        return ReadPhoto(None, digest, "too large for the memory")
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises OSError, or ImageError if it is no regular file or too large."""
+def read_file(path: Path, reservation: Reservation | None = None) -> bytes:
+    """The bytes of a file. Raises OSError, or ImageError if it is no regular file or too large.
+
+    reservation: of the memory for them; it is made once their number is known.
+    """
     # O_NONBLOCK, because opening a named pipe would otherwise wait until somebody writes into it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
@@ -62,6 +75,8 @@ def read_file(path: Path) -> bytes:
             raise ImageError("not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise ImageError(f"too large ({status.st_size / 1e6:.0f} MB)")
+        if reservation is not None:
+            reservation.change(status.st_size)
         return file.read()
 
 

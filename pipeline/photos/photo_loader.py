@@ -24,6 +24,7 @@ from torch import Tensor
 from cache.errors import CapError
 from pipeline.photos.photo_file import ReadPhoto, read_photo
 from pipeline.photos.preprocessing import empty_pixels
+from pipeline.photos.witnesses import Witnesses
 
 # How many photos a thread takes at once: few enough to keep all threads busy to the end, enough to
 # make handing them over cheap.
@@ -31,10 +32,34 @@ _TASK_PHOTOS = 4
 _BATCHES_AHEAD = 3
 # A disk or network drive that delivers no photo for this long is assumed to be gone.
 STALL_S = 60.0
+_GLANCE_S = 1.0  # how often the time without a photo is looked at
 
 
 class StalledError(CapError):
     """Raised when the disk has stopped delivering photos. The message is one line."""
+
+
+class Silence:
+    """How long nothing has come from a disk, while this process was running.
+
+    A process that is suspended, by Ctrl-Z or with its machine, hears nothing either. So the time is
+    counted in glances, none of which counts for much longer than it should have taken.
+    """
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._glance = time.monotonic()
+        self._heard = 0
+        self.seconds = 0.0
+
+    def is_stall(self, heard: int) -> bool:
+        """Glance again, after at most a second. heard: how much has come so far."""
+        since, self._glance = self._glance, time.monotonic()
+        if heard != self._heard:
+            self._heard, self.seconds = heard, 0.0
+        else:
+            self.seconds += min(self._glance - since, 2 * _GLANCE_S)
+        return self.seconds > self._stall_s
 
 
 class BatchRequest(NamedTuple):
@@ -63,8 +88,9 @@ class PhotoLoader:
     """Iterates over loaded batches in order. A context manager: leaving it stops the threads.
 
     path_of: the photo of a row. batch_rows: the places of every batch, however few rows are
-    requested. Iteration raises StalledError if no photo arrives for `stall_s` seconds. An error
-    with one photo is in the `reads` of its batch.
+    requested. Iteration raises StalledError if no photo arrives for `stall_s` seconds,
+    VanishedError if the drive seems to be gone, and ShortageError. An error with one photo is in
+    the `reads` of its batch.
     """
 
     def __init__(
@@ -88,12 +114,13 @@ class PhotoLoader:
         self._free: list[Tensor] = []
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._finished = threading.Condition()
-        self._last_photo = time.monotonic()
+        self._photos = 0  # read by now; a few may go uncounted when threads count at once
         self._stopped = False
+        self._witnesses = Witnesses([batch.rows for batch in batches], path_of)
         # Daemons, because a thread that hangs in a dead network drive must not keep the process
         # alive.
         self._threads = [
-            threading.Thread(target=self._work, name=f"photos-{i}", daemon=True)
+            threading.Thread(target=self._work, args=(i,), name=f"photos-{i}", daemon=True)
             for i in range(min(threads, sum(len(batch.rows) for batch in batches)))
         ]
 
@@ -143,21 +170,23 @@ class PhotoLoader:
         return loading
 
     def _wait(self, loading: _Loading) -> None:
+        silence = Silence(self._stall_s)
         with self._finished:
-            self._last_photo = max(self._last_photo, loading.since)
             while loading.left and loading.failure is None:
-                self._finished.wait(1.0)
-                silent_s = time.monotonic() - self._last_photo
-                if silent_s > self._stall_s:
+                self._finished.wait(_GLANCE_S)
+                if silence.is_stall(self._photos):
                     row = min(loading.left)
                     raise StalledError(
-                        f"{self._path_of(row)}: nothing came from the disk for {silent_s:.0f} s; "
-                        "what is done is kept, run the same command again to continue"
+                        f"{self._path_of(row)}: nothing came from the disk for "
+                        f"{silence.seconds:.0f} s; what is done is kept, run the same command "
+                        "again to continue"
                     )
         if loading.failure is not None:
             raise loading.failure
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
+        if number == 0:  # in a thread, because a drive may hang
+            self._witnesses.look()
         while not self._stopped and (task := self._tasks.get()) is not None:
             batch = task.loading.batch
             for row in task.rows:
@@ -165,9 +194,9 @@ class PhotoLoader:
                     return
                 try:
                     self._load(batch, row)
-                except BaseException as error:  # our bug, not the photo's: the caller raises it
+                except BaseException as error:  # no fault of the photo: the caller raises it
                     task.loading.failure = error
-                self._last_photo = time.monotonic()
+                self._photos += 1
             with self._finished:
                 task.loading.left.difference_update(task.rows)
                 if not task.loading.left or task.loading.failure is not None:
@@ -176,6 +205,8 @@ class PhotoLoader:
     def _load(self, batch: LoadedBatch, row: int) -> None:
         place = batch.pixels[row - batch.first]
         read = read_photo(self._path_of(row), self._image_size, self._views, out=place)
+        if read.missing:
+            self._witnesses.check(row)
         if read.pixels is None:
             place.zero_()
         else:
@@ -190,7 +221,6 @@ class _Loading:
     batch: LoadedBatch
     left: set[int]  # rows not finished
     failure: BaseException | None = None
-    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,17 @@ prediction sees.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.photos.decoding import decode
+from pipeline.photos.memory_budget import Reservation
 from train import private_torch
 
 # Names this module and `decoding` in a cache's record. Change it whenever the pixels change.
@@ -22,21 +27,29 @@ PREPROCESSING = "rgb, bilinear antialiased, imagenet mean and std"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# A photo whose sides differ more than this is thin. Resized as others are, it would take gigabytes:
+# for a crop of 224 from 3,000,000×1 pixels, 589 GB.
+_THIN = 32
+
 # Crops are cut as in the usual evaluation on ImageNet: for a crop of 224, the short side has 256.
 _CROP_MARGIN = 256 / 224
 
 
 def preprocess(
-    data: bytes, size: int, views: tuple[str, ...] = ("full",), out: Tensor | None = None
+    data: bytes,
+    size: int,
+    views: tuple[str, ...] = ("full",),
+    out: Tensor | None = None,
+    reservation: Reservation | None = None,
 ) -> Tensor:
     """A file's bytes as the network's input: (V, 3, size, size) uint8 RGB, channels last in memory.
 
-    out: a tensor of this shape and layout to write into. Raises ImageError.
+    out: a tensor of this shape and layout to write into. reservation: as for `decode`. Raises
+    ImageError, or MemoryError, OSError or RuntimeError if `is_shortage`.
     """
     if out is None:
         out = empty_pixels(len(views), size)
-    # `require` copies read-only arrays, because torch takes only writable ones without a warning.
-    photo = torch.from_numpy(np.require(decode(data), requirements="W"))
+    photo = torch.from_numpy(decode(data, reservation))
     photo = photo.permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), channels last in memory
     full = scaled = photo
     if "full" in views:
@@ -44,14 +57,17 @@ def preprocess(
         full = _resize(photo, size, size, out[place : place + 1])
     elif "flip" in views:
         full = _resize(photo, size, size)
-    if any(view not in ("full", "flip") for view in views):
+    thin = max(photo.shape[2:]) > _THIN * min(photo.shape[2:])
+    if any(view not in ("full", "flip") for view in views) and not thin:
         scaled = _resize_for_crops(photo, size)
     if views == ("full",):
         return out
     # NumPy copies in this thread alone; torch would start a team of threads for each photo.
     places = out.permute(0, 2, 3, 1).numpy()  # (V, size, size, 3)
     for place, name in zip(places, views, strict=True):
-        if name != "full":
+        if thin and name not in ("full", "flip"):
+            place[...] = _thin_crop(name, photo, size)
+        elif name != "full":
             place[...] = _view(name, full, scaled, size)[0].permute(1, 2, 0).numpy()
     return out
 
@@ -66,24 +82,61 @@ def _view(name: str, full: Tensor, scaled: Tensor, size: int) -> Tensor:
     """One view (1, 3, size, size), cut out of `scaled` (1, 3, H, W) or made of `full`."""
     if name == "flip":
         return full.flip(3)
-    height, width = scaled.shape[2:]
-    if name.startswith("center"):
-        top, left = (height - size) // 2, (width - size) // 2
-    else:
-        top = 0 if name.startswith("top") else height - size
-        left = 0 if name.endswith("left") else width - size
+    top, left = _corner(name, scaled.shape[2], scaled.shape[3], size)
     crop = scaled[:, :, top : top + size, left : left + size]
     return crop.flip(3) if name == "center-flip" else crop
 
 
+def _corner(name: str, height: int, width: int, size: int) -> tuple[int, int]:
+    """(top, left) of a crop of size×size."""
+    if name.startswith("center"):
+        return (height - size) // 2, (width - size) // 2
+    return (
+        0 if name.startswith("top") else height - size,
+        0 if name.endswith("left") else width - size,
+    )
+
+
 def _resize_for_crops(photo: Tensor, size: int) -> Tensor:
+    return _resize(photo, *_size_for_crops(photo, size))
+
+
+def _size_for_crops(photo: Tensor, size: int) -> tuple[int, int]:
     height, width = photo.shape[2:]
     scale = round(size * _CROP_MARGIN) / min(height, width)
-    return _resize(photo, max(size, round(height * scale)), max(size, round(width * scale)))
+    return max(size, round(height * scale)), max(size, round(width * scale))
+
+
+def _thin_crop(name: str, photo: Tensor, size: int) -> NDArray[np.uint8]:
+    """The crop (size, size, 3) that `_view` would cut, of a photo (1, 3, H, W) that is resized only
+    where the crop lies; to one level.
+    """
+    corner = _corner(name, *_size_for_crops(photo, size), size)
+    box: list[float] = []  # of the crop in the part: top, bottom, left, right
+    cut: list[slice] = []  # the part of the photo that the crop's filter reads
+    for start, scaled, whole in zip(
+        corner, _size_for_crops(photo, size), photo.shape[2:], strict=True
+    ):
+        step = whole / scaled
+        reach = math.ceil(max(1.0, step)) + 1
+        first = max(0, math.floor(start * step) - reach)
+        last = min(whole, math.ceil((start + size) * step) + reach)
+        cut.append(slice(first, last))
+        box += [start * step - first, min((start + size) * step, whole) - first]
+    part = Image.fromarray(photo[0].permute(1, 2, 0).numpy()[cut[0], cut[1]])
+    top, bottom, left, right = box
+    crop = part.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
+    pixels = np.asarray(crop)
+    return pixels[:, ::-1] if name == "center-flip" else pixels
 
 
 def _resize(photo: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
     """Antialiased bilinear on uint8: Pillow's result to one level, ten times as fast (AVX2)."""
+    if photo.shape[2] > _THIN * photo.shape[3]:
+        # Rows first, because torch would widen all rows of a tall photo before it drops most.
+        rows = torch.empty(1, height, photo.shape[3], 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        private_torch.resize_into(photo, rows)
+        photo = rows
     if out is None:
         if photo.shape[2:] == (height, width):
             return photo

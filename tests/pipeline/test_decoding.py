@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -44,8 +46,39 @@ def test_every_format_gives_upright_rgb(kind: str) -> None:
     assert corners(pixels) == [RED, GREEN, WHITE, BLUE]
 
 
+def heic(image: Image.Image, **options: object) -> bytes:
+    """Without loss of colour at edges. An orientation in `exif` becomes a turn of the HEIC."""
+    pillow_heif.register_heif_opener()
+    return saved(image, "HEIF", quality=95, chroma=444, **options)
+
+
+def test_heic_is_decoded_in_every_mode() -> None:
+    picture = Image.fromarray(QUADRANTS)
+    assert corners(decode(heic(picture))) == [RED, GREEN, WHITE, BLUE]
+    assert decode(heic(picture)).shape == (40, 60, 3)
+    assert (decode(heic(Image.new("RGBA", (16, 16), (0, 0, 0, 0)))) == 255).all()
+    gray = decode(heic(Image.new("L", (16, 16), 100)))
+    assert (abs(gray.astype(int) - 100) <= 2).all()
+
+
+def test_heic_of_ten_bits_is_scaled_to_eight() -> None:
+    levels = np.full((16, 16, 3), (65535, 25700, 0), np.uint16)
+    file = io.BytesIO()
+    pillow_heif.encode("RGB;16", (16, 16), levels.tobytes(), file, quality=95, chroma=444)
+    assert pillow_heif.open_heif(file, convert_hdr_to_8bit=False).info["bit_depth"] == 10
+    pixels = decode(file.getvalue()).astype(int)
+    assert (abs(pixels - (255, 100, 0)) <= 3).all()
+
+
+@pytest.mark.parametrize("data", [heic(Image.fromarray(QUADRANTS))[:-200], b"\0\0\0\x18ftypheic"])
+def test_a_damaged_heic_has_a_reason(data: bytes) -> None:
+    with pytest.raises(ImageError, match=r"cannot decode \(.+\)|not an image"):
+        decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "HEIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     turn = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -60,7 +93,9 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
         stored = stored.transpose(turn[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = decode(saved(stored, "JPEG", exif=exif, quality=95))
+    write = heic if kind == "HEIF" else partial(saved, kind=kind, quality=95)
+    pixels = decode(write(stored, exif=exif.tobytes()))
+    assert pixels.shape == (40, 60, 3)
     assert corners(pixels) == [RED, GREEN, WHITE, BLUE]
 
 
@@ -138,6 +173,18 @@ def test_odd_files_end_as_a_correct_picture_or_a_reason(sample_data: Path) -> No
     ]
     # The same portrait, stored in two orientations.
     assert abs(upright[0].astype(int) - upright[1].astype(int)).mean() < 12
+
+
+def test_what_pillow_opens_besides_pictures_is_none() -> None:
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    with pytest.raises(ImageError, match="not a picture, but EPS"):  # no program draws it
+        decode(drawing)
+
+
+def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the whole process, and threads that change them undo each other's work."""
+    monkeypatch.setattr("warnings.catch_warnings", None)
+    assert decode(saved(Image.new("RGB", (8, 8), "red"), "PNG")).shape == (8, 8, 3)
 
 
 def test_a_jpeg_says_by_its_segments_whether_pillow_must_look() -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from pipeline.photos.preprocessing import empty_pixels, preprocess
 from pipeline.photos.views import parse_views
@@ -58,3 +62,66 @@ def test_pixels_are_written_in_place_and_nowhere_else(size: int) -> None:
         assert batch[0].eq(7).all()
         assert batch[2].eq(7).all()
         assert batch.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def by_the_whole_photo(photo: NDArray[np.uint8], size: int, name: str) -> NDArray[np.int64]:
+    """A crop as it is cut of an ordinary photo: the whole photo resized first."""
+    height, width = photo.shape[:2]
+    short = round(size * 256 / 224)
+    scale = short / min(height, width)
+    sizes = max(size, round(height * scale)), max(size, round(width * scale))
+    pixels = torch.from_numpy(photo).permute(2, 0, 1)[None]
+    scaled = interpolate(pixels, sizes, mode="bilinear", antialias=True)[0]
+    rest = sizes[0] - size, sizes[1] - size
+    top, left = {
+        "center": (rest[0] // 2, rest[1] // 2),
+        "top-right": (0, rest[1]),
+        "bottom-left": (rest[0], 0),
+        "bottom-right": rest,
+    }[name]
+    crop = scaled[:, top : top + size, left : left + size]
+    return crop.permute(1, 2, 0).numpy().astype(np.int64)
+
+
+CROPS = ("center", "top-right", "bottom-left", "bottom-right")
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (9, 288), (288, 9), (2, 64), (64, 64)])
+def test_crops_of_ordinary_photos_keep_their_bits(shape: tuple[int, int]) -> None:
+    photo = np.random.default_rng(5).integers(0, 256, (*shape, 3), np.uint8)
+    pixels = preprocess(saved(Image.fromarray(photo), "PNG"), 32, CROPS)
+    for name, view in zip(CROPS, pixels, strict=True):
+        assert np.array_equal(view.permute(1, 2, 0), by_the_whole_photo(photo, 32, name)), name
+
+
+@pytest.mark.parametrize("shape", [(9, 300), (300, 9), (1, 200), (200, 1), (61, 2001), (2500, 70)])
+def test_crops_of_thin_photos_are_the_same_to_a_level(shape: tuple[int, int]) -> None:
+    photo = np.random.default_rng(5).integers(0, 256, (*shape, 3), np.uint8)
+    pixels = preprocess(saved(Image.fromarray(photo), "PNG"), 32, CROPS)
+    for name, view in zip(CROPS, pixels, strict=True):
+        differ = abs(view.permute(1, 2, 0).numpy() - by_the_whole_photo(photo, 32, name))
+        assert differ.max() <= 1, name
+    center, flipped = preprocess(
+        saved(Image.fromarray(photo), "PNG"), 32, ("center", "center-flip")
+    )
+    assert torch.equal(center.flip(2), flipped)
+
+
+@pytest.mark.parametrize("shape", [(300, 9), (9, 300), (200, 1)])
+def test_full_views_of_thin_photos_are_the_same_to_a_level(shape: tuple[int, int]) -> None:
+    photo = np.random.default_rng(5).integers(0, 256, (*shape, 3), np.uint8)
+    full, flipped = preprocess(saved(Image.fromarray(photo), "PNG"), 32, ("full", "flip"))
+    pixels = torch.from_numpy(photo).permute(2, 0, 1)[None]
+    expected = interpolate(pixels, (32, 32), mode="bilinear", antialias=True)[0]
+    assert (full.int() - expected.int()).abs().max() <= 1
+    assert torch.equal(full.flip(2), flipped)
+
+
+@pytest.mark.parametrize("size", [(3_000_000, 1), (1, 3_000_000)])
+def test_the_thinnest_photos_take_little(size: tuple[int, int]) -> None:
+    """Resized whole, their crops would take 589 GB, and the full view of the tall one 2 GB."""
+    data = saved(Image.new("RGB", size, (200, 0, 0)), "PNG")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = preprocess(data, 224, ("full", *CROPS))
+    assert pixels.permute(0, 2, 3, 1).eq(torch.tensor([200, 0, 0], dtype=torch.uint8)).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes

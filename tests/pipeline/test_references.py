@@ -9,7 +9,7 @@ from pycocotools.coco import COCO as COCOFile
 from cache.merge import merge
 from cache.store import open_cache
 from pipeline.captions.records import DatasetError
-from pipeline.evaluation.evaluate import _write_json
+from pipeline.evaluation.evaluate import _write_json, evaluate_predictions
 from pipeline.evaluation.references import (
     PredictionsError,
     coco_results,
@@ -105,9 +105,31 @@ def test_ids_keep_the_kind_that_they_have_in_the_captions_file(
 def test_only_photos_with_references_are_matched(tmp_path: Path) -> None:
     references = read_references(written(tmp_path / "coco.json", COCO))
     assert references == {"42": ["a dog"], "7": ["a cat"], "8": []}
-    found, truth = match({"7": "x", "8": "y", "42": "z"}, references, tmp_path, tmp_path)
-    assert found == {"42": "z", "7": "x"}
-    assert truth == {"42": ["a dog"], "7": ["a cat"]}
+    found = match({"7": "x", "8": "y", "42": "z"}, references, tmp_path, tmp_path, all_photos=True)
+    assert found.hypotheses == {"42": "z", "7": "x"}
+    assert found.references == {"42": ["a dog"], "7": ["a cat"]}
+    assert found.notice is None
+
+
+def test_predictions_for_a_part_of_the_photos_are_scored_and_counted() -> None:
+    references = {"1": ["a"], "2": ["b"], "3": [], "4": ["d"]}
+    found = match({"4": "x", "3": "y"}, references, Path("p.json"), Path("c.json"))
+    assert found.hypotheses == {"4": "x"}
+    assert found.references == {"4": ["d"]}
+    assert found.notice is not None
+    assert found.notice.startswith(
+        "p.json: no caption for 2 of the 3 photos in c.json (first: 1); scored the other 1, so"
+    )
+
+
+def test_scores_of_a_part_say_so(tmp_path: Path) -> None:
+    captions = written(tmp_path / "c.json", COCO)
+    predictions = written(tmp_path / "p.json", [{"image_id": 7, "caption": "a cat"}])
+    result = evaluate_predictions(predictions, captions=captions, meteor=False, spice=False)
+    assert result.scores.count == 1
+    assert result.scores.notices[0].startswith(f"{predictions}: no caption for 1 of the 2 photos")
+    with pytest.raises(PredictionsError, match=r"no caption for 1 of the 2 .* leave out --all"):
+        evaluate_predictions(predictions, captions=captions, all_photos=True)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +160,9 @@ def test_photos_that_do_not_match_are_named() -> None:
     with pytest.raises(PredictionsError, match=r"1 of 2 photos are not in c\.json \(first: 9\)"):
         match({"1": "a", "9": "b"}, references, results, captions)
     with pytest.raises(PredictionsError, match=r"no caption for 1 of the 2 photos .*\(first: 2\)"):
-        match({"1": "a", "3": "b"}, references, results, captions)
+        match({"1": "a", "3": "b"}, references, results, captions, all_photos=True)
+    with pytest.raises(PredictionsError, match=r"p\.json: none of its photos has captions in c"):
+        match({"3": "b"}, references, results, captions)
 
 
 def test_references_without_captions_are_refused(tmp_path: Path) -> None:

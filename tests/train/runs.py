@@ -42,7 +42,7 @@ def config(
         "log_every": 2,
         "device": "cpu",
     }
-    if "val_cache" not in changes:
+    if not {"val_cache", "val_list"} & set(changes):
         settings["val_share"] = 0.2
     rest = {name: value for name, value in changes.items() if name not in fields}
     return TrainConfig(**(settings | rest))  # type: ignore[arg-type]

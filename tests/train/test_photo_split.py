@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
-from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
+from train.captions.photo_split import (
+    SplitError,
+    count_copies,
+    count_copies_of,
+    may_be_equal,
+    split_by_list,
+    split_photos,
+)
 
 ONE = [["a dog"]]
 OF_0_1_0 = [0, 3, 4]  # held out by 0.1.0 of twelve photos, with a share of 0.25 and seed 0
@@ -103,6 +112,38 @@ def test_groups_larger_than_the_share(make_cache: MakeCache) -> None:
     rows, held_out = split_photos(make_cache([[]], name="z.h5"), held_out=0.5, seed=0)
     assert not len(rows)
     assert not len(held_out)
+
+
+def of_list(cache: FeatureCache, names: Path, text: str) -> tuple[list[int], list[int]]:
+    names.write_text(text, encoding="utf-8")
+    training, validation = split_by_list(cache, names)
+    return training.tolist(), validation.tolist()
+
+
+def test_listed_photos_validate_and_the_others_train(make_cache: MakeCache, tmp_path: Path) -> None:
+    paths = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "3.jpg", "no captions.jpg"]
+    cache = make_cache([*ONE * 4, []], paths=paths)
+    names = tmp_path / "val.txt"
+    assert of_list(cache, names, "a/1.jpg\n") == ([1, 2, 3], [0])
+    assert of_list(cache, names, "1.jpg\r\n") == ([1, 3], [0, 2])
+    assert of_list(cache, names, "\ufeff3.jpg\n\nno captions.jpg") == ([0, 1, 2], [3])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0000.jpg\nx.jpg\ny.jpg\n", r"2 of 3 names are not among the photos .*\(first: x\.jpg\)"),
+        ("", "names none of the 2 photos with captions"),
+        ("0000.jpg\n0001.jpg\n", "names all of the 2 photos with captions"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(
+    make_cache: MakeCache, tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(SplitError, match=rf"val\.txt: {message}"):
+        of_list(make_cache(ONE * 2), tmp_path / "val.txt", text)
+    with pytest.raises(SplitError, match=r"absent: cannot read \(No such file"):
+        split_by_list(make_cache(ONE * 2, name="y.h5"), tmp_path / "absent")
 
 
 def test_copies_are_counted() -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
 from tests.train.runs import config
 from train.captions.photo_split import split_photos
+from train.fit.reports import Started
 from train.fit.run import train
 from train.fit.run_folder import TrainError
 
@@ -62,13 +64,34 @@ def test_photos_that_were_trained_on_do_not_validate(
     run = tmp_path / "run"
     val = make_cache([["a dog runs"], ["a cat sleeps"]], name="val.h5")
     list(train(config(cache, run, epochs=1, val_cache=val.path)))
-    found = f"{run}: 6 of the 6 photos to validate on were trained on; give the --val-cache it"
+    found = f"{run}: 6 of the 6 photos to validate on were trained on; give the --val-cache or "
     with pytest.raises(TrainError, match=found):
         next(train(config(cache, run, epochs=2, resume=True)))
     # Still possible: the same validation photos, and others that are new to the run.
     other = make_cache([["a bird sings"]] * 3, name="other.h5")
     list(train(config(cache, run, epochs=2, val_cache=val.path, resume=True)))
     list(train(config(cache, run, epochs=3, val_cache=other.path, resume=True)))
+
+
+def test_a_list_of_ones_own_validates_and_a_resumed_run_keeps_to_it(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run, names = tmp_path / "run", tmp_path / "val.txt"
+    names.write_text("0003.jpg\n\n 0007.jpg \n0029.jpg\n")
+    reports = list(train(config(cache, run, epochs=1, val_list=names)))
+    assert isinstance(reports[0], Started)
+    assert (reports[0].photos, reports[0].val_photos) == (27, 3)
+    recorded = torch.load(run / "checkpoint.pt")["photos"]
+    assert recorded["validation"].tolist() == [3, 7, 29]
+    assert np.flatnonzero(~recorded["trained_on"].numpy()).tolist() == [3, 7, 29]
+    found = f"{run}: . of the . photos to validate on were trained on; "
+    with pytest.raises(TrainError, match=f"{found}give the --val-cache or --val-list it began"):
+        next(train(config(cache, run, epochs=2, resume=True)))
+    names.write_text("0003.jpg\n0007.jpg\n0001.jpg\n")
+    with pytest.raises(TrainError, match=f"{found}use those it began with"):
+        next(train(config(cache, run, epochs=2, val_list=names, resume=True)))
+    names.write_text("0029.jpg\n0003.jpg\n0007.jpg\n")
+    list(train(config(cache, run, epochs=2, val_list=names, resume=True)))
 
 
 def test_copies_of_photos_that_were_trained_on_do_not_validate(

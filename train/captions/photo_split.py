@@ -7,11 +7,51 @@ no other: the file could not be read, or another program made the cache.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.errors import CapError
 from cache.store import DIGEST_BYTES, DONE, FeatureCache
+
+
+class SplitError(CapError):
+    """Raised when a list of photos does not fit a cache. The message is one line."""
+
+
+def split_by_list(cache: FeatureCache, names: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training rows, validation rows): the photos with captions that a file names validate.
+
+    names: a text file with the path of one photo per line, with or without its folders. Raises
+    SplitError if it cannot be read, names a photo that is not in the cache, or names all photos
+    with captions or none.
+    """
+    try:
+        lines = names.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise SplitError(f"{names}: cannot read ({error.strerror})") from None
+    wanted = {line.strip() for line in lines} - {""}
+    is_listed = np.zeros(len(cache), bool)
+    unknown = set(wanted)
+    for row, path in enumerate(cache.paths):
+        found = {path, PurePosixPath(path).name} & wanted
+        is_listed[row] = bool(found)
+        unknown -= found
+    if unknown:
+        raise SplitError(
+            f"{names}: {len(unknown):,} of {len(wanted):,} names are not among the photos of "
+            f"{cache.path} (first: {min(unknown)})"
+        )
+    rows = _rows_with_captions(cache)
+    listed = is_listed[rows]
+    if listed.all() or not listed.any():
+        share = "all" if listed.any() else "none"
+        raise SplitError(
+            f"{names}: names {share} of the {len(rows):,} photos with captions in {cache.path}; "
+            "name some to validate on, and leave others to train on"
+        )
+    return rows[~listed], rows[listed]
 
 
 def split_photos(
@@ -24,9 +64,7 @@ def split_photos(
     order of the photos. At most the share is held out, but at least one photo with its copies; if
     all photos are copies of one, none. split_copies: ignore copies and equal ids, as 0.1.0 did.
     """
-    rows = np.unique(cache.captions.rows[cache.status[cache.captions.rows] == DONE]).astype(
-        np.int64
-    )
+    rows = _rows_with_captions(cache)
     ids = [cache.image_ids[row] for row in rows.tolist()]
     groups = list(range(len(rows))) if split_copies else _groups(ids, cache.digests[rows])
     # The lowest id decides a group's rank, so that large groups are not held out more often.
@@ -49,6 +87,12 @@ def split_photos(
         chosen = [int(in_order[np.argmin(sizes[in_order])])]
     is_held_out = np.isin(np.array(groups, np.int64), numbers[chosen])
     return rows[~is_held_out], rows[is_held_out]
+
+
+def _rows_with_captions(cache: FeatureCache) -> NDArray[np.int64]:
+    """Of the photos that were extracted."""
+    extracted = cache.status[cache.captions.rows] == DONE
+    return np.unique(cache.captions.rows[extracted]).astype(np.int64)
 
 
 def count_copies(digests: NDArray[np.uint8]) -> int:

@@ -46,7 +46,7 @@ def fit_to_data(
     """
     rows = cache.captions.rows[cache.status[cache.captions.rows] == DONE]
     share = config.val_share
-    if share is None and config.val_cache is None:
+    if share is None and config.val_cache is None and config.val_list is None:
         share = (recorded and recorded["val_share"]) or held_out_share(len(np.unique(rows)))
     recipe = data_recipe(config.recipe, round((1 - (share or 0.0)) * len(rows)), recorded)
     if config.patience is not None:

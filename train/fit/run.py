@@ -195,7 +195,8 @@ class _Run:
         same = same and np.array_equal(recorded["validation"].numpy(), rows)
         leaked = 0 if same else self._validation_photos_trained_on()
         if leaked:
-            name = "give the --val-cache" if self.config.val_cache is None else "use those"
+            own = self.config.val_cache or self.config.val_list
+            name = "use those" if own else "give the --val-cache or --val-list"
             raise TrainError(
                 f"{out}: {leaked:,} of the {len(rows):,} photos to validate on were trained on; "
                 f"{name} it began with, or another --out"

@@ -11,7 +11,13 @@ from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
 from cache.verify import check_rows
 from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
-from train.captions.photo_split import count_copies, count_copies_of, may_be_equal, split_photos
+from train.captions.photo_split import (
+    count_copies,
+    count_copies_of,
+    may_be_equal,
+    split_by_list,
+    split_photos,
+)
 from train.captions.vocabulary import Vocabulary, build_vocabulary, usual_length
 from train.config import FixedRecipe, TrainConfig
 from train.fit.run_folder import TrainError
@@ -41,10 +47,10 @@ def load_run_data(
 ) -> RunData:
     """Choose the photos, count the words and number the captions.
 
-    Validation photos come from a cache of their own or are held out of the training cache. config,
-    recipe: as `fit_to_data` gives them. rules: as `DATA_RULES`. start: the model that training
-    starts from, whose words are kept. Raises CacheError, TrainError,
-    TrainingSetError or VocabularyError.
+    Validation photos come from a cache of their own, or are listed or held out of the training
+    cache. config, recipe: as `fit_to_data` gives them. rules: as `DATA_RULES`. start: the model
+    that training starts from, whose words are kept. Raises CacheError, TrainError,
+    TrainingSetError, SplitError or VocabularyError.
     """
     copies = 0
     if config.val_cache is not None:
@@ -53,10 +59,13 @@ def load_run_data(
         training_rows, validation_rows = cache.rows_with(DONE), None
     else:
         val_cache = cache
-        assert config.val_share is not None
-        training_rows, validation_rows = split_photos(
-            cache, held_out=config.val_share, seed=config.seed, split_copies=rules == 1
-        )
+        if config.val_list is not None:
+            training_rows, validation_rows = split_by_list(cache, config.val_list)
+        else:
+            assert config.val_share is not None
+            training_rows, validation_rows = split_photos(
+                cache, held_out=config.val_share, seed=config.seed, split_copies=rules == 1
+            )
         if rules > 1:
             copies = count_copies(cache.digests[np.union1d(training_rows, validation_rows)])
         if len(training_rows) and not len(validation_rows):
