@@ -507,8 +507,8 @@ def test_a_closed_pipe_is_no_traceback(work: Path, photos: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.cli.app import app; app()", "predict",
-         str(photos / "a.jpg"), "--model", str(work / "run")],
+        [sys.executable, "-m", "pipeline", "predict", str(photos / "a.jpg"),
+         "--model", str(work / "run")],
         stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     os.close(writer)
