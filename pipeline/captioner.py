@@ -28,7 +28,7 @@ from train.captions.views import chosen_view, mean_of_views, view_features, view
 from train.captions.vocabulary import Vocabulary
 from train.config import SearchConfig, check_search
 from train.device import resolve_device
-from train.model.bundle import Bundle, load_bundle
+from train.model.bundle import Bundle, find_bundle, load_bundle
 from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
@@ -96,15 +96,17 @@ class Captioner:
     ) -> Captioner:
         """Load a model from its file or a run folder, together with the encoder behind it.
 
-        weights: where the backbone's weights are now, if they are not where the model's record
-        says. They must be the same weights. Raises BundleError, EncoderError, DeviceError,
-        SearchError or ViewError.
+        weights: where the backbone's weights are now, if they are neither where the model's record
+        says nor near the model. They must be the same weights. Raises BundleError, EncoderError,
+        DeviceError, SearchError or ViewError.
         """
         chosen = resolve_device(device)
         bundle = load_bundle(model, chosen)
         search_config = search_config or SearchConfig()
         check_search(search_config)
-        encoder = Encoder.load(bundle.encoder, device=chosen, weights=weights)
+        encoder = Encoder.load(
+            bundle.encoder, device=chosen, weights=weights, near=find_bundle(Path(model))
+        )
         return cls(bundle, encoder, search_config)
 
     def caption(self, paths: Iterable[str | Path]) -> list[Prediction]:
