@@ -374,6 +374,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(
         ["evaluate", "--human", "--cache", "x.h5", "--captions", "x.json"],
         ["evaluate", "--human", "--cache", "x.h5", "--split", "test"],
         ["predict", "a.jpg", "--model", "x", "--view", "left"],
+        ["extract-features", "--images", ".", "--out", "x.h5", "--image-size", "200000"],
         ["nonsense"],
     ],
 )
