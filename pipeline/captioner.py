@@ -29,10 +29,12 @@ from train.captions.vocabulary import Vocabulary
 from train.config import SearchConfig, check_search
 from train.device import resolve_device
 from train.model.bundle import Bundle, find_bundle, load_bundle
+from train.scores.degenerate import degenerate
 from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
 _CACHE_ROWS = 1024  # how many rows of a cache are captioned at once
+_JUDGED_CAPTIONS = 1000
 
 
 class CaptionError(CapError):
@@ -82,6 +84,7 @@ class Captioner:
         self.bundle = bundle
         self.encoder = encoder
         self.search_config = search_config
+        self._said: list[list[str]] = []  # words of the first captions
         views = encoder.record.views
         self._views = views_to_read(views, chosen_view(search_config.view, views, bundle.training))
 
@@ -144,12 +147,28 @@ class Captioner:
         places = [row - batch.first for row in rows]
         hypotheses = self._search(batch.pixels[places], rows) if rows else []
         found = dict(zip(rows, hypotheses, strict=True))
+        self._remember(hypotheses)
         return [
             _prediction(names[row], self.bundle.vocabulary, found[row])
             if row in found
             else Prediction(names[row], "", float("-inf"), batch.reads[row].error)
             for row in request.rows
         ]
+
+    def doubt(self) -> str | None:
+        """Why the model's captions mean little, as a short clause; None if nothing speaks for it.
+
+        A model may say so in its record of the training. Otherwise the captions so far are judged,
+        up to a thousand of them, unless they were drawn at random.
+        """
+        recorded = self.bundle.training.get("degenerate")
+        return str(recorded) if recorded else degenerate(self._said)
+
+    def _remember(self, hypotheses: Sequence[Sequence[Hypothesis]]) -> None:
+        if not self.search_config.sample:
+            room = max(0, _JUDGED_CAPTIONS - len(self._said))
+            texts = [self.bundle.vocabulary.decode(found[0].words) for found in hypotheses if found]
+            self._said.extend(text.split() for text in texts[:room])
 
     def _search(self, pixels: torch.Tensor, numbers: list[int]) -> list[list[Hypothesis]]:
         """The captions found for each photo, the best first.

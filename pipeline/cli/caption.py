@@ -184,6 +184,11 @@ def predict(
             else:
                 for caption in prediction.captions:
                     print(f"{one_field(prediction.path)}\t{caption.caption}", flush=True)
+        if (doubt := captioner.doubt()) is not None:
+            say(
+                f"{model}: its captions mean little ({doubt}); train it on more photos or more "
+                "captions of each, for more --epochs, or with a stronger --backbone"
+            )
         if failed:
             say(f"{failed:,} of {len(names):,} photos have no caption")
             raise typer.Exit(1)

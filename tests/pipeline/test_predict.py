@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline import captioner
 from pipeline.captioner import Captioner
@@ -23,6 +25,7 @@ from pipeline.photos.photo_loader import PhotoLoader, StalledError
 from tests.conftest import ROOT, write_photo
 from tests.pipeline.test_captioner import trained
 from tests.pipeline.test_cli import cap
+from train.model.bundle import load_bundle
 
 # A system call that waits for a dead drive cannot be interrupted. Ctrl-C comes while it waits.
 HANGING = """
@@ -117,3 +120,29 @@ def test_a_drive_that_does_not_answer_is_one_line() -> None:
     assert prompt_answer_of(lambda: 7, "x") == 7
     with pytest.raises(ZeroDivisionError):
         prompt_answer_of(lambda: 1 // 0, "x")
+
+
+@pytest.mark.parametrize("recorded", [None, "7 of 9 captions are empty"])
+def test_a_model_that_says_little_is_named_once_with_what_helps(
+    recorded: str | None, run_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    bundle = load_bundle(run_folder)
+    model = tmp_path / "x.cap"
+    if recorded is not None:
+        replace(bundle, training={**bundle.training, "degenerate": recorded}).save(model)
+    else:
+        with torch.no_grad():  # one word for ever
+            bundle.decoder.head.weight.zero_()
+            bundle.decoder.head.bias.zero_()
+            bundle.decoder.head.bias[5] = 50
+        bundle.save(model)
+    arguments = [photos / "a.jpg", photos / "b.jpg", "--model", model]
+    out, err = cap("predict", *arguments)
+    assert out.count("\n") == 2
+    assert err == (
+        f"{model}: its captions mean little ({recorded or 'words repeat within the captions'}); "
+        "train it on more photos or more captions of each, for more --epochs, or with a stronger "
+        "--backbone\n"
+    )
+    drawn = cap("predict", *arguments, "--sample", "--temperature", "2")[1]
+    assert drawn == ("" if recorded is None else err)
