@@ -11,8 +11,8 @@ import glob
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,21 @@ import torch
 from cache.errors import CapError
 from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
+from pipeline.photos.answers import answer_of, prompt_answer_of
 from pipeline.photos.folder import list_photos
-from pipeline.photos.photo_file import ReadPhoto, read_photo
+from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 from train.captions.sentence import sentence
 from train.captions.views import chosen_view, mean_of_views, view_features, views_to_read
 from train.captions.vocabulary import Vocabulary
 from train.config import SearchConfig, check_search
 from train.device import resolve_device
-from train.model.bundle import Bundle, load_bundle
+from train.model.bundle import Bundle, find_bundle, load_bundle
+from train.scores.degenerate import degenerate
 from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
 _CACHE_ROWS = 1024  # how many rows of a cache are captioned at once
+_JUDGED_CAPTIONS = 1000
 
 
 class CaptionError(CapError):
@@ -89,6 +92,7 @@ class Captioner:
         self.bundle = bundle
         self.encoder = encoder
         self.search_config = search_config.up_to(bundle.vocabulary.longest)
+        self._said: list[tuple[str, ...]] = []  # words of the first captions
         views = encoder.record.views
         self._views = views_to_read(views, chosen_view(search_config.view, views, bundle.training))
 
@@ -103,15 +107,17 @@ class Captioner:
     ) -> Captioner:
         """Load a model from its file or a run folder, together with the encoder behind it.
 
-        weights: where the backbone's weights are now, if they are not where the model's record
-        says. They must be the same weights. Raises BundleError, EncoderError, DeviceError,
-        SearchError or ViewError.
+        weights: where the backbone's weights are now, if they are neither where the model's record
+        says nor near the model. They must be the same weights. Raises BundleError, EncoderError,
+        DeviceError, SearchError or ViewError.
         """
         chosen = resolve_device(device)
         bundle = load_bundle(model, chosen)
         search_config = search_config or SearchConfig()
         check_search(search_config)
-        encoder = Encoder.load(bundle.encoder, device=chosen, weights=weights)
+        encoder = Encoder.load(
+            bundle.encoder, device=chosen, weights=weights, near=find_bundle(Path(model))
+        )
         return cls(bundle, encoder, search_config)
 
     def caption(self, paths: Iterable[str | Path]) -> list[Prediction]:
@@ -119,48 +125,65 @@ class Captioner:
         return list(self.stream(paths))
 
     def stream(self, paths: Iterable[str | Path]) -> Iterator[Prediction]:
-        """Like `caption`, but batch by batch: one is captioned while the next is decoded."""
+        """Like `caption`, but batch by batch: one is captioned while the next is decoded.
+
+        Raises StalledError if no photo comes from the disk for a minute.
+        """
         names = [str(path) for path in paths]
-        size = self.encoder.record.image_size
-        if len(names) == 1:
-            # Another thread would only compete with those of the encoder for the cores.
-            yield from self._caption_batch(
-                names, [read_photo(Path(names[0]), size, self._views)], 0
-            )
-            return
-        batches = [names[i : i + _BATCH_PHOTOS] for i in range(0, len(names), _BATCH_PHOTOS)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-            def read(batch: Sequence[str]) -> Iterator[ReadPhoto]:
-                return pool.map(lambda name: read_photo(Path(name), size, self._views), batch)
-
-            following = read(batches[0]) if batches else iter(())
-            for i, batch in enumerate(batches):
-                reads = list(following)
-                if i + 1 < len(batches):
-                    following = read(batches[i + 1])
-                yield from self._caption_batch(batch, reads, i * _BATCH_PHOTOS)
+        rows = range(len(names))
+        requests = [
+            BatchRequest(first, rows[first : first + _BATCH_PHOTOS])
+            for first in rows[::_BATCH_PHOTOS]
+        ]
+        with PhotoLoader(
+            requests,
+            lambda row: Path(names[row]),
+            batch_rows=min(len(names), _BATCH_PHOTOS),
+            image_size=self.encoder.record.image_size,
+            views=self._views,
+            threads=os.cpu_count() or 1,
+            advice="caption it and those behind it when the drive answers again",
+        ) as loader:
+            for request, batch in zip(requests, loader, strict=True):
+                yield from self._caption_batch(request, batch, names)
+                loader.release(batch)
 
     def _caption_batch(
-        self, names: list[str], reads: list[ReadPhoto], first: int
+        self, request: BatchRequest, batch: LoadedBatch, names: Sequence[str]
     ) -> list[Prediction]:
-        pixels = [read.pixels for read in reads if read.pixels is not None]
-        numbers = [first + i for i, read in enumerate(reads) if read.pixels is not None]
-        found = iter(self._search(torch.cat(pixels), numbers) if pixels else ())
+        rows = sorted(batch.decoded)
+        places = [row - batch.first for row in rows]
+        hypotheses = self._search(batch.pixels[places], rows) if rows else []
+        found = dict(zip(rows, hypotheses, strict=True))
+        self._remember(hypotheses)
         return [
-            Prediction(name, "", float("-inf"), read.error)
-            if read.pixels is None
-            else _prediction(name, self.bundle.vocabulary, next(found))
-            for name, read in zip(names, reads, strict=True)
+            _prediction(names[row], self.bundle.vocabulary, found[row])
+            if row in found
+            else Prediction(names[row], "", float("-inf"), batch.reads[row].error)
+            for row in request.rows
         ]
+
+    def doubt(self) -> str | None:
+        """Why the model's captions mean little, as a short clause; None if nothing speaks for it.
+
+        A model may say so in its record of the training. Otherwise the captions so far are judged,
+        up to a thousand of them, unless they were drawn at random.
+        """
+        recorded = self.bundle.training.get("degenerate")
+        return str(recorded) if recorded else degenerate(self._said)
+
+    def _remember(self, hypotheses: Sequence[Sequence[Hypothesis]]) -> None:
+        if not self.search_config.sample:
+            room = max(0, _JUDGED_CAPTIONS - len(self._said))
+            best = [found[0].words for found in hypotheses if found][:room]
+            self._said.extend(map(self.bundle.vocabulary.caption_words, best))
 
     def _search(self, pixels: torch.Tensor, numbers: list[int]) -> list[list[Hypothesis]]:
         """The captions found for each photo, the best first.
 
-        pixels: (B * V, 3, S, S), the views of a photo one after the other. numbers: the positions
-        of the photos among all that are captioned.
+        pixels: (B, V, 3, S, S). numbers: the positions of the photos among all that are captioned.
         """
-        features = self.encoder.encode(pixels).unflatten(0, (-1, len(self._views)))
+        features = self.encoder.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return search_several(
             self.bundle.decoder, mean_of_views(features), self.search_config, numbers=numbers
         )
@@ -218,8 +241,16 @@ def find_photos(paths: Iterable[str], notices: list[str] | None = None) -> list[
 
     Photos of one folder or glob are sorted, and no file is named twice. A name that matches nothing
     stays in the list, so that captioning it tells what is wrong. notices: gets a line about what
-    else a folder holds. Raises FolderError if a folder cannot be read.
+    else a folder holds. Raises FolderError if a folder cannot be read, and StalledError if the
+    drive of one of them does not answer.
     """
+    paths = list(paths)
+    for path in paths:
+        prompt_answer_of(partial(os.path.exists, path), path)
+    return answer_of(lambda: _find_photos(paths, notices))
+
+
+def _find_photos(paths: Iterable[str], notices: list[str] | None) -> list[str]:
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):

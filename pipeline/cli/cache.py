@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import CaptionColumn, Device, ImageColumn, Json, MovedWeights
-from pipeline.cli.terminal import print_json, say
+from pipeline.cli.terminal import one_field, one_line, print_json, say
 
 
 def merge(
@@ -86,7 +86,7 @@ def info(
         opened = open_cache(file, allow_pending=True)
         if unreadable and not as_json:
             for path, reason in opened.errors():
-                print(f"{path}\t{reason}")
+                print(f"{one_field(path)}\t{one_line(reason)}")
             return
         facts: dict[str, Any] = {
             "photos": len(opened),

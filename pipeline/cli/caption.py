@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -21,7 +20,7 @@ from pipeline.cli.options import (
     choice,
     options,
 )
-from pipeline.cli.terminal import print_json, say
+from pipeline.cli.terminal import one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SearchConfig, SearchError, check_search
@@ -199,7 +198,9 @@ def predict(
         ),
     ] = False,
 ) -> None:
-    """Caption photos, one line each: path and caption.
+    """Caption photos, one line each: path, tab and caption.
+
+    In a path, a line break is written as \\n, a tab as \\t and a backslash as \\\\.
 
     Example: cap predict dog.jpg holidays/ --model runs/base
     """
@@ -220,13 +221,18 @@ def predict(
         for prediction in captioner.stream(names):
             failed += bool(prediction.error)
             if as_json:
-                print(json.dumps(prediction.as_dict(), ensure_ascii=False), flush=True)
+                print_json(prediction.as_dict(), indent=None)
             elif prediction.error:
-                say(f"error: {prediction.path}: {prediction.error}")
+                say(one_line(f"error: {prediction.path}: {prediction.error}"))
             else:
                 for caption in prediction.captions:
                     text = " ".join(caption.words) if words else caption.caption
-                    print(f"{prediction.path}\t{text}", flush=True)
+                    print(f"{one_field(prediction.path)}\t{text}", flush=True)
+        if (doubt := captioner.doubt()) is not None:
+            say(
+                f"{model}: its captions mean little ({doubt}); train it on more photos or more "
+                "captions of each, for more --epochs, or with a stronger --backbone"
+            )
         if failed:
             say(f"{failed:,} of {len(names):,} photos have no caption")
             raise typer.Exit(1)

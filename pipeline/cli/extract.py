@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
-from pipeline.cli.terminal import ProgressLine, duration, print_json, say
+from pipeline.cli.terminal import ProgressLine, duration, one_line, print_json, say
 from pipeline.extraction.config import ExtractConfig
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _extract(config: ExtractConfig) -> Progress:
 def _list_unreadable(cache: FeatureCache) -> None:
     unreadable = cache.errors()
     for path, reason in unreadable[:_LISTED_ERRORS]:
-        say(f"{path}: {reason}; set aside")
+        say(one_line(f"{path}: {reason}; set aside"))
     if len(unreadable) > _LISTED_ERRORS:
         say(
             f"… and {len(unreadable) - _LISTED_ERRORS:,} more; "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import sys
 import time
 from types import TracebackType
@@ -14,15 +16,46 @@ if TYPE_CHECKING:
 _BAR_INTERVAL_S, _LINE_INTERVAL_S = 0.1, 5.0
 _BAR_WIDTH = 40
 
+# What would break a line or steer a terminal: control characters, Unicode's own line breaks.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_CONTROL = re.compile(f"[{_CONTROLS}]")
+_CONTROL_OR_BACKSLASH = re.compile(rf"[{_CONTROLS}\\]")
 
-def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1), flush=True)
+
+def print_json(value: object, indent: int | None = 1) -> None:
+    """Write JSON to stdout: on one line if `indent` is None."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    # A name that is not UTF-8 contains halves of surrogate pairs. Raw bytes would make a file that
+    # no program reads as JSON; `\udcff` is JSON, and Python's `os.fsencode` makes the bytes of it.
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
 
 
 def say(text: str) -> None:
-    """Write a line to stderr."""
-    sys.stderr.write(text + "\n")  # in one call: a Ctrl-C between two would join two lines
-    sys.stderr.flush()
+    """Write a line to stderr.
+
+    Nothing happens if that fails, as when the terminal is closed or a log's disk is full: the work
+    goes on.
+    """
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")  # in one call: a Ctrl-C between two would join two lines
+        sys.stderr.flush()
+
+
+def one_line(text: str) -> str:
+    r"""The text without line breaks and other control characters, which become `\n`, `\x1b`, …"""
+    return _CONTROL.sub(_escape, text)
+
+
+def one_field(text: str) -> str:
+    r"""Like `one_line`, for a field of a line whose fields are separated by tabs.
+
+    A backslash becomes two, so that no two texts become the same.
+    """
+    return _CONTROL_OR_BACKSLASH.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def duration(seconds: float) -> str:
@@ -65,19 +98,21 @@ class ProgressLine:
             say(f"{self._label}: {text}")
             return
         (task,) = self._bar.task_ids
-        self._bar.update(task, completed=done, total=total, text=text)
-        if self._bar.live.is_started:
-            self._bar.refresh()
-        else:
-            self._bar.start()
-            self._bar.console.show_cursor()  # rich hides it, and a kill would leave it hidden
+        with contextlib.suppress(OSError):  # as in `say`
+            self._bar.update(task, completed=done, total=total, text=text)
+            if self._bar.live.is_started:
+                self._bar.refresh()
+            else:
+                self._bar.start()
+                self._bar.console.show_cursor()  # rich hides it, and a kill would leave it hidden
 
     def say(self, text: str) -> None:
         """Write a line to stderr, above the bar."""
         if self._bar is None:
             say(text)
         else:
-            self._bar.console.print(text, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self._bar.console.print(text, soft_wrap=True)
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +124,8 @@ class ProgressLine:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
 
 def _bar(label: str) -> Progress | None:

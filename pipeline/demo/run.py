@@ -5,9 +5,11 @@ The scenes are treated like any photos: every step is one that a command line co
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,6 +36,9 @@ OWN_WEIGHTS = Path(__file__).parent / "demo_backbone.pth"
 _TEST_SEED = 500_000
 _SHOWN = 20
 _MARKER = "cap-demo.json"
+_SHEET = "contact-sheet.png"
+# All that a demo makes. Other files that are there by then are the user's.
+_MADE = (*("train", "train.csv", "train.h5", "test", "test.csv", "test.h5", "run"), _SHEET, _MARKER)
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,14 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
-    """Run the demo in the folder `config.out`, which is emptied if an earlier demo made it.
+    """Run the demo in the folder `config.out`. What an earlier demo made there is replaced.
 
-    Yields messages for the user, then the result. Raises CapError if the folder holds something
-    else, and the errors of the steps.
+    Yields messages for the user, then the result. Raises CapError if the folder cannot be written
+    or holds something else than a demo, and the errors of the steps.
     """
     started = time.perf_counter()
-    _prepare(config.out)
+    with _writing(config.out):
+        _prepare(config.out)
     own = config.weights is None and config.backbone == OWN_BACKBONE
     weights = config.weights or (str(OWN_WEIGHTS) if own else "IMAGENET1K_V1")
     if own:
@@ -97,7 +103,8 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
         ("train", 0, config.train_scenes),
         ("test", _TEST_SEED, config.test_scenes),
     ):
-        scenes = _draw(config.out / split, first, count)
+        with _writing(config.out):
+            scenes = _draw(config.out / split, first, count)
         if split == "test":
             truth = scenes
         yield f"drew {count} scenes into {config.out / split}"
@@ -146,18 +153,39 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
     yield f"$ cap evaluate --model {run} --cache {config.out / 'test.h5'}"
     evaluation = evaluate(run, config.out / "test.h5", SearchConfig(), device=config.device)
     result = _judge(config, evaluation, truth, started)
-    (config.out / _MARKER).write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+    with _writing(config.out):
+        (config.out / _MARKER).write_text(json.dumps(result.as_dict(), indent=1) + "\n")
     yield result
 
 
 def _prepare(out: Path) -> None:
-    """Make the folder, or empty it if an earlier demo made it, and mark it as the demo's."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / _MARKER).exists():
+    """Make the folder, or remove from it what an earlier demo made, and mark it as the demo's.
+
+    Raises CapError if it is no folder or holds something else than a demo, and leaves it as it is.
+    """
+    if out.is_dir():
+        if any(out.iterdir()) and not (out / _MARKER).exists():
             raise CapError(f"{out}: holds something else than a demo; name another --out")
-        shutil.rmtree(out)
+    elif os.path.lexists(out):
+        kind = "a link that leads nowhere" if out.is_symlink() else "a file"
+        raise CapError(f"{out}: is {kind}; name a folder as --out")
     out.mkdir(parents=True, exist_ok=True)
+    for name in _MADE:  # not the folder: it may be a link, or the current folder
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     (out / _MARKER).write_text("{}\n")
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Raise CapError if the system refuses to write into the folder, as when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise CapError(f"{out}: cannot write there ({error.strerror or error})") from None
 
 
 def _draw(folder: Path, first_seed: int, count: int) -> dict[str, Scene]:
@@ -187,7 +215,7 @@ def _judge(
     shown = names[:_SHOWN]
     captioner = Captioner.load(config.out / "run", device=config.device)
     predictions = captioner.caption(config.out / "test" / name for name in shown)
-    sheet = config.out / "contact-sheet.png"
+    sheet = config.out / _SHEET
     write_contact_sheet(
         [
             Tile(Path(prediction.path), prediction.caption, truth[name].captions[0])

@@ -7,7 +7,6 @@ with its convolutions fused (`fused_convolutions`), channels last in memory, in 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,9 +104,8 @@ def headless_network(name: str, device: str) -> tuple[nn.Module, int]:
     Raises EncoderError.
     """
     try:
-        with torch.device(device), _SkipInitialization(device), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some constructors announce changes of their defaults
-            network: nn.Module = classifiers().get_model(name, weights=None)
+        with torch.device(device), _SkipInitialization(device):
+            network: nn.Module = classifiers().get_model(name, weights=None, **_options(name))
     except NotImplementedError:  # RegNets compute their widths with tensors
         if device == "cpu":
             raise
@@ -123,6 +121,13 @@ def headless_network(name: str, device: str) -> tuple[nn.Module, int]:
     assert isinstance(head, nn.Linear)
     network.set_submodule(linear[-1], nn.Identity())
     return network, head.in_features
+
+
+def _options(name: str) -> dict[str, bool]:
+    """Two constructors announce another default of this option, unless they are given it. Filtering
+    the warning would change the filters of the whole process, for its other threads too.
+    """
+    return {"init_weights": True} if name.lower() in ("googlenet", "inception_v3") else {}
 
 
 # The functions that draw initial weights, as far as a mode sees them: it sees a call of a function

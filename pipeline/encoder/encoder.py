@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from cache.record import EncoderRecord
 from pipeline.encoder.backbone import Backbone, EncoderError
 from pipeline.encoder.cuda_graph import CapturedGraphs
-from pipeline.encoder.weights import load_backbone
+from pipeline.encoder.recorded_weights import recorded_backbone
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
 from train.allocator import keep_freed_memory
 from train.device import is_out_of_memory
@@ -79,24 +80,24 @@ class Encoder:
 
     @classmethod
     def load(
-        cls, record: EncoderRecord, *, device: torch.device, weights: str | None = None
+        cls,
+        record: EncoderRecord,
+        *,
+        device: torch.device,
+        weights: str | None = None,
+        near: Path | None = None,
     ) -> Encoder:
         """The encoder behind a cache or a model, from its record.
 
-        weights: where the weights are now, if they are not where the record says. Raises
-        EncoderError if they are not the recorded ones, or if preprocessing has changed since.
+        weights, near: as for `recorded_backbone`. Raises EncoderError if the recorded weights are
+        not found, or if preprocessing has changed since.
         """
         if record.preprocessing != PREPROCESSING:
             raise EncoderError(
                 f"features were made with preprocessing {record.preprocessing!r}, "
                 f"this version has {PREPROCESSING!r}; extract again"
             )
-        backbone = load_backbone(record.backbone, weights or record.weights)
-        if backbone.weights_sha256 != record.weights_sha256:
-            raise EncoderError(
-                f"{weights or record.weights}: weights {backbone.weights_sha256[:12]}…, the model "
-                f"was trained on features of weights {record.weights_sha256[:12]}…"
-            )
+        backbone = recorded_backbone(record, weights, near)
         precision = record.precision
         if precision == "float16" and device.type == "cpu":
             precision = "float32"  # CPUs lack float16 convolutions; float32's features are closest

@@ -48,12 +48,14 @@ def choose_precision(
 
     pixels: (B, 3, S, S) uint8, B ≥ 1 real photos. candidates: None for `fast_precisions`. Returns
     the precision, and a notice for each candidate that was rejected because the cosine of some
-    photo to float32 is below MIN_COSINE or the mean cosine is below MEAN_COSINE.
+    photo to float32 is below MIN_COSINE or the mean cosine is below MEAN_COSINE. Raises
+    EncoderError if the backbone cannot take such images.
     """
     candidates = candidates or fast_precisions(device)
     notices: list[str] = []
     if candidates[0] == "float32":
         return "float32", notices
+    backbone.check_image_size(int(pixels.shape[-1]))  # before the plain network, which cannot tell
     reference = encode_plain(backbone, pixels, device)
     for precision in candidates:
         if precision == "float32":

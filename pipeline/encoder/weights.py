@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,22 +27,24 @@ def load_backbone(name: str, weights: str) -> Backbone:
 
     weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), a file with a state dict
     (`.pth`, `.safetensors`; the head may be missing or have another size), or `random` (seeded,
-    with measured BatchNorm statistics). Raises EncoderError.
+    with measured BatchNorm statistics). The backbone has the whole path of a file, because a
+    relative one would lead nowhere from another folder. Raises EncoderError.
     """
     if weights == RANDOM:
         network, feature_dim, sha256 = _random_network(name)
     else:
         network, feature_dim = headless_network(name, device="meta")
-        state, source = _read_weights(name, weights)
+        state, path = _read_weights(name, weights)
+        source = f"{name} {weights}" if path is None else str(path)
         _load_strictly(network, state, f"{source}: not weights of {name}")
         sha256 = _sha256(network.state_dict())
+        weights = weights if path is None else os.path.abspath(path)
     network.eval().requires_grad_(False)
     return Backbone(name, weights, sha256, feature_dim, network)
 
 
-def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """(state dict, its source for error messages). Raises EncoderError."""
-    path = Path(weights).expanduser()
+def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | None]:
+    """(state dict, the file that it is from; None if published). Raises EncoderError."""
     published = classifiers().get_model_weights(name)
     if weights in published.__members__:
         try:
@@ -50,13 +53,19 @@ def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
             raise EncoderError(
                 f"cannot download {name} {weights} ({error}); give a file with --weights PATH"
             ) from None
-        return dict(state), f"{name} {weights}"
-    if not path.exists():
+        return dict(state), None
+    path = Path(os.path.expanduser(weights))  # unlike Path.expanduser, leaves ~nobody as it is
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(published.__members__) or "none"
         raise EncoderError(
             f"{weights}: no such weights file, and not a published name of {name} ({names})"
-        )
-    return _read_weights_file(path), str(path)
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise EncoderError(f"{weights}: cannot read ({reason})") from None
+    return _read_weights_file(path), path
 
 
 def _read_weights_file(path: Path) -> dict[str, Tensor]:

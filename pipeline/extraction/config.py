@@ -55,7 +55,7 @@ class ExtractConfig:
         "Views of each photo, comma-separated: full, flip, center, center-flip, corners.",
         parse=parse_views,
     )
-    image_size: int = option(224, "Width and height of a view in pixels.", min=32)
+    image_size: int = option(224, "Width and height of a view in pixels.", min=32, max=4096)
     batch_size: int | None = option(
         None, "Photos per batch.  [default: 16 on a CPU, 256 on a GPU]", min=1
     )

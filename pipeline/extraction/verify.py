@@ -74,7 +74,9 @@ def verify_cache(
     if images is None or not len(unchanged):
         return _verification(report, problems)
     try:
-        encoder = Encoder.load(cache.encoder, device=resolve_device(device), weights=weights)
+        encoder = Encoder.load(
+            cache.encoder, device=resolve_device(device), weights=weights, near=cache_path
+        )
     except EncoderError as error:
         return _verification(report, [*problems, f"features not compared: {error}"])
     cosines: list[float] = []

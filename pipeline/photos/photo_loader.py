@@ -88,9 +88,9 @@ class PhotoLoader:
     """Iterates over loaded batches in order. A context manager: leaving it stops the threads.
 
     path_of: the photo of a row. batch_rows: the places of every batch, however few rows are
-    requested. Iteration raises StalledError if no photo arrives for `stall_s` seconds,
-    VanishedError if the drive seems to be gone, and ShortageError. An error with one photo is in
-    the `reads` of its batch.
+    requested. Iteration raises StalledError if no photo arrives for `stall_s` seconds, whose
+    message ends with `advice`; VanishedError if the drive seems to be gone; and ShortageError. An
+    error with one photo is in the `reads` of its batch.
     """
 
     def __init__(
@@ -104,13 +104,14 @@ class PhotoLoader:
         threads: int,
         pin_memory: bool = False,
         stall_s: float = STALL_S,
+        advice: str = "what is done is kept, run the same command again to continue",
     ) -> None:
         self._batches = batches
         self._path_of = path_of
         self._batch_rows = batch_rows
         self._image_size, self._views = image_size, views
         self._pin_memory = pin_memory
-        self._stall_s = stall_s
+        self._stall_s, self._advice = stall_s, advice
         self._free: list[Tensor] = []
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._finished = threading.Condition()
@@ -178,8 +179,7 @@ class PhotoLoader:
                     row = min(loading.left)
                     raise StalledError(
                         f"{self._path_of(row)}: nothing came from the disk for "
-                        f"{silence.seconds:.0f} s; what is done is kept, run the same command "
-                        "again to continue"
+                        f"{silence.seconds:.0f} s; {self._advice}"
                     )
         if loading.failure is not None:
             raise loading.failure

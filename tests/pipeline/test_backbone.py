@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pipeline.encoder.backbone import EncoderError, _meta_twin
+from pipeline.encoder.backbone import EncoderError, _meta_twin, headless_network
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.weights import load_backbone
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -65,3 +66,12 @@ def test_a_twin_has_shapes_and_no_numbers() -> None:
     assert {p.device.type for p in twin.parameters()} == {"meta"}
     assert twin(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 512)
     assert {p.device.type for p in network.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "resnet18"])
+def test_building_a_backbone_neither_warns_nor_filters_warnings(
+    name: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(warnings, "catch_warnings", None)  # not safe with threads
+    headless_network(name, "meta")
+    assert [str(warning.message) for warning in recwarn] == []

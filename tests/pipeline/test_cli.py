@@ -381,6 +381,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(
         ["evaluate", "--human", "--cache", "x.h5", "--captions", "x.json"],
         ["evaluate", "--human", "--cache", "x.h5", "--split", "test"],
         ["predict", "a.jpg", "--model", "x", "--view", "left"],
+        ["extract-features", "--images", ".", "--out", "x.h5", "--image-size", "200000"],
         ["nonsense"],
     ],
 )
@@ -514,8 +515,8 @@ def test_a_closed_pipe_is_no_traceback(work: Path, photos: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.cli.app import app; app()", "predict",
-         str(photos / "a.jpg"), "--model", str(work / "run")],
+        [sys.executable, "-m", "pipeline", "predict", str(photos / "a.jpg"),
+         "--model", str(work / "run")],
         stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     os.close(writer)

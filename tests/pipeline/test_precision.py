@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.bench.jpegs import write_bench_photos
 from pipeline.encoder import precision as precision_module
+from pipeline.encoder.backbone import Backbone, EncoderError
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import choose_precision, encode_plain, fast_precisions
 from pipeline.encoder.weights import load_backbone
@@ -67,6 +69,15 @@ def test_a_precision_that_differs_too_much_is_rejected(monkeypatch: pytest.Monke
     assert precision == "float32"
     assert len(notices) == 1
     assert "resnet18 in bfloat16 differs too much from float32" in notices[0]
+
+
+def test_images_that_the_network_cannot_take_are_one_line_before_precisions_are_compared() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 33), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    backbone = Backbone("tower", "random", "", 8, network)
+    with pytest.raises(EncoderError, match=r"^tower cannot take 32×32 pixels \(.*\)$"):
+        choose_precision(
+            backbone, random_pixels(2, 32), device=CPU, candidates=("bfloat16", "float32")
+        )
 
 
 def test_mobilenet_in_bfloat16_differs_too_much_on_real_photos(sample_data: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,33 @@ def test_random_weights_are_seeded_and_near_unit_scale() -> None:
     features = encode_plain(first, random_pixels(8, 128), CPU)
     assert torch.equal(features, encode_plain(second, random_pixels(8, 128), CPU))
     assert 0.05 < float(features.mean()) < 20
+
+
+def test_a_weights_file_is_remembered_with_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(models.resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_backbone("resnet18", "w.pth").weights == str(tmp_path / "w.pth")
+    assert load_backbone("resnet18", "~/w.pth").weights == str(tmp_path / "w.pth")
+    assert load_backbone("resnet18", "random").weights == "random"
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ("~nosuchuser/w.pth", "no such weights file"),
+        ("w.pth/w.pth", "no such weights file"),
+        ("x" * 256, r"cannot read \(File name too long\)"),
+        ("a\0b", r"cannot read \(embedded null byte\)"),
+        (".", r"not a weights file \("),
+    ],
+)
+def test_a_path_that_is_no_weights_file_is_one_line(
+    weights: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(EncoderError, match=f"^{re.escape(weights)}: {problem}"):
+        load_backbone("resnet18", weights)
