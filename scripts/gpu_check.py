@@ -64,7 +64,7 @@ def run_check(check: Callable[[], Figures]) -> Figures:
 
 
 def run_bench(arguments: str, left_s: float) -> Figures:
-    command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "bench"]
+    command = [sys.executable, "-P", "-c", "from pipeline.cli.app import app; app()", "bench"]
     try:
         done = subprocess.run(
             [*command, *arguments.split(), "--json"],

@@ -313,7 +313,7 @@ def measure_training(recipe: Recipe, cache: Path, device: torch.device, work: Pa
 
 def measure_prompt_to_model(cache: Path, device: torch.device, work: Path) -> Figures:
     """Times two epochs, as in CNN-LSTM tutorials, from the shell's prompt to the saved model."""
-    command = [sys.executable, "-c", "from pipeline.cli.app import app; app()", "train"]
+    command = [sys.executable, "-P", "-c", "from pipeline.cli.app import app; app()", "train"]
     command += ["--from-cache", str(cache), "--out", str(work / "prompt"), "--recipe", "classic"]
     started = time.perf_counter()
     done = subprocess.run(

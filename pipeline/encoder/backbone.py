@@ -22,10 +22,15 @@ from pipeline.encoder.torchvision_models import classifiers
 
 # The batch size for which the weights are laid out in memory. Any other size works, too.
 _TYPICAL_BATCH = 16
+FLOAT16_MAX = int(torch.finfo(torch.float16).max)  # 65,504
 
 
 class EncoderError(CapError):
     """Raised when a backbone, its weights or its device cannot be used. The message is one line."""
+
+
+class PrecisionError(EncoderError):
+    """Raised when a backbone cannot be computed in a precision. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,33 @@ class Backbone:
     def fast_network(self, device: torch.device, dtype: torch.dtype, image_size: int) -> nn.Module:
         """The network with fused convolutions, on `device` in `dtype`; see `fused_convolutions`.
 
-        Raises EncoderError unless images of this size give one vector each.
+        Raises EncoderError unless images of this size give one vector each, and PrecisionError if
+        the weights are beyond `dtype`.
         """
         key = (device, dtype, image_size)
         if key not in self._fast:
             if device.type != "cpu":
                 self.check_image_size(image_size)
             self._fast.clear()  # frees the old network's memory before the new one needs it
-            network = fuse_convolutions(
-                fold_batchnorm(self.network), device, dtype, typical_batch=_TYPICAL_BATCH
-            )
+            network = fold_batchnorm(self.network)
+            if dtype is torch.float16:
+                self._check_range(network)
+            network = fuse_convolutions(network, device, dtype, typical_batch=_TYPICAL_BATCH)
             if device.type == "cpu":  # encoding one photo takes less time than `check_image_size`
                 photo = torch.zeros(1, 3, image_size, image_size, dtype=dtype)
                 self._check_output(network, photo.to(memory_format=torch.channels_last))
             self._fast[key] = network
         return self._fast[key]
+
+    def _check_range(self, folded: nn.Module) -> None:
+        """Raise PrecisionError if float16 cannot hold a weight. Other precisions have the range of
+        float32."""
+        for name, tensor in folded.state_dict().items():
+            if tensor.is_floating_point() and not is_within(tensor, FLOAT16_MAX):
+                raise PrecisionError(
+                    f"{self.name} with weights {self.weights}: {name}, with its BatchNorm, is "
+                    f"beyond float16's {FLOAT16_MAX:,}; float32 and bfloat16 can hold it"
+                )
 
     def check_image_size(self, image_size: int) -> None:
         """Raise EncoderError unless images of this size give one vector each.
@@ -87,6 +104,14 @@ class Backbone:
             raise EncoderError(
                 f"{self.name} has no pooled vector before its last layer; choose another backbone"
             )
+
+
+def is_within(tensor: Tensor, largest: float) -> bool:
+    """Whether no number of a tensor is NaN or further from zero than `largest`."""
+    if not tensor.numel():
+        return True
+    least, most = torch.aminmax(tensor)  # one pass; both are NaN if any number is
+    return bool(least >= -largest) and bool(most <= largest)
 
 
 def _meta_twin(network: nn.Module) -> nn.Module:

@@ -54,6 +54,22 @@ def _record(
     )
 
 
+def load_recorded(
+    record: EncoderRecord, weights: str | None = None, near: Path | None = None
+) -> Backbone:
+    """The backbone behind a cache or a model, from its record.
+
+    weights, near: as for `recorded_backbone`. Raises EncoderError if the recorded weights are not
+    found, or if preprocessing has changed since.
+    """
+    if record.preprocessing != PREPROCESSING:
+        raise EncoderError(
+            f"features were made with preprocessing {record.preprocessing!r}, "
+            f"this version has {PREPROCESSING!r}; extract again"
+        )
+    return recorded_backbone(record, weights, near)
+
+
 class Encoder:
     """A backbone that is ready to run on one device in one precision. See also `Encoder.load`."""
 
@@ -89,18 +105,14 @@ class Encoder:
     ) -> Encoder:
         """The encoder behind a cache or a model, from its record.
 
-        weights, near: as for `recorded_backbone`. Raises EncoderError if the recorded weights are
-        not found, or if preprocessing has changed since.
+        weights, near: as for `load_recorded`, which raises EncoderError. A CPU computes in float32
+        what the record says is in float16: CPUs lack float16 convolutions, and float32's features
+        are the closest.
         """
-        if record.preprocessing != PREPROCESSING:
-            raise EncoderError(
-                f"features were made with preprocessing {record.preprocessing!r}, "
-                f"this version has {PREPROCESSING!r}; extract again"
-            )
-        backbone = recorded_backbone(record, weights, near)
+        backbone = load_recorded(record, weights, near)
         precision = record.precision
         if precision == "float16" and device.type == "cpu":
-            precision = "float32"  # CPUs lack float16 convolutions; float32's features are closest
+            precision = "float32"
         return cls(
             backbone,
             device=device,

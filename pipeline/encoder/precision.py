@@ -1,4 +1,4 @@
-"""Choosing the precision of the backbone: the fastest whose features agree with float32."""
+"""The precision of the backbone: the fastest whose features agree with the plain network's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.backbone import FLOAT16_MAX, Backbone, EncoderError, PrecisionError
 from pipeline.encoder.encoder import Encoder, normalizer, reproducible_kernels
 from train.device import has_fast_bfloat16
 
 # The least cosine between fast and float32 features for which both count as the same features.
 MIN_COSINE = 0.999  # of each photo
 MEAN_COSINE = 0.9999  # on average
+# Below this, features are wrong and not just rounded, in a precision that the user has chosen.
+_WRONG_COSINE = 0.9
 
 
 def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Tensor:
@@ -27,6 +29,58 @@ def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Te
     with torch.inference_mode(), reproducible_kernels(device):
         features: Tensor = network(normalizer(device, torch.float32)(pixels.to(device)))
     return features
+
+
+def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precision: str) -> None:
+    """Compare the features of one picture with the plain network's. Raises EncoderError if they are
+    not the same, not finite, or too large for a cache.
+
+    pixels: (1, 3, S, S) uint8. features: (D,) float16 of the fast network, on the CPU. NaN that
+    arose on the way may not be visible in them, because a fused ReLU makes 0 of it. PyTorch's own
+    ReLU keeps it. If all features of both networks are zero, they are the same. The plain network
+    runs on the CPU, because a GPU's memory may be full.
+    """
+    plain = encode_plain(backbone, pixels, torch.device("cpu"))[0]
+    features = features.float()
+    _check_plain(backbone, plain)
+    if torch.equal(features, plain):
+        return
+    cosine = float(nn.functional.cosine_similarity(features, plain, dim=0).nan_to_num(-1))
+    if cosine < _WRONG_COSINE:
+        advice = "" if precision == "float32" else "; use --precision float32 and another --out"
+        raise EncoderError(
+            f"{backbone.name} in {precision} gives wrong features (cosine {cosine:.2f} to those of "
+            f"the plain network in float32){advice}"
+        )
+
+
+def _check_plain(backbone: Backbone, features: Tensor) -> None:
+    """Raise EncoderError if the plain network's own features are not finite, or if a cache, which
+    stores float16, cannot hold them."""
+    if not features.isfinite().all():
+        raise EncoderError(
+            f"{backbone.name} with weights {backbone.weights} gives features that are not finite "
+            "even in float32, as after a training that diverged; use other weights"
+        )
+    largest = float(features.abs().max())
+    if largest > FLOAT16_MAX:
+        raise EncoderError(
+            f"{backbone.name} with weights {backbone.weights} gives features up to {largest:.1e}; "
+            f"a cache stores float16, at most {FLOAT16_MAX:,}; use other weights"
+        )
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """Raise PrecisionError if features of this precision are not to be made on this device.
+
+    CPUs lack float16 convolutions. `Encoder.load` computes such features in float32 there, to
+    caption photos; but a cache says of all its rows how they were made.
+    """
+    if precision == "float16" and device.type == "cpu":
+        raise PrecisionError(
+            f"{device}: a CPU has no float16 convolutions; go on with a GPU, or use --precision "
+            "float32 and another --out"
+        )
 
 
 def fast_precisions(device: torch.device) -> tuple[str, ...]:
@@ -49,7 +103,8 @@ def choose_precision(
     pixels: (B, 3, S, S) uint8, B ≥ 1 real photos. candidates: None for `fast_precisions`. Returns
     the precision, and a notice for each candidate that was rejected because the cosine of some
     photo to float32 is below MIN_COSINE or the mean cosine is below MEAN_COSINE. Raises
-    EncoderError if the backbone cannot take such images.
+    EncoderError if the backbone cannot take such images, or if the features in float32 are not
+    finite, or too large for a cache.
     """
     candidates = candidates or fast_precisions(device)
     notices: list[str] = []
@@ -57,12 +112,17 @@ def choose_precision(
         return "float32", notices
     backbone.check_image_size(int(pixels.shape[-1]))  # before the plain network, which cannot tell
     reference = encode_plain(backbone, pixels, device)
+    _check_plain(backbone, reference)
     for precision in candidates:
         if precision == "float32":
             break
-        encoder = Encoder(
-            backbone, device=device, precision=precision, image_size=int(pixels.shape[-1])
-        )
+        try:
+            encoder = Encoder(
+                backbone, device=device, precision=precision, image_size=int(pixels.shape[-1])
+            )
+        except PrecisionError as error:
+            notices.append(str(error))
+            continue
         fast = encoder.encode(pixels).float()
         cosines = nn.functional.cosine_similarity(fast, reference).nan_to_num(-1)
         worst, mean = float(cosines.min()), float(cosines.mean())

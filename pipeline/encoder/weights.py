@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoder.backbone import Backbone, EncoderError, headless_network
+from pipeline.encoder.backbone import Backbone, EncoderError, headless_network, is_within
 from pipeline.encoder.batchnorm import BATCHNORMS, has_batchnorm
 from pipeline.encoder.torchvision_models import classifiers
 
@@ -28,7 +28,8 @@ def load_backbone(name: str, weights: str) -> Backbone:
     weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), a file with a state dict
     (`.pth`, `.safetensors`; the head may be missing or have another size), or `random` (seeded,
     with measured BatchNorm statistics). The backbone has the whole path of a file, because a
-    relative one would lead nowhere from another folder. Raises EncoderError.
+    relative one would lead nowhere from another folder. Raises EncoderError, also for weights that
+    are not finite.
     """
     if weights == RANDOM:
         network, feature_dim, sha256 = _random_network(name)
@@ -37,6 +38,7 @@ def load_backbone(name: str, weights: str) -> Backbone:
         state, path = _read_weights(name, weights)
         source = f"{name} {weights}" if path is None else str(path)
         _load_strictly(network, state, f"{source}: not weights of {name}")
+        _check_finite(network.state_dict(), source)
         sha256 = _sha256(network.state_dict())
         weights = weights if path is None else os.path.abspath(path)
     network.eval().requires_grad_(False)
@@ -112,6 +114,19 @@ def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], complaint: s
     if len(state) > len(own) + 16:
         raise EncoderError(f"{complaint} (it has {len(state)} tensors, the network {len(own)})")
     network.load_state_dict(loaded, assign=True)
+
+
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise EncoderError if a weight is NaN or infinite, as after a training that diverged.
+
+    The network's own output would not show it: a ReLU of oneDNN makes 0 of NaN.
+    """
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not is_within(tensor, torch.finfo(tensor.dtype).max):
+            raise EncoderError(
+                f"{source}: {key} is not finite (NaN or infinity), as after a training that "
+                "diverged; use other weights"
+            )
 
 
 def _random_network(name: str) -> tuple[nn.Module, int, str]:

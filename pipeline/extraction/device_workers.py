@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cache.errors import CapError
 from cache.store import FeatureCache
-from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.encoder import Encoder, load_recorded
 from pipeline.extraction.encode_batches import EncodedBatch, encode_batches
 from pipeline.photos.photo_loader import BatchRequest
 
@@ -91,7 +91,12 @@ def encode_on_devices(
             ours, theirs = multiprocessing.Pipe()
             workers[ours] = task, _start(theirs)
             theirs.close()  # so that reading fails once the process has ended
-            ours.send(task)
+        # Only now, because sending waits until the worker reads, and it first imports torch.
+        for pipe, (task, process) in workers.items():
+            try:
+                pipe.send(task)
+            except (BrokenPipeError, ConnectionResetError):
+                raise _ended(task, process) from None
         running = dict(workers)
         while running:
             for connection in wait(list(running)):
@@ -100,10 +105,7 @@ def encode_on_devices(
                 try:
                     item = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    raise WorkerError(
-                        f"{task.device}: its process ended (exit code {process.wait()}); "
-                        "what is done is kept, run the same command again to continue"
-                    ) from None
+                    raise _ended(task, process) from None
                 if item is None:
                     del running[connection]
                 elif isinstance(item, _Failure):
@@ -119,6 +121,13 @@ def encode_on_devices(
                 process.wait(_EXIT_S)
             except subprocess.TimeoutExpired:  # it hangs in a driver or waits for a dead disk
                 process.kill()
+
+
+def _ended(task: _WorkerTask, process: subprocess.Popen[bytes]) -> WorkerError:
+    return WorkerError(
+        f"{task.device}: its process ended (exit code {process.wait()}); "
+        "what is done is kept, run the same command again to continue"
+    )
 
 
 def _start(pipe: Connection) -> subprocess.Popen[bytes]:
@@ -158,10 +167,19 @@ def _encode(task: _WorkerTask) -> Iterator[EncodedBatch | str]:
     device = torch.device(task.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else pinned memory would take memory of the first GPU
-    encoder = Encoder.load(cache.encoder, device=device, weights=task.weights)
+    record = cache.encoder
+    backbone = load_recorded(record, task.weights)
+    encoder = Encoder(
+        backbone,
+        device=device,
+        precision=record.precision,
+        image_size=record.image_size,
+        views=record.views,
+    )
     torch.set_num_threads(task.compute_threads)
     return encode_batches(
         encoder,
+        backbone,
         task.order,
         task.batches,
         images=task.images,

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cache.record import Strings
 from cache.store import DIGEST_BYTES, PENDING
+from pipeline.encoder.backbone import Backbone, EncoderError
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
+from pipeline.encoder.precision import check_features
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 
 
@@ -47,6 +50,7 @@ def pending_batches(
 
 def encode_batches(
     encoder: Encoder,
+    backbone: Backbone,
     order: NDArray[np.int64],
     batches: Sequence[BatchRequest],
     *,
@@ -57,8 +61,10 @@ def encode_batches(
 ) -> Iterator[EncodedBatch | str]:
     """Encode `pending_batches` one after the other. A str is a notice for the user.
 
-    paths: of each row's photo below `images`. threads: that load photos. A GPU computes one batch
-    while the next one is copied to it. Raises StalledError or EncoderError.
+    backbone: of the encoder. paths: of each row's photo below `images`. threads: that load photos.
+    A GPU computes one batch while the next one is copied to it. Raises StalledError or
+    EncoderError, the latter also for wrong features: those of the first photo, and all that are
+    zero or not finite, are compared with the plain network's.
     """
     loader = PhotoLoader(
         batches,
@@ -70,22 +76,56 @@ def encode_batches(
         pin_memory=encoder.device.type == "cuda",
     )
     running: tuple[QueuedFeatures | None, LoadedBatch] | None = None  # on the device
+    first = True
+
+    def finished(queued: QueuedFeatures | None, batch: LoadedBatch) -> EncodedBatch:
+        nonlocal first
+        encoded = _encoded_batch(queued, batch, order)
+        for number, view in _suspects(encoded.features, first):
+            place = sorted(batch.decoded)[number] - batch.first
+            try:
+                check_features(
+                    backbone,
+                    batch.pixels[place, view : view + 1],
+                    torch.from_numpy(encoded.features[number, view]),
+                    encoder.record.precision,
+                )
+            except EncoderError as error:
+                raise EncoderError(f"{paths[int(encoded.rows[number])]}: {error}") from None
+        first = first and not len(encoded.rows)
+        return encoded
+
     with loader:
         for batch in loader:
             queued = _encode(encoder, batch), batch
             if running is not None:
-                yield _encoded_batch(*running, order)
+                yield finished(*running)
                 loader.release(running[1])
             running = queued
             while encoder.notices:
                 yield encoder.notices.pop(0)
         if running is not None:
-            yield _encoded_batch(*running, order)
+            yield finished(*running)
 
 
 def _encode(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
     """The features of every place of the batch; None if no place holds a photo."""
     return encoder.queue(batch.pixels.flatten(0, 1)) if batch.decoded else None
+
+
+def _suspects(features: NDArray[np.float16], first: bool) -> list[tuple[int, int]]:
+    """(photo, view) of features (R, V, D) that may be wrong: all zero, or not finite.
+
+    first: whether the first photo is suspect in any case.
+    """
+    if not len(features):
+        return []
+    # Three times as fast as `np.isfinite` and `any`: without the sign, a float16 that is infinite
+    # or NaN is at least 0x7c00.
+    largest = (features.view("<u2") & 0x7FFF).max(axis=2)
+    suspect = (largest == 0) | (largest >= 0x7C00)
+    suspect[0, 0] |= first
+    return [(photo, view) for photo, view in np.argwhere(suspect).tolist()]
 
 
 def _encoded_batch(

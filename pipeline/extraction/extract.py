@@ -262,6 +262,7 @@ class _CacheFiller:
         )
         return encode_batches(
             encoder,
+            backbone,
             order,
             batches,
             images=config.images,
@@ -281,12 +282,6 @@ class _CacheFiller:
         for row, reason, digest in encoded.unreadable:
             writer.set_unreadable(row, reason, digest)
         if len(rows):
-            finite = np.isfinite(encoded.features).all(axis=(1, 2))
-            if not finite.all():
-                raise ExtractError(
-                    f"{writer.cache.paths[rows[~finite][0]]}: its features are not finite in "
-                    f"{writer.cache.encoder.precision}; use --precision float32 --overwrite"
-                )
             writer.write(rows, encoded.features, encoded.digests)
         self._done += len(rows)
         self._unreadable += len(encoded.unreadable)

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cache.store import open_cache
 from pipeline.encoder.weights import load_backbone
-from pipeline.extraction.device_workers import WorkerError
+from pipeline.extraction import device_workers
+from pipeline.extraction.device_workers import WorkerError, encode_on_devices
+from pipeline.extraction.encode_batches import pending_batches
 from pipeline.extraction.extract import Progress, extract
-from tests.conftest import ROOT, write_photo
+from tests.conftest import ROOT, MakeCache, write_photo
 from tests.pipeline.test_extract import config, run
 from train.device import DeviceError, resolve_devices
 
@@ -50,6 +54,39 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on_later(
     last, _ = run(photos, tmp_path / "x.h5")
     assert (last.done, last.unreadable) == (11, 1)
     assert last.new < 12
+
+
+def test_a_worker_that_dies_at_its_start_is_one_line(
+    tmp_path: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more photos than the pipe to the worker holds. All are started before one is waited for:
+    each takes seconds to import what it needs."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    events: list[str] = []
+    start, send = device_workers._start, Connection.send
+
+    def noted_start(pipe: Connection) -> subprocess.Popen[bytes]:
+        events.append("start")
+        return start(pipe)
+
+    def noted_send(pipe: Connection, item: object) -> None:
+        events.append("send")
+        send(pipe, item)
+
+    monkeypatch.setattr(device_workers, "_start", noted_start)
+    monkeypatch.setattr(Connection, "send", noted_send)
+    order = np.arange(100_000)
+    batches = pending_batches(order, np.zeros(100_000, np.uint8), 16)
+    with pytest.raises(
+        WorkerError, match=r"cpu: its process ended \(exit code 1\); what is done is"
+    ):
+        list(
+            encode_on_devices(
+                make_cache([["a"]]), order, batches, [torch.device("cpu")] * 2,
+                images=tmp_path, weights="random", threads=2,
+            )
+        )  # fmt: skip
+    assert events == ["start", "start", "send"]
 
 
 def test_closing_ends_the_processes_at_once(photos: Path, tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cache.record import CacheError
 from cache.store import DONE, PENDING, open_cache
 from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.device_workers import WorkerError
 from pipeline.extraction.extract import Notice, Progress, extract
 from tests.conftest import write_photo
 from tests.pipeline.extraction_process import run_extraction
@@ -185,3 +188,36 @@ def test_missing_weights_leave_no_file_behind(photos: Path, tmp_path: Path) -> N
     with pytest.raises(EncoderError, match="no such weights file"):
         run(photos, tmp_path / "x.h5", weights="absent.pth")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_wrong_features_stop_the_run_before_they_are_stored(
+    devices: str, photos: Path, tmp_path: Path
+) -> None:
+    """Finite weights whose activations overflow to NaN, which a fused ReLU turns into zeros."""
+    state = load_backbone("resnet18", "random").network.state_dict()
+    state["layer2.0.bn1.weight"].fill_(3e38)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        (EncoderError, WorkerError), match=r"[a-i]\.jpg: resnet18 with .* not finite"
+    ):
+        run(photos, tmp_path / "x.h5", weights=str(tmp_path / "w.pth"), device=devices)
+    assert not open_cache(tmp_path / "x.h5", allow_pending=True).status.any()
+
+
+def test_photos_without_features_are_photos(photos: Path, tmp_path: Path) -> None:
+    """A network whose features really are zero."""
+    state = load_backbone("resnet18", "random").network.state_dict()
+    for name in (
+        "1.bn2.weight",
+        "1.bn2.bias",
+        "0.bn2.weight",
+        "0.bn2.bias",
+        "0.downsample.1.weight",
+        "0.downsample.1.bias",
+    ):
+        state[f"layer4.{name}"].zero_()
+    torch.save(state, tmp_path / "w.pth")
+    last, _ = run(photos, tmp_path / "x.h5", weights=str(tmp_path / "w.pth"))
+    assert last.done == 11
+    assert not open_cache(tmp_path / "x.h5").features.any()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,14 @@ from torch import nn
 
 from pipeline.bench.jpegs import write_bench_photos
 from pipeline.encoder import precision as precision_module
-from pipeline.encoder.backbone import Backbone, EncoderError
+from pipeline.encoder.backbone import Backbone, EncoderError, PrecisionError
 from pipeline.encoder.encoder import Encoder
-from pipeline.encoder.precision import choose_precision, encode_plain, fast_precisions
+from pipeline.encoder.precision import (
+    check_features,
+    choose_precision,
+    encode_plain,
+    fast_precisions,
+)
 from pipeline.encoder.weights import load_backbone
 from pipeline.photos.photo_file import read_file
 from pipeline.photos.preprocessing import preprocess
@@ -92,3 +98,71 @@ def test_mobilenet_in_bfloat16_differs_too_much_on_real_photos(sample_data: Path
     )
     assert precision == "float32"
     assert "differs too much from float32" in notices[0]
+
+
+def changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Backbone:
+    """A ResNet-18 after `change` of its state dict, in place."""
+    backbone = load_backbone("resnet18", "random")
+    change(backbone.network.state_dict())
+    return backbone
+
+
+def test_nan_that_a_fused_relu_hides_is_found() -> None:
+    """Finite weights whose sums overflow: infinity minus infinity is NaN, of which ReLU makes 0."""
+    backbone = changed(lambda state: state["layer2.0.bn1.weight"].fill_(3e38))
+    pixels = random_pixels(2)
+    features = Encoder(backbone, device=CPU, precision="float32", image_size=64).encode(pixels)
+    assert features.isfinite().all()
+    wrong = "not finite even in float32, as after a training that diverged; use other weights"
+    with pytest.raises(EncoderError, match=wrong):
+        check_features(backbone, pixels[:1], features[0], "float32")
+    with pytest.raises(EncoderError, match=wrong):
+        choose_precision(backbone, pixels, device=CPU, candidates=("bfloat16", "float32"))
+
+
+def test_features_beyond_float16_are_refused_because_a_cache_stores_float16() -> None:
+    backbone = changed(lambda state: state["layer4.1.bn2.weight"].fill_(1e6))
+    pixels = random_pixels(1)
+    features = Encoder(backbone, device=CPU, precision="float32", image_size=64).encode(pixels)
+    assert features.isinf().any()
+    with pytest.raises(
+        EncoderError, match=r"features up to \d.\de\+06; a cache stores float16, at"
+    ):
+        check_features(backbone, pixels, features[0], "float32")
+
+
+def test_features_of_another_picture_are_wrong_and_equal_ones_are_not() -> None:
+    backbone = load_backbone("resnet18", "random")
+    pixels = random_pixels(1)
+    features = Encoder(backbone, device=CPU, precision="float32", image_size=64).encode(pixels)[0]
+    check_features(backbone, pixels, features, "float32")
+    with pytest.raises(
+        EncoderError, match=r"\(cosine 0\.\d\d to those .*; use --precision float32"
+    ):
+        check_features(backbone, pixels, features.flip(0), "bfloat16")
+    nothing = changed(
+        lambda state: (
+            [state[f"layer4.1.{name}"].zero_() for name in ("bn2.weight", "bn2.bias")]
+            + [state[f"layer4.0.{name}.weight"].zero_() for name in ("bn2", "downsample.1")]
+        )
+    )
+    check_features(nothing, pixels, torch.zeros(512, dtype=torch.float16), "float32")
+
+
+def test_weights_beyond_float16_are_not_computed_in_float16() -> None:
+    backbone = changed(
+        lambda state: (
+            state["layer2.0.bn1.weight"].mul_(1e9),
+            state["layer2.0.conv2.weight"].mul_(1e-9),
+        )
+    )
+    with pytest.raises(
+        PrecisionError,
+        match=r"layer2_0_conv1\.weight, with .* beyond float16's 65,504; float32 and",
+    ):
+        backbone.fast_network(CPU, torch.float16, 64)
+    precision, notices = choose_precision(
+        backbone, random_pixels(1), device=CPU, candidates=("float16", "float32")
+    )
+    assert precision == "float32"
+    assert "beyond float16's 65,504" in notices[0]

@@ -48,6 +48,22 @@ def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, float("nan")), (torch.float32, float("-inf")), (torch.float64, 1e300)],
+)
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    """Also those that are not finite only in float32."""
+    state = models.resnet18(weights=None).state_dict()
+    state["layer2.0.conv1.weight"] = state["layer2.0.conv1.weight"].to(dtype)
+    state["layer2.0.conv1.weight"][3, 2, 1, 0] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(EncoderError, match=r"w\.pth: layer2\.0\.conv1\.weight is not finite"):
+        load_backbone("resnet18", str(tmp_path / "w.pth"))
+
+
 def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:
