@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,7 @@ def update_cache(path: Path, skeleton: Skeleton, old_rows: NDArray[np.int64]) ->
 
     The file is copied, not changed in place: the arrays follow one another without gaps, and a
     power cut in the middle of a change would lose all features. So the disk needs room for both.
-    An interruption leaves the old cache, and readers that have it open keep it. The batch size
-    stays what it was.
+    An interruption leaves the old cache, and readers that have it open keep it.
 
     Raises CacheError if the encoders differ (naming the field), if a row that is kept is damaged,
     if another process is writing the cache, or if the disk is full. The old cache is then intact.
@@ -35,7 +33,6 @@ def update_cache(path: Path, skeleton: Skeleton, old_rows: NDArray[np.int64]) ->
     difference = old.encoder.difference(skeleton.encoder)
     if difference is not None:
         raise CacheError(f"{path}: written with {difference}; its rows cannot be kept")
-    skeleton = replace(skeleton, batch_rows=old.batch_rows)
     with new_cache(path, skeleton, library_versions=old.library_versions, overwrite=True) as writer:
         old = FeatureCache(path)  # again, because nobody else can write it now
         kept = np.flatnonzero(old_rows >= 0)

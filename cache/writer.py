@@ -322,9 +322,12 @@ def _share(shard: Shard | None) -> str:
 
 def _check_same(path: Path, skeleton: Skeleton) -> None:
     there = FeatureCache(path)
+    advice = "Use another --out, or --overwrite."
     difference = there.encoder.difference(skeleton.encoder)
     if difference is None and str(there.shard) != str(skeleton.shard):
         difference = f"{_share(there.shard)}, not {_share(skeleton.shard)}"
+    if difference is None:
+        advice = "Use --update, which keeps its features, another --out, or --overwrite."
     if difference is None and there.photos_sha256 != skeleton.photos_sha256():
         if len(there) == len(skeleton.paths):
             difference = "other photos (names, ids or order), not those asked for"
@@ -348,4 +351,4 @@ def _check_same(path: Path, skeleton: Skeleton) -> None:
     ):
         difference = "other kinds of image ids (numbers or text), not those asked for"
     if difference is not None:
-        raise CacheError(f"{path}: written with {difference}. Use another --out, or --overwrite.")
+        raise CacheError(f"{path}: written with {difference}. {advice}")

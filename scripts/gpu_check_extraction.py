@@ -18,7 +18,8 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import MEAN_COSINE, MIN_COSINE, encode_plain, fast_precisions
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.extract import Progress, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import Progress
 from pipeline.photos.preprocessing import preprocess
 
 Figures = dict[str, Any]

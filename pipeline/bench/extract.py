@@ -20,7 +20,8 @@ from pipeline.bench.machine import peak_rss_mb
 from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.extract import Notice, decoding_threads, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import Notice, decoding_threads
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import preprocess
 from train.allocator import keep_freed_memory

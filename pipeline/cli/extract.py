@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.errors import errors
@@ -12,7 +13,7 @@ from pipeline.extraction.config import ExtractConfig
 
 if TYPE_CHECKING:
     from cache.store import FeatureCache
-    from pipeline.extraction.extract import Progress
+    from pipeline.extraction.fill import Progress
 
 _LISTED_ERRORS = 20
 
@@ -26,16 +27,11 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
 
     Example: cap extract-features --images val2014 --captions captions_val2014.json --out val.h5
     """
-
-    def kept() -> str:
-        done = (
-            f"what is done is kept in {config.out}"
-            if config.out.exists()
-            else "no photo was done yet"
-        )
-        return f"{done}; run the same command to go on"
-
-    with errors(kept):
+    before = _state(config.out)
+    with errors(lambda: _kept(config.out, before)):
+        if config.dry_run:
+            _say_plan(config, as_json)
+            return
         from cache.store import open_cache
 
         last = _extract(config)
@@ -48,31 +44,53 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
                     "done": last.done,
                     "unreadable": last.unreadable,
                     "new": last.new,
+                    "copied": last.copied,
                     "seconds": round(last.elapsed_s, 3),
                     "photos_per_s": round(last.photos_per_s, 2),
                 }
             )
         else:
+            copied = f", {last.copied:,} copied" if last.copied else ""
             print(
                 f"{config.out}: {last.done:,} photos of {cache.encoder.feature_dim} features"
                 f" x {len(cache.encoder.views)} views, {len(cache.captions):,} captions;"
-                f" {last.unreadable:,} set aside; {last.new:,} new in {duration(last.elapsed_s)}"
+                f" {last.unreadable:,} set aside; {last.new:,} new{copied}"
+                f" in {duration(last.elapsed_s)}"
             )
+
+
+def _state(out: Path) -> tuple[int, int] | None:
+    """What changes when a file is written or replaced; None if there is none."""
+    try:
+        status = out.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _kept(out: Path, before: tuple[int, int] | None) -> str:
+    """After an interruption: what is kept, and how to go on. before: the file's state at first."""
+    if _state(out) != before:
+        return f"what is done is kept in {out}; run the same command to go on"
+    nothing = "no photo was done yet" if before is None else f"{out} is as it was"
+    return f"{nothing}; run the same command again"
 
 
 def _extract(config: ExtractConfig) -> Progress:
     """Extract, showing notices and progress; the final progress."""
-    from pipeline.extraction.extract import Notice, extract
+    from pipeline.extraction.extract import extract
+    from pipeline.extraction.fill import Notice
 
+    line: ProgressLine | None = None
     last: Progress | None = None
-    with (
-        ProgressLine("extracting", "photos") as line,
-        contextlib.closing(extract(config)) as reports,
-    ):
+    with contextlib.ExitStack() as shown, contextlib.closing(extract(config)) as reports:
         for report in reports:
             if isinstance(report, Notice):
-                line.say(report.text)
+                (say if line is None else line.say)(report.text)
                 continue
+            if line is None or last is None or report.stage != last.stage:
+                shown.close()
+                line = shown.enter_context(ProgressLine(report.stage, "photos"))
             last = report
             line.update(
                 report.done + report.unreadable,
@@ -82,6 +100,27 @@ def _extract(config: ExtractConfig) -> Progress:
             )
     assert last is not None
     return last
+
+
+def _say_plan(config: ExtractConfig, as_json: bool) -> None:
+    import dataclasses
+
+    from cache.create import size_text
+    from pipeline.extraction.plan import plan
+
+    found = plan(config)
+    if as_json:
+        print_json({**dataclasses.asdict(found), "cache": str(found.cache)})
+        return
+    for notice in found.notices:
+        say(notice)
+    size, free = size_text(found.new_bytes), size_text(found.free_bytes)
+    print(f"{found.cache}: {found.what}")
+    print(f"photos      {found.photos:,}, with {found.captions:,} captions")
+    print(f"to encode   {found.to_encode:,} in {found.precision}")
+    if found.seconds is not None:
+        print(f"time        about {duration(found.seconds)}, at {found.photos_per_s:,.1f} photos/s")
+    print(f"disk        {size} more; {free} are free")
 
 
 def _list_unreadable(cache: FeatureCache) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
-from train.option import about, option
+from train.option import SettingError, about, option
 
 # Of the network's arithmetic; `auto` is the fastest that agrees with float32.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -79,5 +79,21 @@ class ExtractConfig:
     reuse: Path | None = option(
         None, "An older cache of the same encoder; unchanged photos are copied from it."
     )
-    overwrite: bool = option(False, "Start afresh even if --out exists.")
+    update: bool = option(
+        False,
+        "Bring --out up to date: other captions, and photos that are new, changed, renamed or "
+        "gone. Known photos are not encoded again.",
+    )
+    overwrite: bool = option(
+        False, "Replace --out. An interrupted --overwrite goes on by the same command."
+    )
     retry_unreadable: bool = option(False, "Try again to read photos that were set aside.")
+    dry_run: bool = option(
+        False, "Say what the command would do, in what time and with how much disk; write nothing."
+    )
+
+    def __post_init__(self) -> None:
+        if self.update and self.overwrite:
+            raise SettingError(
+                "--update keeps the rows of --out, --overwrite replaces them; give one of them"
+            )

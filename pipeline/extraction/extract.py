@@ -6,31 +6,36 @@ come.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from cache.errors import CapError
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
-from cache.store import DONE, UNREADABLE, FeatureCache
+from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.captions.dataset import read_photos
 from pipeline.captions.records import Photo
 from pipeline.encoder.backbone import Backbone
-from pipeline.encoder.encoder import Encoder, encoder_record
-from pipeline.encoder.precision import choose_precision, fast_precisions
+from pipeline.encoder.encoder import encoder_record
+from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.device_workers import encode_on_devices
-from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
-from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows, open_known
+from pipeline.extraction.digests import other_photos
+from pipeline.extraction.fill import (
+    CacheFiller,
+    ExtractError,
+    Notice,
+    Progress,
+    decoding_threads,
+)
+from pipeline.extraction.reuse import KnownPhotos, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
+from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from train.captions.script import misfit
@@ -39,34 +44,20 @@ from train.device import resolve_devices
 
 # A CPU is fastest with a few megabytes of activations per layer, a GPU with many.
 _BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
-_FLUSH_INTERVAL_S = 2.0
 _PRECISION_CHECK_PHOTOS = 8
 
 
-class ExtractError(CapError):
-    """Raised when an extraction cannot continue. The message is one line."""
+@dataclass
+class Job:
+    """What a command asks for, before anything is written."""
 
-
-@dataclass(frozen=True)
-class Notice:
-    """A message for the user, one line."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an extraction is, counting all runs of the command so far."""
-
-    done: int
-    unreadable: int
-    total: int
-    new: int  # photos that this run has encoded, copied or found unreadable
-    elapsed_s: float  # of this run, from its first photo
-
-    @property
-    def photos_per_s(self) -> float:
-        return self.new / self.elapsed_s if self.elapsed_s > 0 else 0.0
+    config: ExtractConfig
+    backbone: Backbone
+    devices: list[torch.device]
+    skeleton: Skeleton
+    known: KnownPhotos | None  # of --reuse
+    updates: bool  # whether the cache at --out is brought up to date, and so kept
+    notices: list[str]
 
 
 def library_versions() -> dict[str, str]:
@@ -83,6 +74,33 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     what is done. Raises FolderError, DatasetError, ShardError, DeviceError, EncoderError,
     CacheError, StalledError, VanishedError, ShortageError, WorkerError or ExtractError.
     """
+    photos, understood = read_asked(config)
+    yield from map(Notice, understood)  # before the weights are read, which may be downloaded
+    job = prepare(config, photos)
+    del photos  # the job's skeleton holds the same in a third of the memory
+    yield from map(Notice, job.notices)
+    if job.updates:
+        yield from _update(job)
+    writer = _open(job)
+    with writer:
+        if config.overwrite and not job.updates and writer.status.any():
+            yield Notice(
+                f"going on with {config.out}, which this command has begun; remove it to start "
+                "afresh"
+            )
+        if writer.cache.batch_rows != job.skeleton.batch_rows:
+            yield Notice(f"continuing with the cache's own batch size, {writer.cache.batch_rows}")
+        del job.skeleton  # the cache holds the same, memory-mapped
+        filler = CacheFiller(writer, config)
+        yield from filler.fill(job.backbone, job.devices, job.known, packed=job.updates)
+        # Only now: rows that were pending before have the same places in their batches as ever.
+        if config.retry_unreadable and (count := writer.retry_unreadable()):
+            yield Notice(f"trying {count:,} unreadable photos again")
+            yield from filler.fill(job.backbone, job.devices, job.known)
+
+
+def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
+    """(the photos asked for, lines about what was understood). Raises as `extract` does."""
     check_place(config.out)
     understood: list[str] = []
     photos = read_photos(
@@ -95,28 +113,118 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
         caption_column=config.caption_column,
         say=understood.append,
     )
-    yield from (Notice(text) for text in understood)
     unfit = misfit([text for photo in photos for text in photo.captions], config.tokenizer)
-    if unfit is not None:
-        yield Notice(unfit)
+    return photos, understood if unfit is None else [*understood, unfit]
+
+
+def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
+    """Check what is asked for. Writes nothing. Raises as `extract` does."""
     devices = resolve_devices(config.device)
     backbone = load_backbone(config.backbone, config.weights)
     precision, notices = _choose_precision(config, backbone, photos, devices[0])
-    yield from (Notice(text) for text in notices)
     record = encoder_record(backbone, config.image_size, config.views, precision)
+    same = config.reuse is not None and config.out.exists() and config.out.samefile(config.reuse)
+    known = None if config.reuse is None else open_known(config.reuse, record)
+    if same and not config.overwrite and not config.update:
+        raise CacheError(
+            f"{config.reuse}: cannot be both --reuse and --out; --update keeps what it holds and "
+            "encodes only what is new"
+        )
     skeleton = _skeleton(config, photos, record, devices[0])
-    del photos  # the skeleton holds the same in a third of the memory
-    yield from (Notice(text) for text in unlike_siblings(config.out, skeleton))
-    known = _open_known_photos(config, record)
-    with open_writer(
-        config.out, skeleton, library_versions=library_versions(), overwrite=config.overwrite
-    ) as writer:
-        if writer.cache.batch_rows != skeleton.batch_rows:
-            yield Notice(f"continuing with the cache's own batch size, {writer.cache.batch_rows}")
-        del skeleton  # the cache holds the same, memory-mapped
-        if config.retry_unreadable:
-            yield Notice(f"trying {writer.retry_unreadable():,} unreadable photos again")
-        yield from _CacheFiller(writer, config).fill(backbone, devices, known)
+    return Job(
+        config=config,
+        backbone=backbone,
+        devices=devices,
+        skeleton=skeleton,
+        known=None if same else known,
+        updates=updates(config),
+        notices=[*notices, *unlike_siblings(config.out, skeleton)],
+    )
+
+
+def updates(config: ExtractConfig) -> bool:
+    """Whether the command brings the cache at --out up to date.
+
+    `--overwrite --reuse` of this cache means the same as `--update`.
+    """
+    if not config.out.is_file():
+        return False
+    own = config.reuse is not None and config.out.samefile(config.reuse)
+    return config.update or (config.overwrite and own)
+
+
+def _keeps_old_rows(config: ExtractConfig) -> bool:
+    return config.out.is_file() and (not config.overwrite or updates(config))
+
+
+def _update(job: Job) -> Generator[Notice | Progress, None, None]:
+    config = job.config
+    total, start = len(job.skeleton.paths), time.perf_counter()
+    threads = decoding_threads(config.workers)
+    for item in bring_up_to_date(config.out, job.skeleton, config.images, threads):
+        if isinstance(item, Update):
+            yield Notice(f"{config.out}: {item}")
+            continue
+        elapsed_s = time.perf_counter() - start
+        yield Progress(
+            done=item,
+            unreadable=0,
+            total=total,
+            new=0,
+            copied=0,
+            elapsed_s=elapsed_s,
+            photos_per_s=item / elapsed_s if elapsed_s else 0.0,
+            stage="comparing",
+        )
+
+
+def _open(job: Job) -> CacheWriter:
+    """The writer of the job's cache. Raises CacheError, ExtractError or StalledError."""
+    config, skeleton = job.config, job.skeleton
+
+    def opened(*, overwrite: bool) -> CacheWriter:
+        return open_writer(
+            config.out, skeleton, library_versions=library_versions(), overwrite=overwrite
+        )
+
+    if job.updates:
+        return opened(overwrite=False)
+    writer = None
+    if config.overwrite:
+        # An interrupted --overwrite goes on by the same command: the result is the same, and
+        # starting afresh would throw the work away.
+        if is_unfinished(config, skeleton):
+            with suppress(CacheError):  # made by another command
+                writer = opened(overwrite=False)
+        if writer is None:
+            return opened(overwrite=True)
+    else:
+        writer = opened(overwrite=False)
+    try:
+        problem = other_photos(writer.cache, config.images, decoding_threads(config.workers))
+    except BaseException:
+        writer.close()
+        raise
+    if problem is None:
+        return writer
+    writer.close()
+    if config.overwrite:
+        return opened(overwrite=True)
+    raise ExtractError(problem)
+
+
+def is_unfinished(config: ExtractConfig, skeleton: Skeleton) -> bool:
+    """Whether an interrupted command of the same batch size and libraries has left its cache."""
+    try:
+        cache = FeatureCache(config.out)
+    except CacheError:
+        return False
+    return (
+        bool((cache.status == PENDING).any())
+        and bool((cache.status == DONE).any())
+        and cache.batch_rows == skeleton.batch_rows
+        and cache.library_versions == library_versions()
+    )
 
 
 def _skeleton(
@@ -150,30 +258,31 @@ def _skeleton(
     )
 
 
-def _open_known_photos(config: ExtractConfig, record: EncoderRecord) -> KnownPhotos | None:
-    if config.reuse is None:
-        return None
-    known = open_known(config.reuse, record)
-    if config.out.exists() and config.out.samefile(config.reuse):
-        raise CacheError(f"{config.reuse}: cannot be both --reuse and --out; name another --out")
-    return known
-
-
-def decoding_threads(workers: int | None) -> int:
-    """`workers`, or else one thread per core that this process may use."""
-    return workers or len(os.sched_getaffinity(0))
-
-
 def _choose_precision(
     config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
 ) -> tuple[str, list[str]]:
     """(precision, notices). Shards test the first photos of the whole set, so that they agree."""
     if config.precision != "auto":
+        if not _keeps_old_rows(config) and config.reuse is None:
+            check_device(config.precision, device)
         return config.precision, []
-    if config.out.is_file() and not config.overwrite:  # the precision of the rows already there
+    if _keeps_old_rows(config):  # the precision of the rows already there
         return FeatureCache(config.out).encoder.precision, []
     if config.reuse is not None:
         return FeatureCache(config.reuse).encoder.precision, []
+    precision, notices = _fastest_precision(config, backbone, photos, device)
+    if config.shard is not None:
+        number, count = config.shard
+        notices.append(
+            f"shard {number}/{count} is in {precision}, which `auto` chose on this machine; give "
+            f"the other shards --precision {precision}, or they cannot be merged"
+        )
+    return precision, notices
+
+
+def _fastest_precision(
+    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
+) -> tuple[str, list[str]]:
     if fast_precisions(device) == ("float32",):
         return "float32", []
     pixels: list[torch.Tensor] = []
@@ -197,106 +306,3 @@ def _choose_precision(
     if not pixels:
         return "float32", ["none of the first photos can be decoded; computing in float32"]
     return choose_precision(backbone, torch.cat(pixels[:_PRECISION_CHECK_PHOTOS]), device=device)
-
-
-class _CacheFiller:
-    """Fills the pending rows of a cache, and counts and times this run."""
-
-    def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
-        self._writer, self._config = writer, config
-        self._threads = decoding_threads(config.workers)
-        self._done = int((writer.status == DONE).sum())
-        self._unreadable = int((writer.status == UNREADABLE).sum())
-        self._before = self._done + self._unreadable
-        self._start = self._last_flush = time.perf_counter()
-
-    def fill(
-        self, backbone: Backbone, devices: Sequence[torch.device], known: KnownPhotos | None
-    ) -> Generator[Notice | Progress, None, None]:
-        writer = self._writer
-        yield self._progress()
-        order = np.arange(len(writer.cache))
-        if known is not None:
-            for count in copy_known(writer, known, self._config.images, self._threads):
-                self._done += count
-                self._flush_now_and_then()
-                yield self._progress()
-            order = new_rows(writer, known)
-            yield Notice(
-                f"{len(writer.cache) - len(order):,} photos are known; encoding the others"
-            )
-        writer.flush()
-        for item in self._encoded(backbone, devices, order):
-            if isinstance(item, str):
-                yield Notice(item)
-            else:
-                self._store(item)
-                yield self._progress()
-        writer.flush()
-        yield self._progress()
-
-    def _encoded(
-        self, backbone: Backbone, devices: Sequence[torch.device], order: NDArray[np.int64]
-    ) -> Iterator[EncodedBatch | str]:
-        """The pending rows of `order`, batch by batch, as they are ready; a str is a notice."""
-        cache, config = self._writer.cache, self._config
-        batches = pending_batches(order, self._writer.status, cache.batch_rows)
-        if not batches:
-            return iter(())
-        if min(len(devices), len(batches)) > 1:
-            return encode_on_devices(
-                cache,
-                order,
-                batches,
-                devices,
-                images=config.images,
-                weights=config.weights,
-                threads=self._threads,
-            )
-        encoder = Encoder(
-            backbone,
-            device=devices[0],
-            precision=cache.encoder.precision,
-            image_size=cache.encoder.image_size,
-            views=cache.encoder.views,
-        )
-        return encode_batches(
-            encoder,
-            backbone,
-            order,
-            batches,
-            images=config.images,
-            paths=cache.paths,
-            batch_rows=cache.batch_rows,
-            threads=self._threads,
-        )
-
-    def _store(self, encoded: EncodedBatch) -> None:
-        writer, rows = self._writer, encoded.rows
-        # If the folder is gone, as when a drive is unplugged, its photos are not unreadable.
-        if encoded.unreadable and not os.path.isdir(self._config.images):
-            raise ExtractError(
-                f"{self._config.images}: the folder is gone; what is done is kept, run the same "
-                "command again to continue"
-            )
-        for row, reason, digest in encoded.unreadable:
-            writer.set_unreadable(row, reason, digest)
-        if len(rows):
-            writer.write(rows, encoded.features, encoded.digests)
-        self._done += len(rows)
-        self._unreadable += len(encoded.unreadable)
-        self._flush_now_and_then()
-
-    def _flush_now_and_then(self) -> None:
-        if time.perf_counter() - self._last_flush > _FLUSH_INTERVAL_S:
-            self._writer.flush()
-            self._last_flush = time.perf_counter()
-
-    def _progress(self) -> Progress:
-        return Progress(
-            done=self._done,
-            unreadable=self._unreadable,
-            total=len(self._writer.cache),
-            new=self._done + self._unreadable - self._before,
-            elapsed_s=time.perf_counter() - self._start,
-        )

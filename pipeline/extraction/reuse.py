@@ -1,30 +1,22 @@
-"""Reusing the rows of an older cache: photos that it knows are not encoded again.
-
-A photo is known if the bytes of its file are. Every file is read and digested, whatever its name,
-size or date; this takes about a hundredth of the time of encoding it.
-"""
+"""Reusing the rows of an older cache: photos that it knows are not encoded again."""
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.record import CacheError, EncoderRecord
-from cache.store import DIGEST_BYTES, DONE, PENDING, FeatureCache
+from cache.store import DONE, PENDING, FeatureCache
 from cache.verify import damaged_rows
 from cache.writer import CacheWriter
-from pipeline.photos.decoding import ImageError
-from pipeline.photos.photo_file import file_digest, read_file
-from pipeline.photos.photo_loader import STALL_S, Silence, StalledError
+from pipeline.extraction.digests import digest_or_none, look_at
+from pipeline.photos.photo_file import read_photo
 
-_TASK_PHOTOS = 32
-_Digested = tuple[NDArray[np.int64], NDArray[np.uint8]]
+_PART_PHOTOS = 32
 
 
 class KnownPhotos:
@@ -59,19 +51,46 @@ def open_known(path: Path, encoder: EncoderRecord) -> KnownPhotos:
 
 def copy_known(
     writer: CacheWriter, known: KnownPhotos, images: Path, threads: int
-) -> Iterator[int]:
-    """Copy the known rows among the pending ones, in parts; yields how many each part had.
+) -> Iterator[tuple[int, int]]:
+    """Copy the known rows among the pending ones, in parts; yields (copied, unreadable) of each.
 
-    Rows whose photos cannot be read stay pending. Raises StalledError or CacheError.
+    Photos that cannot be read are then set aside. If they were left pending, and could be read in a
+    later run, they might be copied then, and the photos after them would change their places in the
+    batches. Raises StalledError, CacheError.
     """
-    rows = np.flatnonzero(writer.status == PENDING)
-    for part, digests in _digests(writer.cache, rows, images, threads):
-        found = [known.row(digest) for digest in digests]
-        old = np.array([row for row in found if row is not None], np.int64)
-        here = np.array([row is not None for row in found], bool)
-        if len(old):
-            writer.copy(part[here], known.cache, old)
-        yield len(old)
+    paths = writer.cache.paths
+    pending = np.flatnonzero(writer.status == PENDING)
+    looked = look_at(images, paths, pending, threads, digest_or_none)
+    unread: list[int] = []
+    readable = -1  # the latest row whose photo was read
+    while part := list(islice(looked, _PART_PHOTOS)):
+        here, old = [], []
+        for row, digest in sorted(part, key=lambda seen: seen[0]):
+            if digest is None:
+                unread.append(row)
+                continue
+            readable = row
+            known_row = known.row(digest)
+            if known_row is not None:
+                here.append(row)
+                old.append(known_row)
+        if here:
+            writer.copy(np.array(here), known.cache, np.array(old))
+        yield len(here), 0
+    for row in sorted(unread):
+        # Where no photo can be read any more, the drive is gone. Then they stay pending.
+        if readable >= 0 and (images / paths[readable]).exists():
+            yield 0, _set_aside(writer, images, row)
+
+
+def _set_aside(writer: CacheWriter, images: Path, row: int) -> int:
+    """Mark the photo of a row as unreadable, with the reason, if it still is. Returns 1 or 0."""
+    cache = writer.cache
+    read = read_photo(images / cache.paths[row], cache.encoder.image_size, cache.encoder.views)
+    if not read.error:
+        return 0
+    writer.set_unreadable(row, read.error, read.digest)
+    return 1
 
 
 def new_rows(writer: CacheWriter, known: KnownPhotos) -> NDArray[np.int64]:
@@ -85,63 +104,3 @@ def new_rows(writer: CacheWriter, known: KnownPhotos) -> NDArray[np.int64]:
     for row in np.flatnonzero(status == DONE).tolist():
         is_new[row] = known.row(digests[row]) is None
     return np.flatnonzero(is_new)
-
-
-def _digests(
-    cache: FeatureCache, rows: NDArray[np.int64], images: Path, threads: int
-) -> Iterator[_Digested]:
-    """(rows, (B, 16) digests) of the photos that can be read, in parts that come in any order."""
-    parts = np.array_split(rows, -(-len(rows) // _TASK_PHOTOS)) if len(rows) else []
-    tasks: queue.SimpleQueue[NDArray[np.int64]] = queue.SimpleQueue()
-    for part in parts:
-        tasks.put(part)
-    finished: queue.SimpleQueue[_Digested | BaseException] = queue.SimpleQueue()
-    stopped = threading.Event()
-
-    def work() -> None:
-        while not stopped.is_set():
-            try:
-                part = tasks.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                digests = [_digest(images / cache.paths[row]) for row in part.tolist()]
-            except BaseException as error:  # our bug, not the photo's: the caller raises it
-                finished.put(error)
-                return
-            readable = np.array([digest is not None for digest in digests], bool)
-            read = [digest for digest in digests if digest is not None]
-            finished.put((part[readable], np.array(read, np.uint8).reshape(-1, DIGEST_BYTES)))
-
-    # Daemons, because a thread that hangs in a dead network drive must not keep the process alive.
-    for number in range(threads):
-        threading.Thread(target=work, name=f"digests-{number}", daemon=True).start()
-    try:
-        for _ in parts:
-            result = _next_of(finished, images)
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        stopped.set()
-
-
-def _next_of(
-    finished: queue.SimpleQueue[_Digested | BaseException], images: Path
-) -> _Digested | BaseException:
-    silence = Silence(STALL_S)
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return finished.get(timeout=1.0)
-        if silence.is_stall(0):
-            raise StalledError(
-                f"{images}: nothing came from the disk for {silence.seconds:.0f} s; what is done "
-                "is kept, run the same command again to continue"
-            )
-
-
-def _digest(path: Path) -> NDArray[np.uint8] | None:
-    try:
-        return file_digest(read_file(path))
-    except (OSError, ImageError, MemoryError):
-        return None

@@ -10,8 +10,7 @@ import torch
 
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.weights import load_backbone
-from pipeline.extraction import encode_batches
-from pipeline.extraction import extract as module
+from pipeline.extraction import encode_batches, extract, fill
 from pipeline.extraction.config import ExtractConfig
 from pipeline.photos.photo_loader import LoadedBatch
 
@@ -39,13 +38,10 @@ def prepare() -> None:
         time.sleep(0.002)  # more time in which the process can be killed
         return encode(encoder, batch)
 
-    module._FLUSH_INTERVAL_S = 0.0  # every batch is flushed at once
+    fill._FLUSH_INTERVAL_S = 0.0  # every batch is flushed at once
     vars(encode_batches).update(_encode=encode_slowly)
-    vars(module).update(
-        load_backbone=lambda *_: backbone,
-        encoder_record=lambda *_: record,
-        Encoder=lambda *_, **settings: encoder,
-    )
+    vars(fill).update(Encoder=lambda *_, **settings: encoder)
+    vars(extract).update(load_backbone=lambda *_: backbone, encoder_record=lambda *_: record)
 
 
 def run_extraction(photos: Path, out: Path) -> None:
@@ -61,5 +57,5 @@ def run_extraction(photos: Path, out: Path) -> None:
         precision="float32",
         device="cpu",
     )
-    for _ in module.extract(config):
+    for _ in extract.extract(config):
         pass

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from cache.store import open_cache
 from pipeline.cli.app import app
+from pipeline.cli.extract import _kept, _state
 from pipeline.extraction.config import ExtractConfig
 from tests.conftest import ROOT, MakeCache, write_photo
 from train.config import BEST, CLASSIC, Recipe
@@ -432,6 +433,28 @@ def test_ctrl_c_during_extraction_says_how_to_go_on(tmp_path: Path) -> None:
         f"interrupted; what is done is kept in {tmp_path}/x.h5; run the same command to go on"
     )
     cap("info", tmp_path / "x.h5")
+
+
+def test_ctrl_c_before_anything_is_written_promises_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "x.h5"
+    assert _kept(out, _state(out)) == "no photo was done yet; run the same command again"
+    out.write_bytes(b"of somebody else")
+    before = _state(out)
+    assert _kept(out, before) == f"{out} is as it was; run the same command again"
+    (tmp_path / "new").write_bytes(b"of the command")
+    (tmp_path / "new").replace(out)
+    kept = f"what is done is kept in {out}; run the same command to go on"
+    assert _kept(out, before) == _kept(out, None) == kept
+
+
+def test_photos_copied_are_not_new(photos: Path, tmp_path: Path) -> None:
+    command = ["extract-features", "--images", photos, "--reuse", tmp_path / "old.h5", *SMALL]
+    cap(*command[:3], "--out", tmp_path / "old.h5", *SMALL)
+    out, err = cap(*command, "--out", tmp_path / "x.h5")
+    assert "; 1 set aside; 1 new, 11 copied in " in out
+    assert "copying: 0/12 photos" in err
+    found = json.loads(cap(*command, "--out", tmp_path / "y.h5", "--json")[0])
+    assert (found["new"], found["copied"]) == (1, 11)
 
 
 def test_ctrl_c_during_training_keeps_the_step(work: Path, tmp_path: Path) -> None:

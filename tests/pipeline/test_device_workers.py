@@ -19,7 +19,8 @@ from pipeline.encoder.weights import load_backbone
 from pipeline.extraction import device_workers
 from pipeline.extraction.device_workers import WorkerError, encode_on_devices
 from pipeline.extraction.encode_batches import pending_batches
-from pipeline.extraction.extract import Progress, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import Progress
 from tests.conftest import ROOT, MakeCache, write_photo
 from tests.pipeline.test_extract import config, run
 from train.device import DeviceError, resolve_devices

@@ -17,7 +17,8 @@ from pipeline.encoder.backbone import EncoderError
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import WorkerError
-from pipeline.extraction.extract import Notice, Progress, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import Notice, Progress
 from tests.conftest import write_photo
 from tests.pipeline.extraction_process import run_extraction
 

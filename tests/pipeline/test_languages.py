@@ -10,7 +10,8 @@ import pytest
 from cache.record import CacheError
 from cache.store import open_cache
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.extract import Notice, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import Notice
 from pipeline.vocabulary_report import vocabulary_report
 from tests.conftest import write_photo
 from tests.pipeline.test_cli import SMALL, cap

@@ -12,7 +12,8 @@ from cache.store import DONE, open_cache
 from cache.verify import verify
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
 from pipeline.extraction import encode_batches
-from pipeline.extraction.extract import Progress, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import Progress
 from pipeline.photos.photo_loader import LoadedBatch
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
@@ -47,7 +48,7 @@ def test_only_new_photos_are_encoded_in_full_batches(
     folder: Path, tmp_path: Path, encodings: list[int]
 ) -> None:
     last, notices = run(folder, tmp_path / "x.h5", captions=None, reuse=tmp_path / "old.h5")
-    assert (last.done, last.new) == (20, 20)
+    assert (last.done, last.new, last.copied) == (20, 10, 10)
     assert encodings == [4, 4, 2]
     assert notices == ["10 photos are known; encoding the others"]
     old, new = open_cache(tmp_path / "old.h5"), open_cache(tmp_path / "x.h5")
@@ -77,7 +78,7 @@ def test_an_interrupted_reuse_goes_on_to_the_same_bytes(folder: Path, tmp_path: 
         first = next(reports)
         assert isinstance(first, Progress)
         for report in reports:
-            if isinstance(report, Progress) and report.new and report.done < 20:
+            if isinstance(report, Progress) and report.new + report.copied and report.done < 20:
                 stopped_at.append(report.done)
                 break
         reports.close()  # type: ignore[attr-defined]
@@ -122,13 +123,9 @@ def test_features_that_are_not_finite_are_not_reused(
 def test_another_encoders_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"old\.h5: made with image_size 64, not 96; its rows"):
         run(folder, tmp_path / "x.h5", captions=None, image_size=96, reuse=tmp_path / "old.h5")
-    with pytest.raises(CacheError, match=r"old\.h5: cannot be both --reuse and --out"):
-        run(
-            folder,
-            tmp_path / "old.h5",
-            captions=None,
-            overwrite=True,
-            reuse=tmp_path / "old.h5",
-        )
+    with pytest.raises(
+        CacheError, match=r"old\.h5: cannot be both --reuse .*; --update keeps what"
+    ):
+        run(folder, tmp_path / "old.h5", captions=None, reuse=tmp_path / "old.h5")
     assert not (tmp_path / "x.h5").exists()
     assert len(open_cache(tmp_path / "old.h5")) == 10

@@ -22,9 +22,10 @@ from cache.record import CacheError
 from cache.store import open_cache
 from cache.verify import verify
 from cache.writer import open_writer
-from pipeline.extraction import encode_batches, reuse
+from pipeline.extraction import digests, encode_batches, reuse
 from pipeline.extraction import extract as extraction
-from pipeline.extraction.extract import ExtractError, Progress, extract
+from pipeline.extraction.extract import extract
+from pipeline.extraction.fill import ExtractError, Progress
 from pipeline.photos import photo_file, photo_loader
 from pipeline.photos.decoding import MAX_PIXELS
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
@@ -241,8 +242,8 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     # The same while photos are looked up in an older cache.
     back.clear()
-    monkeypatch.setattr(reuse, "_digest", lambda path: [None, back.wait()][0])
-    monkeypatch.setattr(reuse, "STALL_S", 0.2)
+    monkeypatch.setattr(reuse, "digest_or_none", lambda path: [None, back.wait()][0])
+    monkeypatch.setattr(digests, "STALL_S", 0.2)
     with pytest.raises(StalledError, match=r"photos: nothing came from the disk for \d s; what"):
         run(folder, tmp_path / "y.h5", captions=None, reuse=tmp_path / "x.h5")
     back.set()
