@@ -92,7 +92,12 @@ def bring_up_to_date(
     finished_rows = old.status != PENDING
     # Rows that were pending stay pending without being a change.
     same_rows = same_photos and np.array_equal(old_rows[finished_rows], every[finished_rows])
-    if captions or not same_rows or old.shard != skeleton.shard:
+    same_ids = (
+        old.numbered is None
+        or skeleton.numbered is None
+        or np.array_equal(old.numbered, skeleton.numbered)
+    )
+    if captions or not same_rows or not same_ids or old.shard != skeleton.shard:
         update_cache(path, skeleton, old_rows)
     yield _summary(old, same_name, old_rows, unread, captions)
 

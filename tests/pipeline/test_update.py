@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from numpy.typing import NDArray
 
 from cache.merge import merge
 from cache.record import CacheError
-from cache.store import open_cache
+from cache.store import DONE, open_cache
 from cache.verify import verify
 from pipeline.extraction import update
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import digest_or_none
-from pipeline.extraction.extract import extract
+from pipeline.extraction.extract import extract, prepare
 from pipeline.extraction.fill import Progress
+from pipeline.extraction.update import bring_up_to_date
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
 from tests.pipeline.test_reuse import encodings  # noqa: F401  (a fixture)
@@ -170,6 +172,16 @@ def test_updated_shards_merge_to_the_updated_whole(folder: Path, tmp_path: Path)
     merge([tmp_path / "1.h5", tmp_path / "2.h5"], tmp_path / "merged.h5")
     run(folder, tmp_path / "whole.h5", captions=new)
     assert (tmp_path / "merged.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_ids_that_have_become_numbers_are_brought_in(folder: Path, tmp_path: Path) -> None:
+    skeleton = prepare(config(folder, tmp_path / "x.h5", captions=None)).skeleton
+    skeleton = replace(skeleton, numbered=np.ones(10, bool))
+    assert not np.any(open_cache(tmp_path / "x.h5").numbered)
+    list(bring_up_to_date(tmp_path / "x.h5", skeleton, folder, 2))
+    cache = open_cache(tmp_path / "x.h5")
+    assert np.all(cache.numbered)
+    assert (cache.status == DONE).all()
 
 
 def test_rows_of_another_encoder_are_not_kept(folder: Path, tmp_path: Path) -> None:
