@@ -14,7 +14,8 @@ from pipeline.extraction import digests
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import ExtractError, Progress
-from pipeline.photos.photo_loader import StalledError
+from pipeline.photos.photo_file import MAX_FILE_BYTES
+from pipeline.photos.shortages import ShortageError
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
 
@@ -86,9 +87,9 @@ def test_a_shortage_of_the_machine_is_not_another_photo(
     begin(folder, tmp_path / "x.h5")
     monkeypatch.setattr(digests, "read_file", no_descriptor)
     for changes in ({}, {"update": True}):
-        with pytest.raises(StalledError, match=r"\d\.jpg: cannot read now \(Too many open files\)"):
+        with pytest.raises(ShortageError, match=r"\d\.jpg: cannot read \(Too many open files\)"):
             run(folder, tmp_path / "x.h5", captions=None, **changes)
-    with pytest.raises(StalledError, match=r"\d\.jpg: cannot read now \(Too many open files\)"):
+    with pytest.raises(ShortageError, match=r"\d\.jpg: cannot read \(Too many open files\)"):
         run(folder, tmp_path / "y.h5", captions=None, reuse=tmp_path / "x.h5")
     assert not (open_cache(tmp_path / "y.h5", allow_pending=True).status != PENDING).any()
 
@@ -156,8 +157,7 @@ def test_a_photo_readable_only_later_does_not_shift_the_batches_of_reuse(
     """It is set aside when it is looked up, and keeps its place in the batches."""
     run(folder, tmp_path / "old.h5", captions=None, limit=3)
     good = (folder / "01.jpg").read_bytes()
-    (folder / "01.jpg").unlink()
-    (folder / "01.jpg").mkdir()
+    os.truncate(folder / "01.jpg", MAX_FILE_BYTES + 1)  # a hole, which takes no room
     captions = tmp_path / "captions.csv"
     captions.write_text("".join(f"{seed:02d}.jpg,A photo\n" for seed in range(12)))
     settings = {"captions": captions, "reuse": tmp_path / "old.h5"}
@@ -167,9 +167,8 @@ def test_a_photo_readable_only_later_does_not_shift_the_batches_of_reuse(
         if isinstance(report, Progress) and report.stage == "extracting" and report.new >= 4:
             break
     reports.close()
-    (folder / "01.jpg").rmdir()
     (folder / "01.jpg").write_bytes(good)
     run(folder, tmp_path / "x.h5", **settings)
     whole, x = open_cache(tmp_path / "whole.h5"), open_cache(tmp_path / "x.h5")
-    assert whole.errors() == x.errors() == [("01.jpg", "not a regular file")]
+    assert whole.errors() == x.errors() == [("01.jpg", "too large (537 MB)")]
     assert np.array_equal(whole.features[whole.status == DONE], x.features[x.status == DONE])
