@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
+import functools
 import gzip
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from PIL import Image
 from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
+from pipeline.encoder import weights
 from train.captions.script import TREEBANK
 from train.captions.tokenizer import build_caption_table
 from train.scores import meteor
@@ -77,6 +80,26 @@ def small_meteor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_meteor(small_meteor_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meteor, "package_folder", lambda: small_meteor_folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_random_resnet18() -> Iterator[None]:
+    """Drawing and measuring a random network takes a second; most tests of extraction need one."""
+    drawn = weights._random_network
+
+    @functools.cache
+    def kept() -> tuple[torch.nn.Module, int, str]:
+        return drawn("resnet18")
+
+    def copied(name: str) -> tuple[torch.nn.Module, int, str]:
+        if name != "resnet18":
+            return drawn(name)
+        network, feature_dim, sha256 = kept()
+        return copy.deepcopy(network), feature_dim, sha256
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "_random_network", copied)
+        yield
 
 
 @pytest.fixture(autouse=True)
