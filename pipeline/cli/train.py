@@ -80,6 +80,7 @@ def train(*, config: TrainConfig) -> None:
 
     with errors(kept):
         from train.fit.reports import (
+            Advice,
             EpochLog,
             OutOfPatience,
             Saved,
@@ -101,7 +102,7 @@ def train(*, config: TrainConfig) -> None:
                     case EpochLog():
                         say(report.line())
                         best = report if report.best else best
-                    case OutOfPatience() | StartScores():
+                    case OutOfPatience() | StartScores() | Advice():
                         say(report.line())
                     case Saved():
                         say(f"saved {report.path}")

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import MakeCache
 from train.config import BEST, CLASSIC, FixedRecipe, Recipe, TrainConfig
 from train.fit.data_recipe import data_recipe, held_out_share
-from train.fit.reports import EpochLog, OutOfPatience, Started
+from train.fit.reports import Advice, EpochLog, OutOfPatience, Started
 from train.fit.run import train
 from train.model.bundle import load_bundle
 
@@ -64,23 +64,24 @@ def run_config(cache: Path, out: Path, **changes: object) -> TrainConfig:
 
 
 def test_a_run_ends_when_steps_bring_nothing_more_and_says_so(
-    tmp_path: Path, make_cache: MakeCache
+    tmp_path: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("train.fit.data_recipe._PATIENCE_STEPS", 30)
     cache = make_cache([["a dog runs", "the dog runs"], ["a cat sleeps", "the cat"]] * 10)
     reports = list(train(run_config(cache.path, tmp_path / "run")))
     (started,) = [r for r in reports if isinstance(r, Started)]
     # 16 photos with 32 captions train in two steps of 16, at most 1,500 of them.
-    assert "at most 750 epochs of 2 steps of 16 captions, until 250 steps have" in started.summary()
+    assert "at most 750 epochs of 2 steps of 16 captions, until 30 steps have" in started.summary()
     assert "(every word)" in started.summary()
     epochs = [r for r in reports if isinstance(r, EpochLog)]
     best = max(log.epoch for log in epochs if log.best)
-    assert 1 + epochs[-1].epoch == len(epochs) == best + 1 + 125 < 750
+    assert 1 + epochs[-1].epoch == len(epochs) == best + 1 + 15 < 750
     assert epochs[3].steps == 8
     assert epochs[3].seconds_left == pytest.approx(746 * epochs[3].seconds)
-    ended = reports[-1]
+    ended = reports[-2]  # then comes advice
     assert isinstance(ended, OutOfPatience)
     assert ended.line() == (
-        f"no better model in 250 steps, so epochs {len(epochs)} to 749 are left out "
+        f"no better model in 30 steps, so epochs {len(epochs)} to 749 are left out "
         "(--epochs N trains N epochs)"
     )
     settings = load_bundle(tmp_path / "run/best.cap").training["config"]
@@ -123,6 +124,30 @@ def test_patience_counts_epochs_where_it_is_given(tmp_path: Path, make_cache: Ma
     epochs = [report for report in reports if isinstance(report, EpochLog)]
     best = max(log.epoch for log in epochs if log.best)
     assert len(epochs) == best + 1 + 2
-    ended = reports[-1]
+    ended = reports[-2]  # then comes advice
     assert isinstance(ended, OutOfPatience)
     assert ended.line().startswith("no better model within --patience, so epochs ")
+
+
+def test_little_data_and_empty_talk_are_said_kindly(
+    tmp_path: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache([["a dog runs"]] * 8 + [["a cat"]] * 4)
+    recipe = Recipe(**SMALL, epochs=1, batch_size=4, min_count=1)  # type: ignore[arg-type]
+
+    def last_line(out: str) -> str:
+        reports = list(train(TrainConfig(cache.path, tmp_path / out, recipe=recipe, device="cpu")))
+        assert isinstance(reports[-1], Advice)
+        return reports[-1].line()
+
+    monkeypatch.setattr("train.fit.validation.degenerate", lambda captions: None)
+    assert last_line("few").startswith("10 captions are few to learn from: more photos, more ")
+    assert "degenerate" not in load_bundle(tmp_path / "few").training
+    monkeypatch.setattr("train.fit.validation.degenerate", lambda captions: "words repeat")
+    found = "the captions of the best model mean little (words repeat): more photos, more captions "
+    assert last_line("empty").startswith(found)
+    assert load_bundle(tmp_path / "empty").training["degenerate"] == "words repeat"
+    monkeypatch.setattr("train.fit.validation.degenerate", lambda captions: None)
+    monkeypatch.setattr("train.fit.run.FEW_CAPTIONS", 10)
+    config = TrainConfig(cache.path, tmp_path / "enough", recipe=recipe, device="cpu")
+    assert not any(isinstance(report, Advice) for report in train(config))

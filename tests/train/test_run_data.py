@@ -28,7 +28,7 @@ def test_validation_may_come_from_its_own_cache(
 ) -> None:
     val = make_cache([["a dog runs"], ["zebra"]], name="val.h5")
     logs = list(train(config(cache, tmp_path / "run", epochs=1, val_cache=val.path)))
-    assert isinstance(logs[-1], EpochLog)
+    assert any(isinstance(log, EpochLog) for log in logs)
     split = make_cache([["a dog"]], name="split.h5", tokenizer="whitespace")
     with pytest.raises(CacheError, match=r"split\.h5: made with tokenizer whitespace, not treeb"):
         next(train(config(cache, tmp_path / "run1", val_cache=split.path)))

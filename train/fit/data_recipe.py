@@ -33,6 +33,9 @@ _LARGEST_MIN_COUNT = 4
 # Photos held out for validation: this share, but at least so many, and then at most a fifth.
 _HELD_OUT_SHARE, _HELD_OUT_PHOTOS, _LARGEST_HELD_OUT_SHARE = 0.05, 25, 0.2
 
+# Fewer captions than these teach a model the commonest sentences and little of what is to be seen.
+FEW_CAPTIONS = 1_000
+
 # The fields that a recipe may leave open.
 _OPEN = ("epochs", "batch_size", "min_count")
 

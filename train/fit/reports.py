@@ -170,13 +170,32 @@ class OutOfPatience:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What helps a model that has learned little."""
+
+    captions: int  # that were trained on
+    doubt: str | None  # why its captions mean little; None if they are only few
+
+    def line(self) -> str:
+        found = (
+            f"{self.captions:,} captions are few to learn from"
+            if self.doubt is None
+            else f"the captions of the best model mean little ({self.doubt})"
+        )
+        return (
+            f"{found}: more photos, more captions of each, --views full,flip or a stronger "
+            "--backbone help, and --from-model goes on from a trained model"
+        )
+
+
+@dataclass(frozen=True)
 class Saved:
     """A model was written in the middle of an epoch."""
 
     path: Path
 
 
-TrainReport = Started | StartScores | StepLog | EpochLog | Saved | OutOfPatience
+TrainReport = Started | StartScores | StepLog | EpochLog | Saved | OutOfPatience | Advice
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cache.store import DIGEST_BYTES, open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
-from train.fit.data_recipe import fit_to_data
+from train.fit.data_recipe import FEW_CAPTIONS, fit_to_data
 from train.fit.failures import (
     out_of_memory_as,
     too_large_decoder,
@@ -30,6 +30,7 @@ from train.fit.failures import (
     too_large_validation,
 )
 from train.fit.reports import (
+    Advice,
     EpochLog,
     OutOfPatience,
     Saved,
@@ -43,7 +44,7 @@ from train.fit.run_data import load_run_data
 from train.fit.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
-from train.model.bundle import Bundle, load_bundle
+from train.model.bundle import Bundle, load_bundle, read_training
 from train.model.start_model import load_start_model, new_decoder
 
 
@@ -298,6 +299,18 @@ class _Run:
             if self.epoch == epochs or self._since_saved() + seconds > SAVE_PAUSE_S:
                 self._write_kept()
             yield log
+        advice = self._advice()
+        if advice is not None:
+            yield advice
+
+    def _advice(self) -> Advice | None:
+        """What helps, if the best model's captions mean little or there is little to learn from."""
+        self._write_kept()
+        doubt = read_training(self.folder.path / "best.cap").get("degenerate")
+        captions = len(self.training_captions)
+        if doubt is None and captions >= FEW_CAPTIONS:
+            return None
+        return Advice(captions, str(doubt) if doubt else None)
 
     def _validate_epoch(self) -> tuple[float, ValidationScores, bool]:
         """As `_validate`, of the epoch that has just been trained; its model becomes last.cap."""
@@ -563,6 +576,9 @@ class _Run:
             "val_loss": val_loss,
             "scores": scores.as_dict() if scores else None,
         }
+        facts.pop("degenerate", None)  # of the same model, as it was judged before
+        if scores is not None and scores.degenerate is not None:
+            facts["degenerate"] = scores.degenerate
         decoder = copy.deepcopy(self.decoder).cpu()  # training changes the decoder
         model = Bundle(decoder, self.vocabulary, self.cache.encoder, facts)
         self.folder.keep_model(name, model)

@@ -20,6 +20,7 @@ from train.captions.views import view_features
 from train.captions.vocabulary import Vocabulary
 from train.config import FULL, SearchConfig
 from train.model.decoder import CaptionDecoder
+from train.scores.degenerate import degenerate
 from train.scores.ngrams import ReferenceNgrams, number_words
 from train.scores.scoring_tokens import scoring_line
 from train.search.hypotheses import search
@@ -36,6 +37,7 @@ class ValidationScores:
     cider: float
     distinct: int  # number of different captions; very few mean that the decoder has collapsed
     ciders: NDArray[np.float64] = field(repr=False)  # (N,) of each photo
+    degenerate: str | None = None  # why the captions mean little, if they do
 
     @property
     def count(self) -> int:
@@ -72,6 +74,7 @@ class ValidationScorer:
             cider=float(cider.mean()),
             distinct=len(set(captions)),
             ciders=cider,
+            degenerate=degenerate([caption.split() for caption in captions]),
         )
 
 
