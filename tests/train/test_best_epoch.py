@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
 
@@ -63,31 +62,22 @@ def test_rewarded_epochs_do_not_mind_the_loss() -> None:
     assert chosen(crossed, judged(1, 1.0, 0.5, rewarded=True)) == [0, 0]
 
 
-def test_one_photo_alone_shows_nothing_so_the_loss_decides() -> None:
-    def one(epoch: int, loss: float, cider: float) -> ValidatedEpoch:
-        ciders: NDArray[np.float64] = np.array([cider])
-        return ValidatedEpoch(epoch, loss, ciders)
+@pytest.mark.parametrize(("photos", "expected"), [(1, [0, 1, 1, 3]), (49, [0, 1, 1, 3])])
+def test_of_few_photos_the_loss_decides(photos: int, expected: list[int]) -> None:
+    def of(epoch: int, loss: float, cider: float) -> ValidatedEpoch:
+        return ValidatedEpoch(epoch, loss, np.full(photos, cider))
 
-    epochs = one(0, 3.0, 1.0), one(1, 2.0, 0.1), one(2, 2.5, 5.0), one(3, 1.9, 0.0)
-    assert chosen(*epochs) == [0, 1, 1, 3]
-
-
-@pytest.mark.parametrize("photos", [2, 3, 5, 12, 20])
-def test_a_single_photo_with_a_score_does_not_outweigh_the_loss(photos: int) -> None:
-    """A mean of one score and zeros equals its standard error, and rounding must not decide."""
-    for score in np.random.default_rng(photos).uniform(0.01, 3.0, 50):
-        lucky = np.zeros(photos)
-        lucky[0] = score
-        first, later = ValidatedEpoch(0, 3.0, lucky), ValidatedEpoch(1, 2.9, np.zeros(photos))
-        assert chosen(first, later) == [0, 1]
+    assert chosen(of(0, 3.0, 1.0), of(1, 2.0, 0.1), of(2, 2.5, 5.0), of(3, 1.9, 0.0)) == expected
 
 
-def test_scores_of_two_photos_need_the_wider_interval_of_student() -> None:
-    # Gaps of 0.2 and 1.2: the mean is 0.7 and the standard error 0.5, times 1.8125 is 0.90625.
-    other = ValidatedEpoch(0, 3.0, np.array([0.2, 1.2]))
-    assert not ValidatedEpoch(1, 2.0, np.zeros(2)).trails(other)
-    # Gaps of 0.8 and 1.8: the mean is 1.3.
-    assert ValidatedEpoch(1, 2.0, np.zeros(2)).trails(ValidatedEpoch(0, 3.0, np.array([0.8, 1.8])))
+def test_of_fifty_photos_the_cider_decides() -> None:
+    lucky, worse = (ValidatedEpoch(n, 3.0 - n, np.full(50, 1.0 - n / 10)) for n in (0, 1))
+    assert chosen(lucky, worse) == [0, 0]
+
+
+def test_the_last_self_critical_epoch_wins_where_photos_are_few() -> None:
+    few = [ValidatedEpoch(n, 2.0 + n, np.zeros(9), rewarded=n > 0) for n in (0, 1, 2)]
+    assert chosen(*few) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("by_loss", [False, True])

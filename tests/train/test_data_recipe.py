@@ -71,7 +71,8 @@ def test_a_run_ends_when_steps_bring_nothing_more_and_says_so(
     reports = list(train(run_config(cache.path, tmp_path / "run")))
     (started,) = [r for r in reports if isinstance(r, Started)]
     # 16 photos with 32 captions train in two steps of 16, at most 1,500 of them.
-    assert "at most 750 epochs of 2 steps of 16 captions, until 30 steps have" in started.summary()
+    length = "at most 750 epochs of 2 steps of 16 captions, until 30 steps have brought no better "
+    assert f"{length}model; with 4 validation photos the loss chooses" in started.summary()
     assert "(every word)" in started.summary()
     epochs = [r for r in reports if isinstance(r, EpochLog)]
     best = max(log.epoch for log in epochs if log.best)

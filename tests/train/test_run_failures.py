@@ -12,7 +12,7 @@ import torch
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
 from tests.train.runs import config, same, weights
-from train.fit.reports import EpochLog, Saved, Started
+from train.fit.reports import Advice, EpochLog, Saved, Started
 from train.fit.run import train
 from train.fit.run_folder import TrainError
 from train.model.bundle import load_bundle
@@ -143,7 +143,7 @@ def test_validation_without_memory_is_one_line_and_loses_no_epoch(
     )
     settings["select_by"] = "cider"
     reports = list(train(config(cache, run, epochs=1, resume=True, **settings)))
-    assert [type(report) for report in reports] == [Started, EpochLog]  # no step is repeated
+    assert [type(report) for report in reports] == [Started, EpochLog, Advice]  # no step again
     list(train(config(cache, tmp_path / "whole", epochs=1, **settings)))
     assert same(weights(run / "last.cap"), weights(tmp_path / "whole/last.cap"))
 

@@ -4,7 +4,8 @@ CIDEr over a few hundred photos has a standard error of several points. The high
 epochs' scores is therefore the luckiest one, and often an early epoch's. So epochs are compared
 photo by photo, and one that trails by no more than the standard error of the difference counts as
 equal. Among equals the validation loss decides, because it changes smoothly. This is the
-one-standard-error rule of model selection (Breiman et al., 1984), with paired differences.
+one-standard-error rule of model selection (Breiman et al., 1984), with paired differences. Where
+there are fewer than fifty photos, all epochs count as equal.
 
 Self-critical epochs are an exception. They raise CIDEr at the cost of the loss, so the loss cannot
 compare them with other epochs. Among equals, a self-critical epoch wins over an ordinary one,
@@ -22,6 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+# CIDEr over fewer photos than these is luck: one photo whose caption happens to match outweighs the
+# others. The loss, to which each word contributes, is steadier.
+FEWEST_PHOTOS = 50
+
 # The number of the epoch that has the model a run starts from.
 BEFORE_TRAINING = -1
 
@@ -38,15 +43,13 @@ class ValidatedEpoch:
     def trails(self, other: ValidatedEpoch) -> bool:
         """Whether the mean CIDEr is lower by more than the standard error of the difference.
 
-        A standard error that is estimated from few photos is itself uncertain, which Student's t
-        makes up for. One photo shows nothing.
+        Few photos show nothing.
         """
         gaps = other.ciders - self.ciders
         count = len(gaps)
-        if count < 2:
+        if count < FEWEST_PHOTOS:
             return False
-        error = float(gaps.std(ddof=1)) / math.sqrt(count)
-        return float(gaps.mean()) > _one_sigma_t(count - 1) * error
+        return float(gaps.mean()) > float(gaps.std(ddof=1)) / math.sqrt(count)
 
     def tie_break(self) -> tuple[bool, float]:
         """What decides between epochs of equal CIDEr: larger is better.
@@ -92,15 +95,6 @@ class BestEpochTracker:
 
     def load(self, state: dict[str, Any]) -> None:
         self.best, self._leader = _from_state(state["best"]), _from_state(state["leader"])
-
-
-def _one_sigma_t(freedom: int) -> float:
-    """The quantile of Student's t that one standard deviation is of the normal distribution.
-
-    freedom: degrees of freedom. The Cornish-Fisher expansion (Abramowitz & Stegun, 26.7.5) at 1,
-    within 0.025 of the exact value for one degree of freedom and 0.0002 for five.
-    """
-    return 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)
 
 
 def _to_state(epoch: ValidatedEpoch | None) -> dict[str, Any] | None:

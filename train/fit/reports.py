@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from train.fit.best_epoch import FEWEST_PHOTOS
+
 
 @dataclass(frozen=True)
 class Started:
@@ -23,6 +25,7 @@ class Started:
     copies: int = 0  # photos that are copies of others, all of them on one side of the split
     val_photos: int = 0
     val_photos_trained_on: int = 0  # of `val_photos`, copies of training photos
+    by_loss: bool = False  # whether the loss is to choose the best model
     min_count: int = 1  # of a word in the vocabulary
     batch_size: int = 128
     epochs: int = 0  # by cross-entropy, at most
@@ -31,7 +34,7 @@ class Started:
 
     def summary(self) -> str:
         """Two lines, and one for each thing to know about equal photos."""
-        return "\n".join([self._sizes(), self._length(), *self.notices()])
+        return "\n".join([self._sizes(), self._length() + self._choice(), *self.notices()])
 
     def notices(self) -> list[str]:
         """A line for each thing to know about equal photos."""
@@ -56,6 +59,12 @@ class Started:
             f"vocabulary of {self.vocab_size:,} ({_at_least(self.min_count)}), "
             f"{self.parameters:,} parameters"
         )
+
+    def _choice(self) -> str:
+        if self.by_loss or self.val_photos >= FEWEST_PHOTOS:
+            return ""
+        photos = _counted(self.val_photos, "validation photo")
+        return f"; with {photos} the loss chooses the best one"
 
     def _length(self) -> str:
         epochs = _counted(self.epochs, "epoch")

@@ -115,9 +115,10 @@ def _may_change(name: str, checkpoint: Checkpoint, config: TrainConfig) -> bool:
     if name in ("select_by", "patience_steps"):
         return True
     if name == "val_share":
-        # Beside a --val-cache it has no effect, then or now.
-        before = checkpoint.validated_on.split()[0] != checkpoint.data["photos"]
-        return before or config.val_cache is not None
+        # Beside a --val-cache or --val-list it has no effect, then or now.
+        of_its_own = checkpoint.validated_on.split()[0] != checkpoint.data["photos"]
+        before = of_its_own or checkpoint.settings["val_share"] is None
+        return before or config.val_share is None
     if (checkpoint.epoch, checkpoint.step) > (checkpoint.settings["epochs"], 0):
         return False  # in the self-critical epochs, which follow a fixed number of others
     if name == "epochs":

@@ -229,6 +229,7 @@ class _Run:
             photos=len(set(self.training_captions.feature_rows.tolist())),
             val_captions=len(self.validation_captions),
             vocab_size=len(self.vocabulary),
+            by_loss=self.config.select_by == "loss",
             min_count=self.recipe.min_count,
             batch_size=self.recipe.batch_size,
             epochs=self.recipe.epochs,
