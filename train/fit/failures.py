@@ -1,4 +1,4 @@
-"""What a run says when it has run out of memory: with advice that can be followed."""
+"""What a run says when it diverges or runs out of memory: with advice that can be followed."""
 
 from __future__ import annotations
 
@@ -62,6 +62,27 @@ def too_large_validation(device: torch.device, select_by: str) -> str:
     by_beam = select_by == "beam"
     remedy = "go on with --resume --select-by cider" if by_beam else _later(device)
     return f"{device}: out of memory while validating; {remedy}"
+
+
+def diverged(
+    what: str, recipe: FixedRecipe, at: tuple[int, int], saved: tuple[int, int] | None
+) -> TrainError:
+    """The error of a run that cannot go on, with its cause and what is kept.
+
+    at, saved: epoch and step, now and of the checkpoint; None if there is none.
+    """
+    rewarded = at[0] >= recipe.epochs
+    option = "--self-critical-rate" if rewarded else "--learning-rate"
+    if saved is None:
+        remedy = f"lower {option} and run the command again (nothing was saved)"
+    elif rewarded and saved <= (recipe.epochs, 0):
+        remedy = f"go on with --resume and a lower {option}"
+    else:
+        remedy = (
+            f"begin with a lower {option} and another --out (the checkpoint of epoch "
+            f"{saved[0]}, step {saved[1]} is kept)"
+        )
+    return TrainError(f"{what} at epoch {at[0]}, step {at[1]}; {remedy}")
 
 
 def _later(device: torch.device) -> str:

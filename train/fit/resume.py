@@ -8,9 +8,10 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.store import FeatureCache
+from cache.store import DIGEST_BYTES, FeatureCache, open_cache
 from train.config import FixedRecipe, TrainConfig
 from train.fit.run_folder import Checkpoint, TrainError
+from train.fit.validation import ValidationPhotos
 
 
 def run_settings(config: TrainConfig) -> dict[str, int | float | str | bool]:
@@ -126,3 +127,62 @@ def _may_change(name: str, checkpoint: Checkpoint, config: TrainConfig) -> bool:
         recipe = config.recipe
         return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
     return name.startswith("self_critical")
+
+
+def resumed_photos(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    cache: FeatureCache,
+    *,
+    training: NDArray[np.bool_],
+    validation: ValidationPhotos,
+) -> tuple[NDArray[np.bool_], bool]:
+    """((N,) which photos of the training cache any step has trained on, whether the validation
+    photos are the same as before).
+
+    training: (N,) the photos of an epoch from now on. Raises TrainError if photos that were trained
+    on would validate, or if the epoch that was interrupted had other photos.
+    """
+    out, recorded = config.out, checkpoint.photos
+    same = validation.is_recorded_as(checkpoint.validated_on)
+    if recorded is None:  # by 0.1.0
+        return training & bool(checkpoint.epoch or checkpoint.step), same
+    trained_on, before = recorded["trained_on"].numpy(), recorded["training"].numpy()
+    rows = validation.rows
+    same = same and np.array_equal(recorded["validation"].numpy(), rows)
+    leaked = 0 if same else _count_trained_on(config, cache, trained_on, rows)
+    if leaked:
+        own = config.val_cache or config.val_list
+        name = "use those" if own else "give the --val-cache or --val-list"
+        raise TrainError(
+            f"{out}: {leaked:,} of the {len(rows):,} photos to validate on were trained on; "
+            f"{name} it began with, or another --out"
+        )
+    if checkpoint.step and not np.array_equal(before, training):
+        raise TrainError(
+            f"{out}: was interrupted in an epoch over {before.sum():,} photos, asked for "
+            f"{training.sum():,} others; validate on the photos it began with until the "
+            "epoch ends, or name another --out"
+        )
+    return trained_on, same
+
+
+def _count_trained_on(
+    config: TrainConfig,
+    cache: FeatureCache,
+    trained_on: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+) -> int:
+    """How many validation photos have been trained on: the same photos, or copies of them.
+
+    rows: theirs, in their own cache.
+    """
+    val_cache = cache if config.val_cache is None else open_cache(config.val_cache)
+    if val_cache.photos_sha256 == cache.photos_sha256:
+        leaked = trained_on[rows]
+    else:
+        leaked = np.zeros(len(rows), bool)
+    digests = {digest.tobytes() for digest in cache.digests[trained_on]}
+    digests.discard(bytes(DIGEST_BYTES))  # of files that could not be read
+    copies = [digest.tobytes() in digests for digest in val_cache.digests[rows]]
+    return int((leaked | np.array(copies, bool)).sum())

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from cache.atomic import WriteError
-from cache.store import DIGEST_BYTES, open_cache
+from cache.store import open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
 from train.fit.data_recipe import FEW_CAPTIONS, fit_to_data
 from train.fit.failures import (
+    diverged,
     out_of_memory_as,
     too_large_decoder,
     too_large_rewarded_step,
@@ -39,7 +40,7 @@ from train.fit.reports import (
     StepLog,
     TrainReport,
 )
-from train.fit.resume import check_resumable, data_identity, run_settings
+from train.fit.resume import check_resumable, data_identity, resumed_photos, run_settings
 from train.fit.run_data import load_run_data
 from train.fit.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
 from train.fit.trainer import StepResult, Trainer
@@ -170,7 +171,13 @@ class _Run:
         self.epoch, self.step = self._checkpoint_at = checkpoint.epoch, checkpoint.step
         if (self.folder.path / "last.cap").exists():
             self._last_model_at = self._checkpoint_at
-        same_validation = self._resume_photos(checkpoint)
+        self._trained_on, same_validation = resumed_photos(
+            checkpoint,
+            self.config,
+            self.cache,
+            training=self._training,
+            validation=self.validation_photos,
+        )
         # Scores by another measure or of other photos do not compare with those before.
         self._validates_first = (
             checkpoint.settings["select_by"] != self.config.select_by or not same_validation
@@ -178,50 +185,6 @@ class _Run:
         if not self._validates_first:
             self.best_epoch.load(checkpoint.choice)
         self.folder.drop_metrics_after(self.epoch, self.step)
-
-    def _resume_photos(self, checkpoint: Checkpoint) -> bool:
-        """Take over which photos were trained on. Returns whether the validation photos are the
-        same as before.
-
-        Raises TrainError if photos that were trained on would validate, or if the epoch that was
-        interrupted had other photos.
-        """
-        out, recorded = self.config.out, checkpoint.photos
-        same = self.validation_photos.is_recorded_as(checkpoint.validated_on)
-        if recorded is None:  # by 0.1.0
-            self._trained_on |= self._training & bool(checkpoint.epoch or checkpoint.step)
-            return same
-        self._trained_on |= recorded["trained_on"].numpy()
-        rows, before = self.validation_photos.rows, recorded["training"].numpy()
-        same = same and np.array_equal(recorded["validation"].numpy(), rows)
-        leaked = 0 if same else self._validation_photos_trained_on()
-        if leaked:
-            own = self.config.val_cache or self.config.val_list
-            name = "use those" if own else "give the --val-cache or --val-list"
-            raise TrainError(
-                f"{out}: {leaked:,} of the {len(rows):,} photos to validate on were trained on; "
-                f"{name} it began with, or another --out"
-            )
-        if checkpoint.step and not np.array_equal(before, self._training):
-            raise TrainError(
-                f"{out}: was interrupted in an epoch over {before.sum():,} photos, asked for "
-                f"{self._training.sum():,} others; validate on the photos it began with until the "
-                "epoch ends, or name another --out"
-            )
-        return same
-
-    def _validation_photos_trained_on(self) -> int:
-        """How many validation photos have been trained on: the same photos, or copies of them."""
-        config, rows = self.config, self.validation_photos.rows
-        val_cache = self.cache if config.val_cache is None else open_cache(config.val_cache)
-        if val_cache.photos_sha256 == self.cache.photos_sha256:
-            leaked = self._trained_on[rows]
-        else:
-            leaked = np.zeros(len(rows), bool)
-        digests = {digest.tobytes() for digest in self.cache.digests[self._trained_on]}
-        digests.discard(bytes(DIGEST_BYTES))  # of files that could not be read
-        copies = [digest.tobytes() in digests for digest in val_cache.digests[rows]]
-        return int((leaked | np.array(copies, bool)).sum())
 
     def started(self) -> Started:
         return Started(
@@ -481,21 +444,8 @@ class _Run:
             raise self._divergence("the weights are not finite", self.step)
 
     def _divergence(self, what: str, step: int) -> TrainError:
-        """The error of a run that cannot go on, with its cause and what is kept."""
-        recipe, saved = self.recipe, self._checkpoint_at
-        rewarded = self.epoch >= recipe.epochs
-        option = "--self-critical-rate" if rewarded else "--learning-rate"
-        if saved is None:
-            remedy = f"lower {option} and run the command again (nothing was saved)"
-        elif rewarded and saved <= (recipe.epochs, 0):
-            remedy = f"go on with --resume and a lower {option}"
-        else:
-            remedy = (
-                f"begin with a lower {option} and another --out (the checkpoint of epoch "
-                f"{saved[0]}, step {saved[1]} is kept)"
-            )
-        return TrainError(
-            f"{self.folder.path}: {what} at epoch {self.epoch}, step {step}; {remedy}"
+        return diverged(
+            f"{self.folder.path}: {what}", self.recipe, (self.epoch, step), self._checkpoint_at
         )
 
     def _steps_of_epochs(self) -> tuple[int, int]:
