@@ -134,7 +134,7 @@ def _scored(
 
 def _table(found: dict[int, list[dict[str, dict[str, Any]]]]) -> str:
     lines = [
-        "| photos | `best` as it comes | trained | `classic` of the best of 10, 20 and 60 epochs |",
+        "| photos | `best` as it comes | trained | `classic`, the best of 10, 20 and 60 epochs |",
         "|---|---|---|---|",
     ]
     for size, runs in found.items():
