@@ -41,7 +41,11 @@ class Recipe:
     )
 
     # The optimizer: AdamW, which is Adam where weight_decay is 0.
-    learning_rate: float = option(0.001, "Highest learning rate of AdamW.", min=0.0)
+    learning_rate: float | None = option(
+        0.001,
+        "Highest learning rate of AdamW; by the data: 0.002, or 0.0005 with --from-model.",
+        min=0.0,
+    )
     warmup: float = option(
         0.0, "Share of all steps in which the learning rate rises to its highest.", min=0.0, max=1.0
     )
@@ -116,6 +120,7 @@ class FixedRecipe(Recipe):
     epochs: int = 2
     batch_size: int = 128
     min_count: int = 4
+    learning_rate: float = 0.001
     # Training by cross-entropy ends after this many steps without a better model, and at the
     # latest after `epochs`; None: not before.
     patience_steps: int | None = None
@@ -138,7 +143,8 @@ BEST = Recipe(
     epochs=None,
     batch_size=None,
     min_count=None,
-    learning_rate=0.002,  # constant: the averaged weights settle without a falling rate
+    learning_rate=None,
+    decay="constant",  # the averaged weights settle without a falling rate
     weight_decay=0.05,
     average_decay=0.999,
     label_smoothing=0.1,

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from train.captions.caption_set import Batch
 from train.captions.vocabulary import PAD
-from train.config import CLASSIC
+from train.config import FixedRecipe
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.step.cpu.matmul import multiply
@@ -35,7 +35,7 @@ class ClassicStep:
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
         torch.manual_seed(0)
         self._model = CaptionDecoder(config).to(device).train()
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=CLASSIC.learning_rate)
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=FixedRecipe().learning_rate)
         self._criterion = nn.CrossEntropyLoss()
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -88,6 +88,8 @@ def _changes(config: type, presets: Mapping[str, Any]) -> Iterator[inspect.Param
 
 
 def _in_words(value: object) -> str:
+    if value is None:
+        return "by the data"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 

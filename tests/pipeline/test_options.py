@@ -55,6 +55,7 @@ def test_every_part_of_a_recipe_is_an_option_that_shows_each_recipes_value() -> 
         best, classic = (getattr(recipe, setting.name) for recipe in (BEST, CLASSIC))
         if isinstance(best, bool):
             best, classic = ("yes" if value else "no" for value in (best, classic))
+        best = "by the data" if best is None else best
         assert f"[best: {best}, classic: {classic}]" in shown[setting.name].help
 
 

@@ -40,9 +40,17 @@ def test_few_captions_get_more_epochs_and_many_no_more_than_twenty(
     assert (recipe.epochs, recipe.patience_steps) == (epochs, patience_steps)
 
 
+def test_a_trained_model_is_changed_at_a_lower_rate() -> None:
+    assert data_recipe(BEST, 80).learning_rate == 0.002
+    assert data_recipe(BEST, 80, from_model=True).learning_rate == 0.0005
+    given = dataclasses.replace(BEST, learning_rate=0.01)
+    assert data_recipe(given, 80, from_model=True).learning_rate == 0.01
+    assert data_recipe(CLASSIC, 80, from_model=True).learning_rate == 0.001
+
+
 def test_what_is_given_is_kept() -> None:
     assert data_recipe(CLASSIC, 80) == FixedRecipe(epochs=2, batch_size=128, min_count=4)
-    given = dataclasses.replace(BEST, epochs=7, batch_size=9, min_count=3)
+    given = dataclasses.replace(BEST, epochs=7, batch_size=9, min_count=3, learning_rate=0.1)
     fixed = data_recipe(given, 80)
     assert (fixed.epochs, fixed.batch_size, fixed.min_count) == (7, 9, 3)
     assert fixed.patience_steps is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import Recipe
+from train.config import FixedRecipe, Recipe
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
 from train.step.optimizer import FlatAdamW, learning_rate
@@ -65,9 +65,9 @@ def test_the_state_is_restored_by_name_whatever_the_layout() -> None:
 
 
 def test_the_rate_rises_and_falls_as_the_recipe_says() -> None:
-    level = Recipe(learning_rate=0.4, warmup=0.25)
+    level = FixedRecipe(learning_rate=0.4, warmup=0.25)
     assert [learning_rate(level, step, 8) for step in range(8)] == [0.2] + [0.4] * 7
-    falling = Recipe(learning_rate=0.4, warmup=0.25, decay="cosine")
+    falling = FixedRecipe(learning_rate=0.4, warmup=0.25, decay="cosine")
     rates = [learning_rate(falling, step, 8) for step in range(8)]
     assert rates[:3] == [0.2, 0.4, 0.4]
     assert rates[5] == pytest.approx(0.2)

@@ -68,7 +68,7 @@ def test_a_sweep_leaves_its_trials_as_runs_and_names_the_best(
     assert all(log.state == "complete" and log.epochs == 2 for log in logs)
     # The default recipe is always among the candidates.
     first = next(log for log in logs if log.number == 0)
-    assert first.settings["learning_rate"] == BEST.learning_rate
+    assert first.settings["learning_rate"] == 0.002
     assert first.settings["hidden_size"] == BEST.hidden_size
     assert result.cider == max(log.cider for log in logs if log.cider is not None)
     bundle = load_bundle(result.folder)
@@ -121,7 +121,7 @@ def test_an_interrupted_sweep_goes_on(make_cache: MakeCache, tmp_path: Path) -> 
     assert first.number not in [log.number for log in logs]
     # The interrupted trial was tried again with its settings, and its unfinished run was deleted.
     assert len(find_runs(out)) == 4
-    assert BEST.learning_rate in [log.settings["learning_rate"] for log in [first, *logs]]
+    assert 0.002 in [log.settings["learning_rate"] for log in [first, *logs]]
 
 
 def test_the_result_is_the_best_model_and_its_options_train_it_again(
@@ -389,7 +389,7 @@ def test_a_sweep_goes_on_when_a_process_dies(
     def kill_and_send(self: Worker, message: object) -> None:
         if isinstance(message, TrainConfig):
             config_of[self] = message
-        elif config_of[self].recipe.learning_rate == BEST.learning_rate and len(killed) < deaths:
+        elif config_of[self].recipe.learning_rate == 0.002 and len(killed) < deaths:
             # After its first epoch.
             os.kill(self._process.pid or 0, signal.SIGKILL)
             self._process.join()
@@ -405,7 +405,7 @@ def test_a_sweep_goes_on_when_a_process_dies(
     else:
         assert states == ["complete", "complete", "failed", "lost"]
         (failed,) = [log for log in logs if log.state == "failed"]
-        assert failed.settings["learning_rate"] == BEST.learning_rate
+        assert failed.settings["learning_rate"] == 0.002
         assert "its process was killed by signal 9" in failed.line()
     assert result.trials == 3
     complete = [log.cider for log in logs if log.state == "complete"]

@@ -33,11 +33,13 @@ _LARGEST_MIN_COUNT = 4
 # Photos held out for validation: this share, but at least so many, and then at most a fifth.
 _HELD_OUT_SHARE, _HELD_OUT_PHOTOS, _LARGEST_HELD_OUT_SHARE = 0.05, 25, 0.2
 
+# Fifty photos of COCO improved a model of Flickr8k at a quarter of the usual rate alone.
+_LEARNING_RATE, _RATE_FROM_MODEL = 0.002, 0.0005
 # Fewer captions than these teach a model the commonest sentences and little of what is to be seen.
 FEW_CAPTIONS = 1_000
 
 # The fields that a recipe may leave open.
-_OPEN = ("epochs", "batch_size", "min_count")
+_OPEN = ("epochs", "batch_size", "min_count", "learning_rate")
 
 
 def fit_to_data(
@@ -51,19 +53,28 @@ def fit_to_data(
     share = config.val_share
     if share is None and config.val_cache is None and config.val_list is None:
         share = (recorded and recorded["val_share"]) or held_out_share(len(np.unique(rows)))
-    recipe = data_recipe(config.recipe, round((1 - (share or 0.0)) * len(rows)), recorded)
+    recipe = data_recipe(
+        config.recipe,
+        round((1 - (share or 0.0)) * len(rows)),
+        recorded,
+        from_model=config.from_model is not None,
+    )
     if config.patience is not None:
         recipe = dataclasses.replace(recipe, patience_steps=None)
     return dataclasses.replace(config, recipe=recipe, val_share=share), recipe
 
 
 def data_recipe(
-    recipe: Recipe, captions: int, recorded: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    captions: int,
+    recorded: Mapping[str, Any] | None = None,
+    *,
+    from_model: bool = False,
 ) -> FixedRecipe:
     """The recipe with every number that it leaves to the data.
 
     captions: number of training captions. recorded: the settings of a run that is resumed, which
-    has chosen these numbers already.
+    has chosen these numbers already. from_model: whether training starts from a trained model.
     """
     if isinstance(recipe, FixedRecipe):
         return recipe
@@ -75,6 +86,8 @@ def data_recipe(
         return FixedRecipe(**chosen)
     if recipe.batch_size is None:
         chosen["batch_size"] = _batch_size(captions)
+    if recipe.learning_rate is None:
+        chosen["learning_rate"] = _RATE_FROM_MODEL if from_model else _LEARNING_RATE
     if recipe.min_count is None:
         chosen["min_count"] = next(
             (count for most, count in _MIN_COUNTS if captions < most), _LARGEST_MIN_COUNT

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import Recipe
+from train.config import FixedRecipe, Recipe
 from train.model.flat_parameters import FlatParameters
 from train.step.kernels import Kernels
 from train.step.torch_kernels import TorchKernels
 from train.step.weight_average import WeightAverage
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+def learning_rate(recipe: FixedRecipe, step: int, steps: int) -> float:
     """The rate of one of `steps` steps, from 0: a linear rise, then constant or half a cosine."""
     warmup = math.ceil(recipe.warmup * steps)
     if step < warmup:
