@@ -19,6 +19,7 @@ from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sh
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.captions.dataset import read_photos
+from pipeline.captions.image_ids import NumberId
 from pipeline.captions.records import Photo
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import encoder_record
@@ -36,7 +37,6 @@ from pipeline.extraction.fill import (
 from pipeline.extraction.reuse import KnownPhotos, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
-from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
