@@ -21,9 +21,10 @@ from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
-from pipeline.extraction.fill import Notice, decoding_threads
+from pipeline.extraction.fill import Notice
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import preprocess
+from pipeline.photos.readers.start import reader_count
 from train.allocator import keep_freed_memory
 from train.device import resolve_device
 
@@ -147,7 +148,7 @@ def bench_extract(
             height=size[1],
             photo_kb=mean_bytes / 1e3,
             batch_rows=cache.batch_rows,
-            threads=decoding_threads(None),
+            threads=reader_count(None),
             decode_per_s=decode,
             plain_loop_per_s=plain_loop,
             plain_backbone_per_s=plain_backbone,
@@ -211,11 +212,11 @@ class _Parts:
         batches = [rows[i : i + self._batch_rows] for i in rows[:: self._batch_rows]]
         with PhotoLoader(
             [BatchRequest(batch[0], batch) for batch in batches],
-            self._paths.__getitem__,
+            lambda row: str(self._paths[row]),
             batch_rows=self._batch_rows,
             image_size=self._size,
             views=("full",),
-            threads=decoding_threads(None),
+            readers=reader_count(None),
             pin_memory=self._device.type == "cuda",
         ) as loader:
             for batch in loader:

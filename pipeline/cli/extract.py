@@ -32,9 +32,15 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
         if config.dry_run:
             _say_plan(config, as_json)
             return
+        from pipeline.photos.readers.start import end_spare_readers, start_early
+
+        start_early(config.workers, config.device)  # before torch is imported
+        try:
+            last = _extract(config)
+        finally:
+            end_spare_readers()
         from cache.store import open_cache
 
-        last = _extract(config)
         cache = open_cache(config.out)
         _list_unreadable(cache)
         if as_json:

@@ -6,6 +6,7 @@ come.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -32,12 +33,12 @@ from pipeline.extraction.fill import (
     ExtractError,
     Notice,
     Progress,
-    decoding_threads,
 )
 from pipeline.extraction.reuse import KnownPhotos, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
+from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
@@ -160,7 +161,7 @@ def _keeps_old_rows(config: ExtractConfig) -> bool:
 def _update(job: Job) -> Generator[Notice | Progress, None, None]:
     config = job.config
     total, start = len(job.skeleton.paths), time.perf_counter()
-    threads = decoding_threads(config.workers)
+    threads = reader_count(config.workers)
     for item in bring_up_to_date(config.out, job.skeleton, config.images, threads):
         if isinstance(item, Update):
             yield Notice(f"{config.out}: {item}")
@@ -201,7 +202,7 @@ def _open(job: Job) -> CacheWriter:
     else:
         writer = opened(overwrite=False)
     try:
-        problem = other_photos(writer.cache, config.images, decoding_threads(config.workers))
+        problem = other_photos(writer.cache, config.images, reader_count(config.workers))
     except BaseException:
         writer.close()
         raise
@@ -292,11 +293,11 @@ def _fastest_precision(
             BatchRequest(row, first[row : row + _PRECISION_CHECK_PHOTOS])
             for row in first[::_PRECISION_CHECK_PHOTOS]
         ],
-        lambda row: config.images / photos[row].path,
+        lambda row: os.path.join(config.images, photos[row].path),
         batch_rows=_PRECISION_CHECK_PHOTOS,
         image_size=config.image_size,
         views=("full",),
-        threads=decoding_threads(config.workers),
+        readers=min(MOST_THREADS, reader_count(config.workers)),
     )
     with loader:
         for batch in loader:

@@ -13,9 +13,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.photos.drive.shortages import is_shortage
 from pipeline.photos.jpeg_header import JpegHeader, read_header
 from pipeline.photos.memory_budget import MemoryBudget, Reservation
-from pipeline.photos.shortages import is_shortage
 
 # Pillow's own threshold for a decompression bomb. Such an image takes 0.7 to 4 GB to decode.
 MAX_PIXELS = 178_956_970

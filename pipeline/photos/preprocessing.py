@@ -72,9 +72,12 @@ def preprocess(
     return out
 
 
-def empty_pixels(count: int, size: int, *, pin_memory: bool = False) -> Tensor:
+def empty_pixels(
+    count: int, size: int, *, pin_memory: bool = False, device: torch.device | None = None
+) -> Tensor:
     """(count, 3, size, size) uint8, channels last in memory, not initialized."""
-    pixels = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=pin_memory)
+    shape = count, size, size, 3
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory, device=device)
     return pixels.permute(0, 3, 1, 2)
 
 

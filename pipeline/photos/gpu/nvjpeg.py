@@ -31,6 +31,7 @@ _STATUS = (
     *("no memory", "execution failed", "no such hardware", "internal error", "not implemented"),
     "incomplete JPEG",
 )
+_NO_HARDWARE = 7
 # A file may be the reason of all others.
 _NOT_THE_FILES_FAULT = (1, 5, 7, 9)
 
@@ -40,6 +41,10 @@ _IMAGE = np.dtype([("channel", "u8", 4), ("pitch", "u8", 4)])
 
 class NvjpegError(RuntimeError):
     """Raised when the library or the hardware is not there or fails. The message is one line."""
+
+
+class NoHardwareError(NvjpegError):
+    """Raised when the GPU has no decoder for JPEGs."""
 
 
 class BatchDecoder(Protocol):
@@ -131,7 +136,7 @@ class NvjpegDecoder:
             )
             if not engines.value:
                 self._library.nvjpegDestroy(handle)
-                raise NvjpegError(f"{self._device} has no decoder for JPEGs")
+                raise NoHardwareError(f"{self._device} has no decoder for JPEGs")
             self._handle = handle
         state = ctypes.c_void_p()
         self._call("nvjpegJpegStateCreate", self._handle, ctypes.byref(state))
@@ -146,7 +151,8 @@ class NvjpegDecoder:
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._library, name)(*arguments)
         if status:
-            raise NvjpegError(f"{name}: {_name(status)}")
+            kind = NoHardwareError if status == _NO_HARDWARE else NvjpegError
+            raise kind(f"{name}: {_name(status)}")
 
 
 def _name(status: int) -> str:
