@@ -203,7 +203,7 @@ def _orientation(exif: bytes, xmp: bytes | None) -> int | None:
         if found is None or found > 0:
             return found
     match = _XMP_ORIENTATION.search(xmp) if xmp else None
-    return int(match[1]) if match else 1
+    return 1 if match is None or match[1] == b"1" else None  # not all versions of Pillow obey it
 
 
 def _orientation_of_tiff(data: bytes) -> int | None:
