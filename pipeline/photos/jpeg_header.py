@@ -81,10 +81,13 @@ def read_header(data: bytes | memoryview) -> JpegHeader | None:
                 return None
             if kind == _PIXELS:
                 break
-            if kind == _QUANTIZATION:
-                deep |= _has_deep_table(data, position + 4, position + 2 + length)
-            elif kind == _HUFFMAN:
+            if kind == _HUFFMAN:
                 tables = True
+            elif kind == _QUANTIZATION:
+                if length == 67:  # one table of 8 bits, as nearly always
+                    deep |= data[position + 4] > 15
+                else:
+                    deep |= _has_deep_table(data, position + 4, position + 2 + length)
             elif kind in _FRAMES:
                 frame, marker = position + 4, kind
                 frames += 1
@@ -203,7 +206,7 @@ def _orientation(exif: bytes, xmp: bytes | None) -> int | None:
         if found is None or found > 0:
             return found
     match = _XMP_ORIENTATION.search(xmp) if xmp else None
-    return int(match[1]) if match else 1
+    return 1 if match is None or match[1] == b"1" else None  # not all versions of Pillow obey it
 
 
 def _orientation_of_tiff(data: bytes) -> int | None:

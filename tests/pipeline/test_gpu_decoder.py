@@ -249,7 +249,7 @@ def test_the_hardware_gives_the_pixels_of_preprocess(
     photos = Photos(every_kind())
     count = len(photos.files)
     expected = torch.stack([preprocess(data, size, views) for data in photos.data])
-    decoder = GpuDecoder(device, size, views, scratch_bytes=3 * (8 << 20))
+    decoder = GpuDecoder(device, size, views, scratch_bytes=3 * (2 << 20))
     random = np.random.default_rng(0)
     with busy(device):
         for _ in range(20):

@@ -118,10 +118,12 @@ class GpuDecoder:
         return refused
 
     def close(self) -> None:
-        """Wait for what is queued and free the decoder. It cannot be used again."""
+        """Wait for what is queued, and free decoder and buffers. It cannot be used again."""
         if self.stream is not None:
             self.stream.synchronize()
         self._batch_decoder.close()
+        self._ring.clear()
+        self._columns = torch.empty(0, dtype=torch.uint8)
 
     def _check(self, out: Tensor) -> None:
         shape = (len(self.views), 3, self.image_size, self.image_size)
