@@ -1,7 +1,8 @@
 """Batches whose JPEGs a GPU decodes, ahead of the encoder.
 
 A loader leaves most photos as the bytes of their files. A thread lets the GPU decode them into the
-encoder's input, beside the pixels of those that readers have decoded. Whatever the GPU refuses goes
+encoder's input, beside the pixels of those that readers have decoded. It waits for the GPU nearly
+all the time, so another one takes batches from the loader meanwhile. Whatever the GPU refuses goes
 back to the readers, so that the same photos are set aside for the same reasons as without a GPU.
 The GPU's pixels are compared with the readers' for the whole first batch; if one differs, readers
 decode everything.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -28,6 +30,7 @@ from train.step.cuda.launch import KernelError
 
 _INPUTS = 4  # one is filled, one waits, and the encoder has two
 _EXIT_S = 2.0
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class DecoderError(CapError):
@@ -97,11 +100,19 @@ class GpuBatches:
         self._ready: queue.SimpleQueue[
             tuple[LoadedBatch, torch.cuda.Event | None] | BaseException | None
         ] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="gpu-decoder", daemon=True)
+        self._loaded: queue.Queue[LoadedBatch | BaseException | None] = queue.Queue(maxsize=1)
+        self._threads = [
+            threading.Thread(target=self._load, name="gpu-batches", daemon=True),
+            threading.Thread(target=self._run, name="gpu-decoder", daemon=True),
+        ]
 
     def __enter__(self) -> Self:
         self._loader.__enter__()
-        self._thread.start()
+        # A thread that the GPU has let go must not wait for Python's lock as long as usual, 5 ms.
+        self._switch_interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -112,8 +123,14 @@ class GpuBatches:
     ) -> None:
         self._stopped = True
         self._free.put(None)
-        self._thread.join(_EXIT_S)
+        # One thread may wait for room in this queue, or the other one for something in it.
+        with contextlib.suppress(queue.Empty):
+            self._loaded.get_nowait()
+        with contextlib.suppress(queue.Full):
+            self._loaded.put_nowait(None)
+        self._threads[1].join(_EXIT_S)
         self._loader.__exit__(kind, error, trace)
+        sys.setswitchinterval(self._switch_interval_s)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         while (item := self._ready.get()) is not None:
@@ -128,11 +145,25 @@ class GpuBatches:
         """Return a batch's memory for reuse. No work that is still queued may read it."""
         self._free.put(batch.pixels)
 
+    def _load(self) -> None:
+        last: BaseException | None = None
+        try:
+            for batch in self._loader:
+                self._loaded.put(batch)
+                if self._stopped:
+                    return
+        except BaseException as error:  # for the thread that iterates
+            last = error
+        if not self._stopped:
+            self._loaded.put(last)
+
     def _run(self) -> None:
         try:
             with self._current_device():
                 self._open()
-                for batch in self._loader:
+                while (batch := self._loaded.get()) is not None:
+                    if isinstance(batch, BaseException):
+                        raise batch
                     pixels = self._free.get()
                     if pixels is None or self._stopped:
                         return

@@ -18,6 +18,7 @@ from typing import Protocol, Self
 
 _LEAST_BYTES = 2 << 30
 _FILE_BYTES = 1 << 30
+_FREE_SHARE = 1 / 64  # of a budget that processes share
 _SHARE_OF_MEMORY = 1 / 16  # a machine with many cores has memory for more photos at once
 
 # The state of a budget: bytes in use, and as at a counter the next number to be drawn and the one
@@ -53,9 +54,12 @@ class MemoryBudget:
         size_bytes: int,
         changed: _Condition | None = None,
         state: MutableSequence[int] | None = None,
+        free_bytes: int = 0,
     ) -> None:
-        """changed, state (three zeros): shared ones, for a budget of several processes."""
-        self.size_bytes = size_bytes
+        """changed, state (three zeros): shared ones, for a budget of several processes. free_bytes:
+        reservations of no more than this are free, because asking takes time.
+        """
+        self.size_bytes, self.free_bytes = size_bytes, free_bytes
         self._changed = threading.Condition() if changed is None else changed
         self._state = [0, 0, 0] if state is None else state
         self._left: set[int] = set()  # numbers whose threads were interrupted while they waited
@@ -109,8 +113,9 @@ class Reservation:
     def change(self, size: int) -> None:
         """Give back what is reserved, then wait until this many bytes can be had instead."""
         self._release()
-        self._budget.take(size)
-        self._size = size
+        if size > self._budget.free_bytes:
+            self._budget.take(size)
+            self._size = size
 
     def _release(self) -> None:
         if self._size:
@@ -136,7 +141,8 @@ def share_budgets() -> None:
     """From here on this process and those that are forked from it have one budget of each kind."""
     fork = multiprocessing.get_context("fork")
     for name, size in (("pixels", _pixel_bytes()), ("files", _FILE_BYTES)):
-        _shared[name] = MemoryBudget(size, fork.Condition(), fork.RawArray("q", 3))
+        free = int(size * _FREE_SHARE)
+        _shared[name] = MemoryBudget(size, fork.Condition(), fork.RawArray("q", 3), free)
 
 
 def pixel_budget() -> MemoryBudget:

@@ -33,12 +33,12 @@ from pipeline.photos.readers.threads import ThreadReaders
 _TASK_PHOTOS = 4
 _FILE_TASK_PHOTOS = 16
 _BATCHES_AHEAD = 3
-_FILE_BATCHES_AHEAD = 5
+_FILE_BATCHES_AHEAD = 4
 
 # The share of the photos that readers decode although a GPU could: it rises while loaded batches
 # wait for the GPU, and falls while the GPU waits for batches.
 _MOST_SHARE, _SHARE_UP, _SHARE_DOWN = 0.5, 0.02, 0.04
-_WAITING = 2  # batches
+_WAITING = 3  # batches
 
 
 class BatchRequest(NamedTuple):
@@ -126,6 +126,7 @@ class PhotoLoader:
         self._finished = threading.Condition()
         self._ahead: deque[_Loading] = deque()
         self._looked = False  # for witnesses
+        self._left = False  # the context
         witnesses = Witnesses([batch.rows for batch in batches], path_of)
         # Rows whose photos are missing, until it is clear that the drive is not. None is
         # the end.
@@ -147,6 +148,9 @@ class PhotoLoader:
         trace: TracebackType | None,
     ) -> None:
         self._missing.put(None)
+        with self._finished:
+            self._left = True
+            self._finished.notify_all()
         self._readers.close()
 
     def __iter__(self) -> Iterator[LoadedBatch]:
@@ -224,14 +228,14 @@ class PhotoLoader:
     def _adjust_share(self) -> None:
         if not self._files:
             return
-        waiting = 0
+        waiting = 1  # the one that is being taken
         for loading in self._ahead:
             if loading.left:
                 break
             waiting += 1
         if waiting >= _WAITING:
             self._share = min(_MOST_SHARE, self._share + _SHARE_UP)
-        elif not waiting:
+        elif waiting == 1:
             self._share = max(0.0, self._share - _SHARE_DOWN)
 
     def _wait(self, loading: _Loading) -> None:
@@ -239,6 +243,8 @@ class PhotoLoader:
         with self._finished:
             # No batch before the witnesses are known: its user might take the drive away.
             while (loading.left or not self._looked) and loading.failure is None:
+                if self._left:
+                    raise RuntimeError("the loader is closed")
                 self._finished.wait(GLANCE_S)
                 if silence.is_stall(self._readers.photos_heard()):
                     row = min(loading.left, default=loading.batch.first)

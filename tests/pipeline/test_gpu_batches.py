@@ -172,7 +172,9 @@ def test_leaving_early_ends_everything(folder: Path) -> None:
     with batches:
         batches.release(next(iter(batches)))
     assert hardware.closed
-    assert not batches._thread.is_alive()
+    for thread in batches._threads:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_a_cpu_has_no_decoder_for_jpegs() -> None:

@@ -23,6 +23,7 @@ from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 from pipeline.photos.readers import start as starting
 from pipeline.photos.readers.memory import Layout
 from pipeline.photos.readers.processes import ReaderError
+from pipeline.photos.readers.task import FileInMemory
 from tests.conftest import ROOT, write_photo
 
 VIEWS = ("full", "flip")
@@ -171,17 +172,24 @@ def test_a_file_that_is_too_large_for_its_slot_is_decoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout.of(8, VIEWS, 32, files=True)
-    assert layout.file_bytes >= 1 << 20
-    least = min(path.stat().st_size for path in folder.iterdir())
-    small = Layout(8, VIEWS, 32, file_bytes=4096 if least < 4096 else 1)
+    assert layout.slot_bytes >= layout.room_bytes >= 1 << 18
+    small = Layout(8, VIEWS, 32, room_bytes=1024, slot_bytes=1 << 15)
     monkeypatch.setattr(Layout, "of", lambda *_, **__: small)
-    large = folder / "010.jpg"
-    Image.effect_noise((300, 300), 90).save(large, quality=95)
-    assert large.stat().st_size > 4096
+    large, larger = folder / "010.jpg", folder / "012.jpg"
+    Image.effect_noise((140, 140), 90).save(large, quality=90)
+    Image.effect_noise((300, 300), 90).save(larger, quality=95)
+    assert 8 * 1024 < large.stat().st_size < 1 << 15 < larger.stat().st_size
+    files: dict[int, FileInMemory] = {}
     with loader(folder, files=True) as photos:
-        batches = [(set(batch.files), set(batch.decoded)) for batch in photos]
-    assert 10 in batches[1][1]
-    assert 10 not in batches[1][0]
+        for batch in photos:
+            files |= batch.files
+            for row, file in batch.files.items():
+                data = (folder / f"{row:03d}.jpg").read_bytes()
+                assert ctypes.string_at(file.address, file.length) == data
+            assert (12 in batch.decoded) == (batch.first == 8)
+    assert 12 not in files
+    # 010 is in its slot, the others beside one another.
+    assert files[10].address > min(files[row].address for row in (8, 9, 11, 13))
 
 
 def test_a_killed_reader_is_one_line(folder: Path) -> None:
@@ -273,6 +281,7 @@ def test_a_budget_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 import os, time
 from pipeline.photos import memory_budget
 memory_budget._LEAST_BYTES, memory_budget._SHARE_OF_MEMORY = 100, 0
+memory_budget._FREE_SHARE = 0
 memory_budget.share_budgets()
 budget = memory_budget.pixel_budget()
 assert budget.size_bytes == 100

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 # nvjpegBackend_t, nvjpegOutputFormat_t, and flags of nvjpegCreateEx.
 _HARDWARE, _RGB_INTERLEAVED = 3, 5
@@ -34,6 +36,9 @@ _STATUS = (
 _NO_HARDWARE = 7
 # A file may be the reason of all others.
 _NOT_THE_FILES_FAULT = (1, 5, 7, 9)
+
+# What batches are filled up to, and the side in pixels of the photo that fills them.
+_MULTIPLE, _FILLER_SIDE = 32, 32
 
 # nvjpegImage_t: addresses of up to four planes, and the bytes of a row of each.
 _IMAGE = np.dtype([("channel", "u8", 4), ("pitch", "u8", 4)])
@@ -87,6 +92,10 @@ class NvjpegDecoder:
         self._handle: ctypes.c_void_p | None = None
         self._state: ctypes.c_void_p | None = None
         self._size = 0  # of the batches that the state is made for
+        file = io.BytesIO()
+        Image.new("RGB", (_FILLER_SIDE, _FILLER_SIDE)).save(file, "JPEG", subsampling=0)
+        self._filler = np.frombuffer(file.getvalue(), np.uint8)
+        self._bin = torch.empty(_FILLER_SIDE**2 * 3, dtype=torch.uint8, device=device)
 
     def decode(
         self,
@@ -101,14 +110,17 @@ class NvjpegDecoder:
         Raises NvjpegError if it is not the fault of a file.
         """
         state = self._state or self._open()
-        count = len(addresses)
+        # A batch of another size costs as much as many photos. So it is filled up with small ones.
+        count = -(-len(addresses) // _MULTIPLE) * _MULTIPLE
         if count != self._size:
             self._call("nvjpegDecodeBatchedInitialize", self._handle, state, count, 1,
                        _RGB_INTERLEAVED)  # fmt: skip
             self._size = count
         images = np.zeros(count, _IMAGE)
-        images["channel"][:, 0], images["pitch"][:, 0] = destinations, pitches
-        addresses, lengths = np.ascontiguousarray(addresses), np.ascontiguousarray(lengths)
+        images["channel"][:, 0] = self._filled(destinations, count, self._bin.data_ptr())
+        images["pitch"][:, 0] = self._filled(pitches, count, _FILLER_SIDE * 3)
+        addresses = self._filled(addresses, count, self._filler.ctypes.data)
+        lengths = self._filled(lengths, count, len(self._filler))
         status: int = self._library.nvjpegDecodeBatched(
             self._handle, state, addresses.ctypes.data, lengths.ctypes.data, images.ctypes.data,
             stream,
@@ -118,6 +130,10 @@ class NvjpegDecoder:
         if status in _NOT_THE_FILES_FAULT:
             raise NvjpegError(f"nvjpegDecodeBatched: {_name(status)}")
         return status
+
+    @staticmethod
+    def _filled(values: NDArray[np.uint64], count: int, value: int) -> NDArray[np.uint64]:
+        return np.pad(values, (0, count - len(values)), constant_values=value)
 
     def close(self) -> None:
         self._close_state()

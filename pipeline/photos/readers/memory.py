@@ -18,7 +18,8 @@ from pipeline.photos.memory_budget import memory_bytes
 
 BUFFERS = 8  # batches that may be on their way at once
 _PAGE = 4096
-_FILE_BYTES = 4 << 20  # of a JPEG that a GPU decodes; readers decode what is larger
+_MEAN_FILE_BYTES = 384 << 10  # of a JPEG that a GPU decodes; COCO's have 163 kB
+_MOST_FILE_BYTES = 4 << 20  # readers decode what is larger
 _SHARE_OF_MEMORY = 1 / 16  # for the files of all buffers, at the most
 
 
@@ -26,21 +27,27 @@ _SHARE_OF_MEMORY = 1 / 16  # for the files of all buffers, at the most
 class Layout:
     """Where the photos of each buffer are. All sizes are in bytes.
 
-    A buffer is the pixels of its batch, (R, V, S, S, 3) uint8, and then a slot for the file of each
-    of its photos.
+    A buffer is the pixels of its batch, (R, V, S, S, 3) uint8, then room for their files, one after
+    the other, and then a slot for each file that the room was too small for. A GPU copies faster
+    from memory that is pinned; this is done to the pixels and the room, because it takes as much
+    memory as if everything had been written to.
     """
 
     batch_rows: int
     views: tuple[str, ...]
     image_size: int
-    file_bytes: int  # of a slot
+    room_bytes: int  # for files, of one photo
+    slot_bytes: int
 
     @classmethod
     def of(cls, batch_rows: int, views: tuple[str, ...], image_size: int, *, files: bool) -> Layout:
-        """files: whether there are slots for files at all."""
-        room = int(memory_bytes() * _SHARE_OF_MEMORY) // (BUFFERS * batch_rows)
-        file_bytes = min(_FILE_BYTES, room // _PAGE * _PAGE) if files else 0
-        return cls(batch_rows, views, image_size, file_bytes)
+        """files: whether there is memory for files at all."""
+        share = int(memory_bytes() * _SHARE_OF_MEMORY) // (BUFFERS * batch_rows)
+        slot, room = (
+            min(most, share // _PAGE * _PAGE) if files else 0
+            for most in (_MOST_FILE_BYTES, _MEAN_FILE_BYTES)
+        )
+        return cls(batch_rows, views, image_size, room, slot)
 
     @property
     def photo_bytes(self) -> int:
@@ -51,8 +58,12 @@ class Layout:
         return -(-self.batch_rows * self.photo_bytes // _PAGE) * _PAGE
 
     @property
+    def pinned_bytes(self) -> int:
+        return self.pixel_bytes + self.batch_rows * self.room_bytes
+
+    @property
     def buffer_bytes(self) -> int:
-        return self.pixel_bytes + self.batch_rows * self.file_bytes
+        return self.pinned_bytes + self.batch_rows * self.slot_bytes
 
     def pixels_at(self, buffer: int) -> int:
         return buffer * self.buffer_bytes
@@ -60,8 +71,12 @@ class Layout:
     def photo_at(self, buffer: int, place: int) -> int:
         return self.pixels_at(buffer) + place * self.photo_bytes
 
-    def file_at(self, buffer: int, place: int) -> int:
-        return self.pixels_at(buffer) + self.pixel_bytes + place * self.file_bytes
+    def room_at(self, buffer: int, place: int) -> int:
+        """Where the room begins that photos from this place on may use."""
+        return self.pixels_at(buffer) + self.pixel_bytes + place * self.room_bytes
+
+    def slot_at(self, buffer: int, place: int) -> int:
+        return self.pixels_at(buffer) + self.pinned_bytes + place * self.slot_bytes
 
 
 def map_memory(descriptor: int, layout: Layout) -> NDArray[np.uint8]:

@@ -75,7 +75,7 @@ class ProcessReaders:
         start = layout.pixels_at(number)
         memory = self._memory[start : start + layout.batch_rows * layout.photo_bytes]
         if self._pin_memory:
-            self._pin(memory.ctypes.data, layout.pixel_bytes)
+            self._pin(memory.ctypes.data, layout.pinned_bytes)
         shape = layout.batch_rows, len(layout.views), layout.image_size, layout.image_size, 3
         return Buffer(number, torch.from_numpy(memory).view(shape).permute(0, 1, 4, 2, 3))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from pipeline.photos.photo_file import (
 from pipeline.photos.readers.memory import Layout, map_memory
 from pipeline.photos.readers.task import FileInMemory, Loaded, Wanted, note
 from train.allocator import keep_small_blocks
+
+_ALIGNMENT = 256  # bytes; of files in the memory
+_NICENESS = 5
 
 
 def serve(connection: Connection, memory: int) -> None:
@@ -58,6 +63,8 @@ class Reader:
     def __init__(self, layout: Layout, memory: int) -> None:
         self._layout = layout
         self._memory = map_memory(memory, layout)
+        if layout.slot_bytes:
+            os.nice(_NICENESS)  # the threads that feed the GPU come first
 
     def do(self, buffer: int, wanted: Sequence[Iterable[Any]]) -> tuple[Any, ...]:
         """Load photos: the fields of `Loaded`, with a file's place in the memory as its address.
@@ -66,28 +73,37 @@ class Reader:
         ShortageError.
         """
         loaded = Loaded(b"", {}, [], [], {})
-        digests = [self._load(buffer, Wanted(*photo), loaded) for photo in wanted]
+        photos = [Wanted(*photo) for photo in wanted]
+        room = _Room(
+            self._layout.room_at(buffer, photos[0].place),
+            self._layout.room_at(buffer, photos[-1].place + 1),
+        )
+        digests = [self._load(buffer, photo, room, loaded) for photo in photos]
         files = {row: tuple(file) for row, file in loaded.files.items()}
         return b"".join(digests), *loaded[1:4], files
 
-    def _load(self, buffer: int, wanted: Wanted, loaded: Loaded) -> bytes:
+    def _load(self, buffer: int, wanted: Wanted, room: _Room, loaded: Loaded) -> bytes:
         """Load a photo and note it in `loaded`; the digest of its file."""
         path, out = Path(wanted.path), self._pixels(buffer, wanted)
         read = None
-        if wanted.file and self._layout.file_bytes:
-            start = self._layout.file_at(buffer, wanted.place)
-            slot = self._memory[start : start + self._layout.file_bytes].data
+        if wanted.file and self._layout.slot_bytes:
+            slot = self._layout.slot_at(buffer, wanted.place)
             try:
                 with open_file(path) as opened:
-                    length = fill_from_file(opened, slot)
+                    # One byte more, because only then the end of a file is seen.
+                    size = os.fstat(opened.fileno()).st_size + 1
+                    start = room.take(size) or slot
+                    size = size if start != slot else self._layout.slot_bytes
+                    memory = self._memory[start : start + size].data
+                    length = fill_from_file(opened, memory)
             except Exception as error:
                 read = reading_fails(path, error)
             else:
-                if length is not None:  # else it is too large for its slot
-                    data = slot[:length]
-                    size = gpu_size(read_header(data))
-                    if size is not None and can_resize(*size, self._layout.views):
-                        loaded.files[wanted.row] = FileInMemory(start, length, *size)
+                if length is not None:  # else it is too large, or growing
+                    data = memory[:length]
+                    shape = gpu_size(read_header(data))
+                    if shape is not None and can_resize(*shape, self._layout.views):
+                        loaded.files[wanted.row] = FileInMemory(start, length, *shape)
                         if not wanted.pixels:
                             return file_digest(data).tobytes()
                     read = photo_of(path, bytes(data), *self._kind, out)
@@ -110,3 +126,19 @@ class Reader:
         photo = self._memory[start : start + self._layout.photo_bytes]
         pixels = torch.from_numpy(photo).view(len(views), size, size, 3)
         return pixels.permute(0, 3, 1, 2)
+
+
+@dataclass
+class _Room:
+    """The room for the files of a task."""
+
+    next: int
+    end: int
+
+    def take(self, size: int) -> int:
+        """Where `size` bytes are free; 0 if they are not."""
+        start = self.next
+        if start + size > self.end:
+            return 0
+        self.next = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
+        return start
