@@ -106,8 +106,11 @@ def load_run_data(
         raise TrainError(
             f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
         ) from None
-    check_rows(cache, training.feature_rows)
-    check_rows(val_cache, validation.feature_rows)
+    if val_cache is cache:  # together, because neighbouring rows are read at once
+        check_rows(cache, np.concatenate([training.feature_rows, validation.feature_rows]))
+    else:
+        check_rows(cache, training.feature_rows)
+        check_rows(val_cache, validation.feature_rows)
     validation_photos = ValidationPhotos(val_cache, rows=validation_rows)
     trained_on = cache.digests[np.unique(training.feature_rows)]
     return RunData(
