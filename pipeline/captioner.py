@@ -21,6 +21,7 @@ import torch
 from cache.errors import CapError
 from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.warm_up import begin_warm_up
 from pipeline.photos.drive.answers import answer_of, prompt_answer_of
 from pipeline.photos.folder import list_photos
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
@@ -113,6 +114,7 @@ class Captioner:
         DeviceError, SearchError or ViewError.
         """
         chosen = resolve_device(device)
+        begin_warm_up(chosen)
         bundle = load_bundle(model, chosen)
         search_config = search_config or SearchConfig()
         check_search(search_config)

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import Backbone, Device, Json, choice
-from pipeline.cli.terminal import print_json, say
+from pipeline.cli.terminal import ProgressLine, print_json, say
 from train.config import PRECISIONS, RECIPES
 
 bench = typer.Typer(
@@ -120,9 +120,15 @@ def bench_predict(
     with errors():
         from pipeline.bench.predict import bench_predict as run
 
-        result = run(
-            backbone=backbone, weights=weights, photos=photos, cold_runs=cold_runs, device=device
-        )
+        with ProgressLine("captioning", "steps") as line:
+            result = run(
+                backbone=backbone,
+                weights=weights,
+                photos=photos,
+                cold_runs=cold_runs,
+                device=device,
+                progress=line.update,
+            )
         say(result.machine.summary())
         if as_json:
             print_json({**dataclasses.asdict(result), "machine": result.machine.summary()})

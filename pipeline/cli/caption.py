@@ -24,6 +24,7 @@ from pipeline.cli.terminal import one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SearchConfig, SearchError, check_search
+from train.torch_import import start_torch
 
 
 @options
@@ -90,6 +91,7 @@ def evaluate(
     if predictions is None and all_photos:
         raise typer.BadParameter("--all has no effect without --predictions")
     with errors():
+        start_torch(device if model is not None else "cpu")
         from pipeline.evaluation import evaluate as stage
 
         meteor, spice = not no_meteor, not no_spice
@@ -209,6 +211,7 @@ def predict(
     search = dataclasses.replace(search, captions=captions)
     _check_search(search)
     with errors():
+        start_torch(device)
         from pipeline.captioner import Captioner, find_photos
 
         left_out: list[str] = []
@@ -247,6 +250,7 @@ def demo(*, config: DemoConfig, as_json: Json = False) -> None:
     Example: cap demo --out demo
     """
     with errors(f"start again with `cap demo --out {config.out}`"):
+        start_torch(config.device)
         from pipeline.demo.run import run_demo
 
         for report in run_demo(config):

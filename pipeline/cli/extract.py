@@ -10,6 +10,7 @@ from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
 from pipeline.cli.terminal import ProgressLine, duration, one_line, print_json, say
 from pipeline.extraction.config import ExtractConfig
+from train.torch_import import start_torch
 
 if TYPE_CHECKING:
     from cache.store import FeatureCache
@@ -29,6 +30,7 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
     """
     before = _state(config.out)
     with errors(lambda: _kept(config.out, before)):
+        start_torch(config.device)
         if config.dry_run:
             _say_plan(config, as_json)
             return

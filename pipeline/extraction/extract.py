@@ -25,6 +25,7 @@ from pipeline.captions.records import Photo
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import encoder_record
 from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
+from pipeline.encoder.warm_up import begin_warm_up
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import other_photos
@@ -121,6 +122,7 @@ def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
 def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     """Check what is asked for. Writes nothing. Raises as `extract` does."""
     devices = resolve_devices(config.device)
+    begin_warm_up(devices[0])
     backbone = load_backbone(config.backbone, config.weights)
     precision, notices = _choose_precision(config, backbone, photos, devices[0])
     record = encoder_record(backbone, config.image_size, config.views, precision)

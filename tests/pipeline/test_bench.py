@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.bench import predict
 from pipeline.bench.jpegs import write_bench_photos
 from tests.pipeline.test_cli import cap
 
@@ -55,6 +56,32 @@ def test_bench_predict_times_fresh_and_loaded_models() -> None:
     assert result["precision"] in ("float32", "bfloat16")
     assert "cores" in result["machine"]
     assert result["machine"] in err
+    assert "captioning: 0/4 steps, making a model" in err
+    assert "captioning: 4/4 steps" in err
+
+
+def test_bench_predict_tells_what_it_is_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, int, str]] = []
+
+    def stop_at_the_third(*arguments: object) -> None:
+        if len(said) > 3:
+            raise InterruptedError
+
+    monkeypatch.setattr(predict, "_write_model", lambda *_: (Path("m.cap"), "float32"))
+    monkeypatch.setattr(predict, "_caption_afresh", stop_at_the_third)
+    with pytest.raises(InterruptedError):
+        predict.bench_predict(
+            photos=1,
+            cold_runs=2,
+            device="cpu",
+            progress=lambda done, total, _, note: said.append((done, total, note)),
+        )
+    assert said == [
+        (0, 6, "making a model"),
+        (1, 6, "cold start 1 of 4"),
+        (2, 6, "cold start 2 of 4"),
+        (3, 6, "cold start 3 of 4"),
+    ]
 
 
 def test_bench_predict_names_what_a_fresh_process_could_not_do(

@@ -41,7 +41,7 @@ from train.step.cpu.objective import CpuObjective
 from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.graphs import GraphedSteps
 from train.step.cuda.kernel_check import check_kernels
-from train.step.cuda.kernel_choice import kernels_for
+from train.step.cuda.kernel_choice import begin_kernels, kernels_for
 from train.step.cuda.launch import Function, KernelError
 from train.step.cuda.objective import CudaObjective
 from train.step.dropout import Masks, draw_masks
@@ -370,7 +370,9 @@ def test_kernels_that_do_not_compile_are_reported_and_replaced(
         raise KernelError("no compiler")
 
     monkeypatch.setattr("train.step.cuda.kernel_choice.compile_kernels", compile_kernels)
-    assert kernels_for.__wrapped__(torch.device("cuda", 99), torch.float32).name == "torch"
+    asked = torch.device("cuda", 99), torch.float32
+    begin_kernels(*asked)
+    assert kernels_for(*asked).name == "torch"
     assert caplog.messages == [
         "cuda:99: training with PyTorch's operations, slower than compiled kernels (no compiler)"
     ]
