@@ -265,9 +265,10 @@ def _end_to_end(files: _Files, work: Path, backbone: str, device: torch.device) 
     if files.names is not None:
         (work / "names.txt").write_text("\n".join(files.names), encoding="utf-8")
         arguments += ["--only", work / "names.txt"]
-    started = time.perf_counter()
-    with start_cap("extract-features", *arguments) as process:
-        with PeakMemory(process.pid, device) as peak:
+    with PeakMemory(device) as peak:
+        started = time.perf_counter()
+        with start_cap("extract-features", *arguments) as process:
+            peak.watch(process.pid)
             out, err = process.communicate()
         seconds = time.perf_counter() - started
     if process.returncode:

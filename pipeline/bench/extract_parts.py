@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cache.errors import CapError
 from cache.record import EncoderRecord
 from pipeline.bench.jpegs import BenchError
 from pipeline.bench.reading import ReaderProcesses, decoding, rate_by_threads, reading
 from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
-from pipeline.extraction.fill import decoding_threads
 from pipeline.photos.decoding import decode
 from pipeline.photos.photo_file import read_photo
 from pipeline.photos.preprocessing import empty_pixels
@@ -49,7 +48,7 @@ class Parts:
     ) -> None:
         self._paths, self._device, self._at_least_s = paths, device, at_least_s
         self._batch_rows, self._size = batch_rows, record.image_size
-        self.cores = decoding_threads(None)
+        self.cores = len(os.sched_getaffinity(0))
         loaded = [(path, read_photo(path, self._size, ("full",)).pixels) for path in self._first()]
         self._readable = [path for path, pixels in loaded if pixels is not None]
         if not self._readable:
@@ -145,15 +144,18 @@ class Parts:
             )
             from pipeline.photos.jpeg_header import (  # type: ignore[import-not-found,unused-ignore]
                 gpu_size,
+                read_header,
             )
 
             decoder = GpuDecoder(self._device, self._size, ("full",))
-        except (ImportError, CapError) as error:
+        except (ImportError, RuntimeError) as error:  # no such decoder, or no hardware for it
             self.gpu_decoder_note = str(error)
             return None
         self._ending.callback(decoder.close)
         files = [path.read_bytes() for path in self._paths[:_GPU_PHOTOS]]
-        taken = [(data, size) for data in files if (size := gpu_size(data)) is not None]
+        taken = [
+            (data, size) for data in files if (size := gpu_size(read_header(data))) is not None
+        ]
         if not taken:
             self.gpu_decoder_note = "it takes none of these photos"
             return None

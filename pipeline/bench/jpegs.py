@@ -168,13 +168,13 @@ def _write(folder: Path, kinds: Sequence[_Kind], count: int) -> float:
 
 def _comment(number: int) -> bytes:
     """A comment that makes the bytes of a file its own."""
-    return _segment(0xFE, f"{number:0{_DIGITS}d}".encode())
+    return segment(0xFE, f"{number:0{_DIGITS}d}".encode())
 
 
 def _encoded(kinds: Sequence[_Kind]) -> Iterator[bytes]:
     random = np.random.default_rng(0)
     largest = max(max(kind.width, kind.height) for kind in kinds)
-    field = _photo_like(random, max(_FIELD_PIXELS, largest + 64))
+    field = photo_like(random, max(_FIELD_PIXELS, largest + 64))
     qualities = np.arange(5, 99, 6)
     side = min(len(field), 512)
     densities = [len(_jpeg(field[:side, :side], int(q))) / side**2 for q in qualities]
@@ -187,7 +187,7 @@ def _encoded(kinds: Sequence[_Kind]) -> Iterator[bytes]:
         yield data[:_HEAD_BYTES] + _metadata(kind) + data[_HEAD_BYTES:]
 
 
-def _photo_like(random: np.random.Generator, size: int) -> NDArray[np.uint8]:
+def photo_like(random: np.random.Generator, size: int) -> NDArray[np.uint8]:
     """(size, size, 3): amplitudes fall with the frequency as in photographs (Field, 1987)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     frequency[0, 0] = 1.0
@@ -221,16 +221,16 @@ def _metadata(kind: _Kind) -> bytes:
     """The segments with a picture's EXIF, XMP and colour profile."""
     segments = b""
     if kind.orientation:
-        segments += _segment(0xE1, b"Exif\0\0" + exif_with_orientation(kind.orientation))
+        segments += segment(0xE1, b"Exif\0\0" + exif_with_orientation(kind.orientation))
     if kind.xmp_bytes:
         packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"></x:xmpmeta>'
         packet = b"XMP\0://ns.adobe.com/xap/1.0/\0" + packet  # COCO's; in others it is http://
-        segments += _segment(0xE1, packet.ljust(kind.xmp_bytes - 2))  # editors pad with blanks, too
+        segments += segment(0xE1, packet.ljust(kind.xmp_bytes - 2))  # editors pad with blanks, too
     if kind.icc_bytes:
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         # No decoder looks into a profile, but all have to pass it by.
         profile = struct.pack(">I", kind.icc_bytes) + profile[4:].ljust(kind.icc_bytes - 4, b"\0")
-        segments += _segment(0xE2, b"ICC_PROFILE\0\1\1" + profile[: kind.icc_bytes])
+        segments += segment(0xE2, b"ICC_PROFILE\0\1\1" + profile[: kind.icc_bytes])
     return segments
 
 
@@ -239,5 +239,5 @@ def exif_with_orientation(orientation: int) -> bytes:
     return struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
 
 
-def _segment(marker: int, content: bytes) -> bytes:
+def segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content

@@ -13,14 +13,14 @@ _PROC = Path("/proc")
 
 
 class PeakMemory:
-    """Watches a process and all its children while the `with` block runs.
+    """Watches a process and all its children while the `with` block runs, from `watch` on.
 
-    pid: of the process. device: where its memory on a GPU is looked at, if that is a GPU, as the
-    difference from what was in use before.
+    device: where its memory on a GPU is looked at, if that is a GPU, as the difference from what
+    was in use before the `with` block.
     """
 
-    def __init__(self, pid: int, device: torch.device) -> None:
-        self._pid, self._device = pid, device
+    def __init__(self, device: torch.device) -> None:
+        self._pid, self._device = 0, device
         self._gpu_before = self._gpu_used()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -35,9 +35,13 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
 
+    def watch(self, pid: int) -> None:
+        self._pid = pid
+
     def _watch(self) -> None:
         while True:
-            self.host_mb = max(self.host_mb, tree_memory_mb(self._pid))
+            if self._pid:
+                self.host_mb = max(self.host_mb, tree_memory_mb(self._pid))
             if self.gpu_mb is not None:
                 self.gpu_mb = max(self.gpu_mb, (self._gpu_used() - self._gpu_before) / 1e6)
             if self._done.wait(_INTERVAL_S):
