@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_check_extraction import random_weights
+from gpu_check_extraction import differing_rows, random_weights
 from gpu_check_photos import corruptions, photos_of_every_kind
 from gpu_check_steps import Figures, Run
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cache.store import FeatureCache, open_cache
 from pipeline.bench.jpegs import write_coco_like_photos
+from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import fast_precisions
 from pipeline.encoder.weights import load_backbone
@@ -70,45 +71,29 @@ def both_decoders_give_the_same_cache(run: Run) -> Figures:
     return figures
 
 
-def differing_rows(first: FeatureCache, second: FeatureCache) -> list[str]:
-    """What differs in each row of two caches of the same photos, one line per row."""
-    if list(first.paths) != list(second.paths):
-        return ["the paths"]
-    reasons = dict(first.errors()), dict(second.errors())
-    lines = []
-    for row, path in enumerate(first.paths):
-        found = []
-        for name in ("status", "digests"):
-            one, other = (getattr(cache, name)[row] for cache in (first, second))
-            if not np.array_equal(one, other):
-                found.append(f"{name} {one} and {other}")
-        if reasons[0].get(path) != reasons[1].get(path):
-            found.append(f"{reasons[0].get(path)!r} and {reasons[1].get(path)!r}")
-        bits = [cache.features[row].view(np.uint16) for cache in (first, second)]
-        if not np.array_equal(*bits):
-            found.append("features")
-        if found:
-            lines.append(f"{path}: {', '.join(found)}")
-    return lines
-
-
 def gpu_pixels_are_the_cpus(run: Run) -> Figures:
     """Compares what the GPU's decoder makes of every kind with `preprocess`, for every view."""
-    kinds = photos_of_every_kind(run.small)
-    base = [data for files in kinds.values() for data in files if len(data) <= _LARGEST_CORRUPTED]
-    kinds["damaged"] = corruptions(base, 24 if run.small else _CORRUPTIONS)
     figures: Figures = {}
     for size, views in ((224, ("full",)), (64, VIEWS)):
         decoder, reason = gpu_decoder(run.device, size, views)
         if decoder is None:
             return {"skipped": reason}
-        for kind, files in kinds.items():
-            found = compare(files, size, views, functools.partial(_on_gpu, decoder))
+        for kind, found in compare_kinds(decoder, _CORRUPTIONS).items():
             figures[f"{kind}, {size}, {len(views)} views"] = found
         decoder.close()
     wrong = {name: found for name, found in figures.items() if found["wrong"]}
     assert not wrong, wrong
     return figures
+
+
+def compare_kinds(decoder: Any, damaged: int, small: bool = False) -> dict[str, Figures]:
+    """`compare` of a GpuDecoder, for photos of every kind and so many damaged ones."""
+    kinds = photos_of_every_kind(small)
+    base = [data for files in kinds.values() for data in files if len(data) <= _LARGEST_CORRUPTED]
+    kinds["damaged"] = corruptions(base, damaged)
+    decode = functools.partial(_on_gpu, decoder)
+    size, views = decoder.image_size, decoder.views
+    return {kind: compare(files, size, views, decode) for kind, files in kinds.items()}
 
 
 def compare(
@@ -148,47 +133,69 @@ def no_wrong_pixel_beside_the_backbone(run: Run) -> Figures:
     decoder, reason = gpu_decoder(run.device, 224, ("full",))
     if decoder is None:
         return {"skipped": reason}
+    backbone = load_backbone(run.backbone, "random")
+    (run.work / "beside").mkdir()
+    write_coco_like_photos(run.work / "beside", _BUSY_DISTINCT)
+    files = [path.read_bytes() for path in sorted((run.work / "beside").iterdir())]
+    figures = decode_beside(decoder, backbone, files, _BUSY_PHOTOS, _BUSY_BATCH)
+    decoder.close()
+    assert figures["wrong"] == figures["refused"] == figures["features_changed"] == 0, figures
+    return figures
+
+
+def decode_beside(
+    decoder: Any, backbone: Backbone, files: Sequence[bytes], count: int, batch_rows: int
+) -> Figures:
+    """Decode `count` photos, drawn from `files`, while the backbone is busy with others."""
     from pipeline.photos.gpu.decoder import JpegFile  # type: ignore[import-not-found,unused-ignore]
 
-    device = torch.device(run.device)
-    folder = run.work / "beside"
-    folder.mkdir()
-    write_coco_like_photos(folder, _BUSY_DISTINCT)
-    files = _takeable(path.read_bytes() for path in sorted(folder.iterdir()))
-    expected = torch.cat([preprocess(data, 224) for data, _ in files]).to(device)
+    device = decoder.device
+    taken = [(data, size) for data in files if (size := _gpu_size(data)) is not None]
+    expected = torch.cat([preprocess(data, decoder.image_size) for data, _ in taken]).to(device)
     encoder = Encoder(
-        load_backbone(run.backbone, "random"),
+        backbone,
         device=device,
         precision=fast_precisions(device)[0],
+        image_size=decoder.image_size,
     )
-    photos = expected[torch.arange(_BUSY_BATCH) % len(expected)]
-    features = encoder.encode(photos).clone()
-    out = _empty(_BUSY_BATCH, decoder)
-    order = np.random.default_rng(3).integers(0, len(files), _BUSY_PHOTOS)
+    busy_with = expected[torch.arange(batch_rows) % len(expected)]
+    for _ in range(2):  # a GPU captures its graph at the second call
+        features = encoder.encode(busy_with).clone()
+    out = _empty(batch_rows, decoder)
+    order = np.random.default_rng(3).integers(0, len(taken), count)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     refused = 0
-    for start in range(0, _BUSY_PHOTOS, _BUSY_BATCH):
-        chosen = order[start : start + _BUSY_BATCH].tolist()
-        for _ in range(2):  # busy until the batch is decoded
-            encoder.encode(photos)
+    for start in range(0, count, batch_rows):
+        chosen = order[start : start + batch_rows].tolist()
         out.zero_()
-        decoder.stream.wait_stream(torch.cuda.current_stream(device))
-        batch = [JpegFile(place, *_bytes_of(files[number])) for place, number in enumerate(chosen)]
+        _let_begin(decoder)
+        for _ in range(2):  # busy until the batch is decoded
+            encoder.encode(busy_with)
+        batch = [JpegFile(place, *_bytes_of(taken[number])) for place, number in enumerate(chosen)]
         refused += len(decoder.decode(batch, out))
-        torch.cuda.current_stream(device).wait_stream(decoder.stream)
+        _wait_for(decoder)
         same = expected[torch.tensor(chosen, device=device)]
         wrong += (out[: len(chosen), 0] != same).flatten(1).any(1).sum()
-    again = encoder.encode(photos)
-    decoder.close()
-    figures = {
-        "photos": _BUSY_PHOTOS,
-        "distinct": len(files),
+    again = encoder.encode(busy_with)
+    return {
+        "photos": count,
+        "distinct": len(taken),
         "refused": refused,
         "wrong": int(wrong),
         "features_changed": int((again != features).sum()),
     }
-    assert figures["wrong"] == refused == figures["features_changed"] == 0, figures
-    return figures
+
+
+def _let_begin(decoder: Any) -> None:
+    """The decoder's stream begins when what is queued now is done; a CPU has no streams."""
+    if decoder.stream is not None:
+        decoder.stream.wait_stream(torch.cuda.current_stream(decoder.device))
+
+
+def _wait_for(decoder: Any) -> None:
+    """What is queued next begins when the decoder's pixels are there."""
+    if decoder.stream is not None:
+        torch.cuda.current_stream(decoder.device).wait_stream(decoder.stream)
 
 
 def gpu_decoder(device: str, size: int, views: tuple[str, ...]) -> tuple[Any, str]:
@@ -223,21 +230,17 @@ def _on_gpu(decoder: Any, files: Sequence[bytes]) -> Decoded:
     for start in range(0, len(numbers), 64):
         chosen = numbers[start : start + 64]
         out = _empty(len(chosen), decoder)
-        decoder.stream.wait_stream(torch.cuda.current_stream(out.device))
+        _let_begin(decoder)
         batch = [
             JpegFile(place, *_bytes_of((files[number], sizes[number])))
             for place, number in enumerate(chosen)
         ]
         refused = set(decoder.decode(batch, out))
-        decoder.stream.synchronize()
+        _wait_for(decoder)
         kept = [place for place in range(len(chosen)) if place not in refused]
         taken += [chosen[place] for place in kept]
         parts.append(out.cpu().numpy()[kept])
     return np.concatenate(parts), taken
-
-
-def _takeable(files: Iterable[bytes]) -> list[tuple[bytes, tuple[int, int]]]:
-    return [(data, size) for data in files if (size := _gpu_size(data)) is not None]
 
 
 def _gpu_size(data: bytes) -> tuple[int, int] | None:

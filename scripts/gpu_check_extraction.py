@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from gpu_check_steps import Figures, Run
 
+from cache.store import FeatureCache
 from pipeline.bench.jpegs import write_bench_photos
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
@@ -148,6 +150,28 @@ CHECKS: tuple[Callable[[Setting], Figures], ...] = (
     resumed_extraction_has_the_same_bytes,
     gpu_tests_pass,
 )
+
+
+def differing_rows(first: FeatureCache, second: FeatureCache) -> list[str]:
+    """What differs in each row of two caches of the same photos, one line per row."""
+    if list(first.paths) != list(second.paths):
+        return ["the paths"]
+    reasons = dict(first.errors()), dict(second.errors())
+    lines = []
+    for row, path in enumerate(first.paths):
+        found = []
+        for name in ("status", "digests"):
+            one, other = (getattr(cache, name)[row] for cache in (first, second))
+            if not np.array_equal(one, other):
+                found.append(f"{name} {one} and {other}")
+        if reasons[0].get(path) != reasons[1].get(path):
+            found.append(f"{reasons[0].get(path)!r} and {reasons[1].get(path)!r}")
+        bits = [cache.features[row].view(np.uint16) for cache in (first, second)]
+        if not np.array_equal(*bits):
+            found.append("features")
+        if found:
+            lines.append(f"{path}: {', '.join(found)}")
+    return lines
 
 
 def random_weights(backbone: str, folder: Path) -> Path:

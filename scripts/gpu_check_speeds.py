@@ -253,7 +253,7 @@ def _warm_extract(run: Run) -> None:
 
 
 def _warm_train(run: Run) -> None:
-    write_synthetic_cache(run.work / "warm-train.h5", 500)
+    write_synthetic_cache(run.work / "warm-train.h5", 100)
     shutil.rmtree(run.work / "warm-run", ignore_errors=True)
     _warm(
         *("train", "--from-cache", run.work / "warm-train.h5", "--out", run.work / "warm-run"),

@@ -23,6 +23,7 @@ from PIL import Image
 from cache.record import CaptionTable, EncoderRecord, Skeleton, Strings
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
+from pipeline.encoder.weights import load_backbone
 from pipeline.photos.decoding import ImageError, decode
 from pipeline.photos.preprocessing import preprocess
 from tests.conftest import ROOT
@@ -236,16 +237,60 @@ def test_a_wrong_pixel_of_another_decoder_is_found(scripts: None) -> None:
     assert found(0, [0, 2]) == fine | accepted
 
 
-def test_caches_of_two_decoders_are_compared_to_the_bit(scripts: None, tmp_path: Path) -> None:
+def test_a_stand_in_for_the_gpu_passes_the_checks_of_decoding(
+    scripts: None, tmp_path: Path
+) -> None:
+    stand_in = pytest.importorskip("tests.gpu_stand_in")
+    gpu = pytest.importorskip("pipeline.photos.gpu.decoder")
     decoding = importlib.import_module("gpu_check_decoding")
+    decoder = gpu.GpuDecoder(
+        torch.device("cpu"),
+        64,
+        ("full", "center"),
+        batch_decoder=stand_in.StandInDecoder(),
+        kernels=stand_in.resize_kernels(),
+        scratch_bytes=16 << 20,
+    )
+    found = decoding.compare_kinds(decoder, 40, small=True)
+    assert all(figures["wrong"] == 0 for figures in found.values()), found
+    assert found["444"]["taken"] > 0
+    assert found["420"]["taken"] > 0
+    assert found["progressive"]["taken"] == 0
+    decoder.close()
+
+
+def test_photos_are_decoded_beside_a_busy_backbone(scripts: None, tmp_path: Path) -> None:
+    stand_in = pytest.importorskip("tests.gpu_stand_in")
+    gpu = pytest.importorskip("pipeline.photos.gpu.decoder")
+    decoding = importlib.import_module("gpu_check_decoding")
+    photos = importlib.import_module("gpu_check_photos")
+    decoder = gpu.GpuDecoder(
+        torch.device("cpu"),
+        64,
+        ("full",),
+        batch_decoder=stand_in.StandInDecoder(),
+        kernels=stand_in.resize_kernels(),
+        scratch_bytes=16 << 20,
+    )
+    backbone = load_backbone("shufflenet_v2_x0_5", "random")
+    files = photos.photos_of_every_kind(small=True)["444"]
+    figures = decoding.decode_beside(decoder, backbone, files, 10, 4)
+    assert figures["photos"] == 10
+    assert figures["distinct"] > 1
+    assert figures["wrong"] == figures["refused"] == figures["features_changed"] == 0
+    decoder.close()
+
+
+def test_caches_of_two_decoders_are_compared_to_the_bit(scripts: None, tmp_path: Path) -> None:
+    extraction = importlib.import_module("gpu_check_extraction")
     features = np.ones((3, 1, 4), np.float16)
     digests = np.zeros((3, 16), np.uint8)
     first = small_cache(tmp_path / "a.h5", features, digests, "broken")
-    assert decoding.differing_rows(first, first) == []
+    assert extraction.differing_rows(first, first) == []
     features[0, 0, 2] = np.nextafter(np.float16(1), np.float16(2))
     digests[1, 3] = 9
     second = small_cache(tmp_path / "b.h5", features, digests, "broken too")
-    lines = decoding.differing_rows(first, second)
+    lines = extraction.differing_rows(first, second)
     assert lines[0] == "0.jpg: features"
     assert lines[1].startswith("1.jpg: digests [")
     assert lines[2] == "2.jpg: 'broken' and 'broken too'"
