@@ -72,7 +72,11 @@ def train_classic(run: Run) -> Figures:
 
 
 def train_as_it_comes(run: Run) -> Figures:
-    """`cap train` without options, on that cache."""
+    """`cap train` without options, on that cache.
+
+    The data decide how many epochs it takes, and these captions are made up: compare the time of an
+    epoch as well.
+    """
     return _trained(run, "default")
 
 

@@ -18,6 +18,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from typing import Any
 Figures = dict[str, Any]
 NO_TIME = "no time left"
 _START_S = 30.0  # that a child may take before its first step: it imports torch
+_GLANCE_S = 0.5  # how often the time that is left is looked at
 _DUMP_S = 1.0  # that a child gets to write where it is, before it is killed
 
 
@@ -59,7 +61,7 @@ def run_steps(
             while pending:
                 allowed = limits[pending[0]] + (_START_S if beginning else 0.0)
                 try:
-                    line = child.read_line(min(allowed, left_s()))
+                    line = child.read_line(allowed, left_s)
                 except TimeoutError:
                     error = f"was not done after {time.perf_counter() - started:.0f} s"
                     child.dump()
@@ -90,10 +92,10 @@ class _Child:
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # nothing is written; see `_end_with_the_parent`
                 stdout=subprocess.PIPE,
                 stderr=file,
-                start_new_session=True,
+                start_new_session=True,  # and so a process group
             )
         self._read = b""
 
@@ -104,17 +106,22 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
-    def read_line(self, limit_s: float) -> bytes | None:
-        """The next line, or None at the end. Raises TimeoutError."""
+    def read_line(self, limit_s: float, left_s: Callable[[], float]) -> bytes | None:
+        """The next line, or None at the end. Raises TimeoutError after `limit_s` seconds, or once
+        `left_s` says that none are left.
+        """
         assert self._process.stdout is not None
         deadline = time.monotonic() + limit_s
         while b"\n" not in self._read:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._process.stdout], [], [], left)[0]:
+            left = min(deadline - time.monotonic(), left_s())
+            if left <= 0:
                 raise TimeoutError
+            if not select.select([self._process.stdout], [], [], min(left, _GLANCE_S))[0]:
+                continue
             part = os.read(self._process.stdout.fileno(), 1 << 16)
             if not part:
                 return None
@@ -144,9 +151,17 @@ def run_step(step: Callable[[Run], Figures], run: Run) -> Figures:
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
+def _end_with_the_parent() -> None:
+    """Kill this process group once the parent has ended: then its end of stdin is closed."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Run steps of a module in this process, and write a line of JSON for each."""
     faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the steps print goes to the log
     module, options, *names = sys.argv[1:]

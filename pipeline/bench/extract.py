@@ -27,6 +27,7 @@ from pipeline.bench.jpegs import (
     write_coco_like_photos,
 )
 from pipeline.bench.peak_memory import PeakMemory
+from pipeline.encoder.weights import load_backbone
 from pipeline.photos.folder import list_photos
 from train.device import resolve_device
 
@@ -158,6 +159,9 @@ def bench_extract(
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cap-bench-")))
         files = _files(work, count, size, images, say)
+        # From a file, so that a start includes loading weights, as usual, and not drawing them.
+        weights = load_backbone(backbone, "random").network.state_dict()
+        torch.save(weights, work / "weights.pth")
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}: extracting, then part by part")
             whole.append(_end_to_end(files, work, backbone, chosen))
@@ -261,7 +265,8 @@ class _EndToEnd:
 def _end_to_end(files: _Files, work: Path, backbone: str, device: torch.device) -> _EndToEnd:
     """Extract in a fresh process. Raises BenchError if it fails."""
     arguments = ["--images", files.folder, "--out", work / "cache.h5", "--backbone", backbone]
-    arguments += ["--weights", "random", "--device", device, "--overwrite", "--json"]
+    arguments += ["--weights", work / "weights.pth"]
+    arguments += ["--device", device, "--overwrite", "--json"]
     if files.names is not None:
         (work / "names.txt").write_text("\n".join(files.names), encoding="utf-8")
         arguments += ["--only", work / "names.txt"]

@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,11 +177,56 @@ def test_a_step_that_fails_hangs_or_dies_does_not_stop_the_others(
     assert found["ends"]["error"] == "its process ended (3)"
     assert found["works"]["figure"] == 7
     child = int((tmp_path / "child").read_text())
-    for _ in range(100):
-        if not is_running(child):
-            break
+    assert wait_for(lambda: not is_running(child))
+
+
+def test_a_script_that_is_killed_leaves_no_child(
+    scripts: None, broken_steps: str, tmp_path: Path
+) -> None:
+    code = (
+        "import gpu_check_steps as s; from pathlib import Path; "
+        f"run = s.Run('cpu', Path({str(tmp_path)!r}), 'none', 7, True); "
+        f"list(s.run_steps({broken_steps!r}, {{'hangs': 60.0}}, run, lambda: 60.0))"
+    )
+    paths = f"{tmp_path}:{ROOT / 'scripts'}:{ROOT}"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}
+    ) as process:
+        child = wait_for_child(tmp_path)
+        process.kill()
+    assert wait_for(lambda: not is_running(child))
+
+
+def test_an_interrupted_half_ends_its_children(
+    script: ModuleType, broken_steps: str, tmp_path: Path
+) -> None:
+    steps = importlib.import_module("gpu_check_steps")
+    run = steps.Run("cpu", tmp_path, "none", 7, True)
+    groups = [script.Group("train", broken_steps, {name: 60.0}) for name in ("hangs", "works")]
+
+    def interrupt(name: str, figures: object) -> None:
+        if name == "works":
+            wait_for_child(tmp_path)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        script.run_groups(groups, run, interrupt, side_by_side=True, limit_s=60.0)
+    assert wait_for(lambda: not is_running(wait_for_child(tmp_path)))
+
+
+def wait_for_child(work: Path) -> int:
+    """The process that the step `hangs` has started."""
+    file = work / "child"
+    wait_for(lambda: file.exists() and file.read_text())
+    return int(file.read_text())
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """What the condition gives once it is true; what it gives after a minute, if it is not."""
+    deadline = time.monotonic() + 60
+    while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not is_running(child)
+    return found
 
 
 def is_running(pid: int) -> bool:
