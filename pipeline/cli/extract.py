@@ -30,14 +30,15 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
     """
     before = _state(config.out)
     with errors(lambda: _kept(config.out, before)):
-        start_torch(config.device)
         if config.dry_run:
+            start_torch(config.device)
             _say_plan(config, as_json)
             return
         from pipeline.photos.readers.start import end_spare_readers, start_early
 
-        start_early(config.workers, config.device)  # before torch is imported
+        start_early(config.workers, config.device)  # they import torch at the same time
         try:
+            start_torch(config.device)
             last = _extract(config)
         finally:
             end_spare_readers()

@@ -15,6 +15,8 @@ import sys
 import warnings
 from multiprocessing.connection import Connection
 
+from train.torch_import import import_torch
+
 _GLANCE_S = 0.1
 
 
@@ -27,6 +29,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     warnings.filterwarnings("ignore")  # about odd photos; and about forking, which is safe here
     control_number, memory, *numbers = map(int, sys.argv[1].split(","))
+    import_torch()
     from pipeline.photos.memory_budget import share_budgets
     from pipeline.photos.readers import reader
 
