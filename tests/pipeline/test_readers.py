@@ -264,6 +264,7 @@ def test_readers_that_were_started_early_are_used(folder: Path) -> None:
     starting.start_early(2, "cpu")
     assert not starting._spare  # so few are threads
     starting.start_early(5, "cpu")
+    wait_until(servers)  # its command line is seen a moment later
     server = servers()[0]
     with loader(folder, readers=5) as photos:
         assert servers() == [server]
