@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import subprocess
@@ -10,13 +11,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from gpu_check_photos import DAMAGED, LARGEST_DAMAGED, corruptions, photos_of_every_kind
 from gpu_check_steps import Figures, Run
 
-from cache.store import FeatureCache
-from pipeline.bench.jpegs import write_bench_photos
+from cache.store import FeatureCache, open_cache
+from pipeline.bench.jpegs import write_bench_photos, write_coco_like_photos
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import MEAN_COSINE, MIN_COSINE, encode_plain, fast_precisions
@@ -153,6 +156,42 @@ CHECKS: tuple[Callable[[Setting], Figures], ...] = (
 )
 
 
+def both_decoders_give_the_same_cache(run: Run) -> Figures:
+    """Extracts photos of every kind, damaged ones and COCO-like ones with the CPU's decoder and
+    with the GPU's: the same photos set aside for the same reasons, and the same features to the
+    bit.
+    """
+    if not _has_decoders():
+        return {"skipped": "this version decodes on the CPU alone"}
+    folder = run.work / "decoding"
+    folder.mkdir()
+    kinds = photos_of_every_kind(run.small)
+    whole = [data for files in kinds.values() for data in files]
+    base = [data for data in whole if len(data) <= LARGEST_DAMAGED]
+    damaged = corruptions(base, 24 if run.small else DAMAGED)
+    for number, data in enumerate(whole + damaged):
+        (folder / f"kinds-{number:05d}.jpg").write_bytes(data)
+    if not run.small:
+        (folder / "coco").mkdir()
+        write_coco_like_photos(folder / "coco", 1024)
+    gpu = "cpu" if run.device == "cpu" else "gpu"
+    weights = random_weights(run.backbone, folder.parent)
+    caches = [
+        _extracted(run, folder, weights, "cpu", run.work / "by-the-cpu.h5"),
+        _extracted(run, folder, weights, gpu, run.work / "by-the-gpu.h5"),
+    ]
+    differences = differing_rows(*caches)
+    figures: Figures = {
+        "decoders": f"cpu, {gpu}",
+        "photos": len(caches[0]),
+        "set_aside": len(caches[0].errors()),
+        "differing": len(differences),
+        "first": differences[:10],
+    }
+    assert not differences, figures
+    return figures
+
+
 def differing_rows(first: FeatureCache, second: FeatureCache) -> list[str]:
     """What differs in each row of two caches of the same photos, one line per row."""
     if list(first.paths) != list(second.paths):
@@ -182,6 +221,27 @@ def random_weights(backbone: str, folder: Path) -> Path:
     return path
 
 
+def _has_decoders() -> bool:
+    return any(field.name == "decoder" for field in dataclasses.fields(ExtractConfig))
+
+
+def _extracted(run: Run, folder: Path, weights: Path, decoder: str, out: Path) -> FeatureCache:
+    options: dict[str, Any] = {"decoder": decoder}
+    if run.small:
+        options |= {"image_size": 32, "precision": "float32"}
+    config = ExtractConfig(
+        images=folder,
+        out=out,
+        backbone=run.backbone,
+        weights=str(weights),
+        device=run.device,
+        **options,
+    )
+    for _ in extract(config):
+        pass
+    return open_cache(out)
+
+
 @functools.cache
 def _setting(run: Run) -> Setting:
     photos, batch_size, size, breaks = (24, 8, 64, 1) if run.small else (160, 32, 224, 2)
@@ -199,4 +259,6 @@ def _step(check: Callable[[Setting], Figures]) -> Callable[[Run], Figures]:
     return lambda run: check(_setting(run))
 
 
-STEPS = {check.__name__: _step(check) for check in CHECKS}
+STEPS = {check.__name__: _step(check) for check in CHECKS} | {
+    "both_decoders_give_the_same_cache": both_decoders_give_the_same_cache
+}
