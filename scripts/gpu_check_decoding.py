@@ -2,73 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_check_extraction import differing_rows, random_weights
-from gpu_check_photos import corruptions, photos_of_every_kind
+from gpu_check_photos import DAMAGED, LARGEST_DAMAGED, corruptions, photos_of_every_kind
 from gpu_check_steps import Figures, Run
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.store import FeatureCache, open_cache
 from pipeline.bench.jpegs import write_coco_like_photos
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import fast_precisions
 from pipeline.encoder.weights import load_backbone
-from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.extract import extract
 from pipeline.photos.decoding import ImageError
 from pipeline.photos.preprocessing import preprocess
 from pipeline.photos.views import VIEWS
 
 # (N, V, 3, S, S) uint8 of the photos with pixels, and which those are; the others are the CPU's.
 Decoded = tuple[NDArray[np.uint8], list[int]]
-_CORRUPTIONS = 2000
-_LARGEST_CORRUPTED = 20_000  # bytes
 _BUSY_PHOTOS, _BUSY_DISTINCT, _BUSY_BATCH = 20_000, 398, 256
-
-
-def both_decoders_give_the_same_cache(run: Run) -> Figures:
-    """Extracts photos of every kind, damaged ones and COCO-like ones with the CPU's decoder and
-    with the GPU's: the same photos set aside for the same reasons, and the same features to the
-    bit.
-    """
-    if not _has_decoders():
-        return {"skipped": "this version decodes on the CPU alone"}
-    folder = run.work / "decoding"
-    folder.mkdir()
-    kinds = photos_of_every_kind(run.small)
-    whole = [data for files in kinds.values() for data in files]
-    base = [data for data in whole if len(data) <= _LARGEST_CORRUPTED]
-    damaged = corruptions(base, 24 if run.small else _CORRUPTIONS)
-    for number, data in enumerate(whole + damaged):
-        (folder / f"kinds-{number:05d}.jpg").write_bytes(data)
-    if not run.small:
-        (folder / "coco").mkdir()
-        write_coco_like_photos(folder / "coco", 1024)
-    gpu = "cpu" if run.device == "cpu" else "gpu"
-    weights = random_weights(run.backbone, folder.parent)
-    caches = [
-        _extracted(run, folder, weights, "cpu", run.work / "by-the-cpu.h5"),
-        _extracted(run, folder, weights, gpu, run.work / "by-the-gpu.h5"),
-    ]
-    differences = differing_rows(*caches)
-    figures: Figures = {
-        "decoders": f"cpu, {gpu}",
-        "photos": len(caches[0]),
-        "set_aside": len(caches[0].errors()),
-        "differing": len(differences),
-        "first": differences[:10],
-    }
-    assert not differences, figures
-    return figures
 
 
 def gpu_pixels_are_the_cpus(run: Run) -> Figures:
@@ -78,7 +34,7 @@ def gpu_pixels_are_the_cpus(run: Run) -> Figures:
         decoder, reason = gpu_decoder(run.device, size, views)
         if decoder is None:
             return {"skipped": reason}
-        for kind, found in compare_kinds(decoder, _CORRUPTIONS).items():
+        for kind, found in compare_kinds(decoder, DAMAGED).items():
             figures[f"{kind}, {size}, {len(views)} views"] = found
         decoder.close()
     wrong = {name: found for name, found in figures.items() if found["wrong"]}
@@ -89,7 +45,7 @@ def gpu_pixels_are_the_cpus(run: Run) -> Figures:
 def compare_kinds(decoder: Any, damaged: int, small: bool = False) -> dict[str, Figures]:
     """`compare` of a GpuDecoder, for photos of every kind and so many damaged ones."""
     kinds = photos_of_every_kind(small)
-    base = [data for files in kinds.values() for data in files if len(data) <= _LARGEST_CORRUPTED]
+    base = [data for files in kinds.values() for data in files if len(data) <= LARGEST_DAMAGED]
     kinds["damaged"] = corruptions(base, damaged)
     decode = functools.partial(_on_gpu, decoder)
     size, views = decoder.image_size, decoder.views
@@ -266,32 +222,10 @@ def _empty(count: int, decoder: Any) -> Tensor:
     return torch.zeros(shape, dtype=torch.uint8, device=decoder.device).permute(0, 1, 4, 2, 3)
 
 
-def _has_decoders() -> bool:
-    return any(field.name == "decoder" for field in dataclasses.fields(ExtractConfig))
-
-
-def _extracted(run: Run, folder: Path, weights: Path, decoder: str, out: Path) -> FeatureCache:
-    options: dict[str, Any] = {"decoder": decoder}
-    if run.small:
-        options |= {"image_size": 32, "precision": "float32"}
-    config = ExtractConfig(
-        images=folder,
-        out=out,
-        backbone=run.backbone,
-        weights=str(weights),
-        device=run.device,
-        **options,
-    )
-    for _ in extract(config):
-        pass
-    return open_cache(out)
-
-
 STEPS: dict[str, Callable[[Run], Figures]] = {
     step.__name__: step
     for step in (
         gpu_pixels_are_the_cpus,
         no_wrong_pixel_beside_the_backbone,
-        both_decoders_give_the_same_cache,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import subprocess
@@ -10,13 +11,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from gpu_check_photos import DAMAGED, LARGEST_DAMAGED, corruptions, photos_of_every_kind
 from gpu_check_steps import Figures, Run
 
-from cache.store import FeatureCache
-from pipeline.bench.jpegs import write_bench_photos
+from cache.store import FeatureCache, open_cache
+from pipeline.bench.jpegs import write_bench_photos, write_coco_like_photos
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import MEAN_COSINE, MIN_COSINE, encode_plain, fast_precisions
@@ -37,6 +40,7 @@ class Setting:
     folder: Path  # of JPEGs
     pixels: torch.Tensor  # (N, 3, S, S) uint8, of these JPEGs
     work: Path  # for files
+    breaks: int  # of an extraction that is resumed
 
     @property
     def image_size(self) -> int:
@@ -93,7 +97,7 @@ def graphs_compute_what_direct_calls_do(setting: Setting) -> Figures:
 
 
 def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
-    """Compares an extraction that was interrupted and resumed twice with an unbroken one."""
+    """Compares an extraction that was interrupted and resumed with an unbroken one."""
     photos, batch_size = len(setting.pixels), setting.batch_size
 
     def config(name: str) -> ExtractConfig:
@@ -109,7 +113,7 @@ def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
 
     for _ in extract(config("whole.h5")):
         pass
-    for _ in range(2):
+    for _ in range(setting.breaks):
         reports = extract(config("broken.h5"))
         for report in reports:
             if isinstance(report, Progress) and report.new >= batch_size:
@@ -152,6 +156,42 @@ CHECKS: tuple[Callable[[Setting], Figures], ...] = (
 )
 
 
+def both_decoders_give_the_same_cache(run: Run) -> Figures:
+    """Extracts photos of every kind, damaged ones and COCO-like ones with the CPU's decoder and
+    with the GPU's: the same photos set aside for the same reasons, and the same features to the
+    bit.
+    """
+    if not _has_decoders():
+        return {"skipped": "this version decodes on the CPU alone"}
+    folder = run.work / "decoding"
+    folder.mkdir()
+    kinds = photos_of_every_kind(run.small)
+    whole = [data for files in kinds.values() for data in files]
+    base = [data for data in whole if len(data) <= LARGEST_DAMAGED]
+    damaged = corruptions(base, 24 if run.small else DAMAGED)
+    for number, data in enumerate(whole + damaged):
+        (folder / f"kinds-{number:05d}.jpg").write_bytes(data)
+    if not run.small:
+        (folder / "coco").mkdir()
+        write_coco_like_photos(folder / "coco", 1024)
+    gpu = "cpu" if run.device == "cpu" else "gpu"
+    weights = random_weights(run.backbone, folder.parent)
+    caches = [
+        _extracted(run, folder, weights, "cpu", run.work / "by-the-cpu.h5"),
+        _extracted(run, folder, weights, gpu, run.work / "by-the-gpu.h5"),
+    ]
+    differences = differing_rows(*caches)
+    figures: Figures = {
+        "decoders": f"cpu, {gpu}",
+        "photos": len(caches[0]),
+        "set_aside": len(caches[0].errors()),
+        "differing": len(differences),
+        "first": differences[:10],
+    }
+    assert not differences, figures
+    return figures
+
+
 def differing_rows(first: FeatureCache, second: FeatureCache) -> list[str]:
     """What differs in each row of two caches of the same photos, one line per row."""
     if list(first.paths) != list(second.paths):
@@ -181,9 +221,30 @@ def random_weights(backbone: str, folder: Path) -> Path:
     return path
 
 
+def _has_decoders() -> bool:
+    return any(field.name == "decoder" for field in dataclasses.fields(ExtractConfig))
+
+
+def _extracted(run: Run, folder: Path, weights: Path, decoder: str, out: Path) -> FeatureCache:
+    options: dict[str, Any] = {"decoder": decoder}
+    if run.small:
+        options |= {"image_size": 32, "precision": "float32"}
+    config = ExtractConfig(
+        images=folder,
+        out=out,
+        backbone=run.backbone,
+        weights=str(weights),
+        device=run.device,
+        **options,
+    )
+    for _ in extract(config):
+        pass
+    return open_cache(out)
+
+
 @functools.cache
 def _setting(run: Run) -> Setting:
-    photos, batch_size, size = (24, 8, 64) if run.small else (160, 32, 224)
+    photos, batch_size, size, breaks = (24, 8, 64, 1) if run.small else (160, 32, 224, 2)
     folder = Path(tempfile.mkdtemp(dir=run.work))
     (folder / "photos").mkdir()
     write_bench_photos(folder / "photos", photos, 320, 240)
@@ -191,11 +252,13 @@ def _setting(run: Run) -> Setting:
     pixels = torch.cat([preprocess(path.read_bytes(), size) for path in paths])
     network = load_backbone(run.backbone, str(random_weights(run.backbone, folder)))
     device = torch.device(run.device)
-    return Setting(device, network, batch_size, folder / "photos", pixels, folder)
+    return Setting(device, network, batch_size, folder / "photos", pixels, folder, breaks)
 
 
 def _step(check: Callable[[Setting], Figures]) -> Callable[[Run], Figures]:
     return lambda run: check(_setting(run))
 
 
-STEPS = {check.__name__: _step(check) for check in CHECKS}
+STEPS = {check.__name__: _step(check) for check in CHECKS} | {
+    "both_decoders_give_the_same_cache": both_decoders_give_the_same_cache
+}

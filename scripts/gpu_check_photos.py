@@ -13,6 +13,7 @@ from PIL import Image, ImageCms
 
 from pipeline.bench.jpegs import exif_with_orientation, photo_like, segment
 
+DAMAGED, LARGEST_DAMAGED = 2000, 20_000  # how many files are damaged, of at most so many bytes
 END = b"\xff\xd9"
 _SIZES = ((1, 1), (3, 2), (8, 8), (15, 17), (16, 16), (33, 40), (99, 75), (250, 333), (640, 427))
 _SMALL_SIZES = _SIZES[:7]
