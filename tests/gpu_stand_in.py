@@ -66,6 +66,7 @@ class StandInDecoder:
         destinations: NDArray[np.uint64],
         pitches: NDArray[np.uint64],
         stream: int,
+        state: int,
     ) -> int:
         assert not self.closed
         for values in (addresses, lengths, destinations, pitches):

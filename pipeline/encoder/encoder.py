@@ -154,6 +154,25 @@ class Encoder:
                 f"continuing with {self._max_photos}"
             )
 
+    @torch.inference_mode()
+    def warm_up(self, rows: int, batches: int) -> None:
+        """On a GPU, encode black photos until batches of this many rows are computed as fast as
+        ever: libraries choose their kernels, and from two batches on a graph is captured.
+
+        It takes a second or two. Meanwhile the first photos can be read.
+        """
+        if self._graphs is None:
+            return
+        size, count = self.record.image_size, rows * len(self.record.views)
+        black = torch.zeros(count, size, size, 3, dtype=torch.uint8, device=self.device)
+        pixels = black.permute(0, 3, 1, 2)
+        if batches > 1:
+            for _ in range(2):
+                self.encode(pixels)
+        else:
+            with reproducible_kernels(self.device), contextlib.suppress(torch.OutOfMemoryError):
+                self._forward(pixels)
+
     def queue(self, pixels: Tensor) -> QueuedFeatures:
         """Like `encode`, but also queues the copy of the features to the CPU.
 

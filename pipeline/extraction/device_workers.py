@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from cache.errors import CapError
 from cache.store import FeatureCache
-from pipeline.encoder.encoder import Encoder, load_recorded
-from pipeline.extraction.encode_batches import EncodedBatch, encode_batches
+from pipeline.encoder.encoder import load_recorded
+from pipeline.extraction.encode_batches import encode_batches
+from pipeline.extraction.feature_checks import EncodedBatch
 from pipeline.photos.photo_loader import BatchRequest
 
 _EXIT_S = 0.3  # how long a worker that was asked to end may take
@@ -172,17 +173,11 @@ def _encode(task: _WorkerTask) -> Iterator[EncodedBatch | str]:
         torch.cuda.set_device(device)  # else pinned memory would take memory of the first GPU
     record = cache.encoder
     backbone = load_recorded(record, task.weights)
-    encoder = Encoder(
-        backbone,
-        device=device,
-        precision=record.precision,
-        image_size=record.image_size,
-        views=record.views,
-    )
     torch.set_num_threads(task.compute_threads)
     return encode_batches(
-        encoder,
         backbone,
+        record,
+        device,
         task.order,
         task.batches,
         images=task.images,

@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache.record import Strings
+from cache.record import EncoderRecord, Strings
 from cache.store import PENDING
-from pipeline.encoder.backbone import Backbone, EncoderError
+from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
-from pipeline.encoder.precision import check_features
+from pipeline.extraction.feature_checks import EncodedBatch, FeatureChecks
 from pipeline.extraction.gpu_batches import GpuBatches, gpu_decoder
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 from pipeline.photos.readers.start import uses_processes
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """The results for the rows of a batch that were pending."""
-
-    rows: NDArray[np.int64]  # (R,) ascending
-    features: NDArray[np.float16]  # (R, V, D)
-    digests: NDArray[np.uint8]  # (R, 16)
-    unreadable: list[tuple[int, str, NDArray[np.uint8]]]  # row, reason, digest
 
 
 def pending_batches(
@@ -52,8 +41,9 @@ def pending_batches(
 
 
 def encode_batches(
-    encoder: Encoder,
     backbone: Backbone,
+    record: EncoderRecord,
+    device: torch.device,
     order: NDArray[np.int64],
     batches: Sequence[BatchRequest],
     *,
@@ -65,15 +55,13 @@ def encode_batches(
 ) -> Iterator[EncodedBatch | str]:
     """Encode `pending_batches` one after the other. A str is a notice for the user.
 
-    backbone: of the encoder. paths: of each row's photo below `images`. readers: how many load
-    photos. decoder: `auto`, `cpu` or `gpu`, which decodes them.
+    record: how the backbone is used. paths: of each row's photo below `images`. readers: how many
+    load photos. decoder: `auto`, `cpu` or `gpu`, which decodes them.
 
     A GPU computes one batch while the next one is copied to it or decoded on it. Raises
     DecoderError, StalledError, VanishedError, ShortageError, ReaderError or EncoderError, the
-    latter also for wrong features: those of the first photo, and all that are zero or not finite,
-    are compared with the plain network's.
+    latter also for wrong features, see `FeatureChecks`.
     """
-    record, device = encoder.record, encoder.device
     make_decoder = gpu_decoder(decoder, device, record.image_size, record.views)
     on_gpu = make_decoder is not None
     loader = PhotoLoader(
@@ -100,57 +88,33 @@ def encode_batches(
             required=decoder == "gpu",
         )
     running: tuple[QueuedFeatures | None, LoadedBatch] | None = None  # on the device
-    first = True
-
-    def finished(queued: QueuedFeatures | None, batch: LoadedBatch) -> EncodedBatch:
-        nonlocal first
-        encoded = _encoded_batch(queued, batch, order)
-        for number, view in _suspects(encoded.features, first):
-            place = sorted(batch.decoded)[number] - batch.first
-            try:
-                check_features(
-                    backbone,
-                    batch.pixels[place, view : view + 1].cpu(),
-                    torch.from_numpy(encoded.features[number, view]),
-                    encoder.record.precision,
-                )
-            except EncoderError as error:
-                raise EncoderError(f"{paths[int(encoded.rows[number])]}: {error}") from None
-        first = first and not len(encoded.rows)
-        return encoded
-
-    with source:
+    checks = FeatureChecks(backbone, record.precision, paths, beside=device.type == "cuda")
+    with source:  # first, so that photos are read while the encoder is made
+        encoder = Encoder(
+            backbone,
+            device=device,
+            precision=record.precision,
+            image_size=record.image_size,
+            views=record.views,
+        )
+        encoder.warm_up(batch_rows, len(batches))
         for batch in source:
             queued = _encode(encoder, batch), batch
             if running is not None:
-                yield finished(*running)
+                yield from checks.add(_encoded_batch(*running, order), running[1])
                 source.release(running[1])
             running = queued
             for notices in (encoder.notices, source.notices):
                 while notices:
                     yield notices.pop(0)
         if running is not None:
-            yield finished(*running)
+            yield from checks.add(_encoded_batch(*running, order), running[1])
+        yield from checks.rest()
 
 
 def _encode(encoder: Encoder, batch: LoadedBatch) -> QueuedFeatures | None:
     """The features of every place of the batch; None if no place holds a photo."""
     return encoder.queue(batch.pixels.flatten(0, 1)) if batch.decoded else None
-
-
-def _suspects(features: NDArray[np.float16], first: bool) -> list[tuple[int, int]]:
-    """(photo, view) of features (R, V, D) that may be wrong: all zero, or not finite.
-
-    first: whether the first photo is suspect in any case.
-    """
-    if not len(features):
-        return []
-    # Three times as fast as `np.isfinite` and `any`: without the sign, a float16 that is infinite
-    # or NaN is at least 0x7c00.
-    largest = (features.view("<u2") & 0x7FFF).max(axis=2)
-    suspect = (largest == 0) | (largest >= 0x7C00)
-    suspect[0, 0] |= first
-    return [(photo, view) for photo, view in np.argwhere(suspect).tolist()]
 
 
 def _encoded_batch(

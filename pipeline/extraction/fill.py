@@ -16,11 +16,11 @@ from cache.errors import CapError
 from cache.store import DONE, PENDING, UNREADABLE
 from cache.writer import CacheWriter
 from pipeline.encoder.backbone import Backbone
-from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import check_device
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import encode_on_devices
-from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
+from pipeline.extraction.encode_batches import encode_batches, pending_batches
+from pipeline.extraction.feature_checks import EncodedBatch
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows
 from pipeline.photos.readers.start import reader_count
 
@@ -137,16 +137,10 @@ class CacheFiller:
                 readers=readers,
                 decoder=config.decoder,
             )
-        encoder = Encoder(
-            backbone,
-            device=devices[0],
-            precision=cache.encoder.precision,
-            image_size=cache.encoder.image_size,
-            views=cache.encoder.views,
-        )
         return encode_batches(
-            encoder,
             backbone,
+            cache.encoder,
+            devices[0],
             order,
             batches,
             images=config.images,

@@ -14,6 +14,7 @@ import contextlib
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ from pipeline.photos.preprocessing import empty_pixels
 from train.step.cuda.launch import KernelError
 
 _INPUTS = 4  # one is filled, one waits, and the encoder has two
+_READING = 2  # batches whose files the GPU may still read
 _EXIT_S = 2.0
 _SWITCH_INTERVAL_S = 0.0005
 
@@ -92,6 +94,7 @@ class GpuBatches:
         self._loader, self._make_decoder, self._device = loader, make_decoder, device
         self._decoder: GpuDecoder | None = None
         self._proven = False
+        self._reading: deque[tuple[LoadedBatch, torch.cuda.Event | None]] = deque()
         self._stopped = False
         self._free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
         for _ in range(_INPUTS):
@@ -198,29 +201,33 @@ class GpuBatches:
     def _on_device(
         self, batch: LoadedBatch, pixels: Tensor
     ) -> tuple[LoadedBatch, torch.cuda.Event | None]:
-        """The batch with its pixels in `pixels`, and when they are there.
-
-        The loader has the batch's own buffer back by then.
-        """
-        copied = None
+        """The batch with its pixels in `pixels`, and when they are there."""
         with self._stream():
             if len(batch.files) < len(pixels) or batch.decoded:
                 pixels.copy_(batch.pixels, non_blocking=True)
-                copied = self._event()
             refused = self._decode(batch, pixels)
             if refused:
                 self._loader.decode(batch, refused)
                 for row in refused:
                     place = row - batch.first
                     pixels[place].copy_(batch.pixels[place], non_blocking=True)
-                copied = self._event()
             done = self._event()
-            if copied is not None:  # soon: decoding has waited for itself meanwhile
-                copied.synchronize()
         batch.decoded.update(batch.files)
-        self._loader.release(batch)
+        self._release_what_is_read(batch, done)
         on_device = LoadedBatch(batch.first, pixels, batch.digests, batch.errors, batch.decoded)
         return on_device, done
+
+    def _release_what_is_read(self, batch: LoadedBatch, done: torch.cuda.Event | None) -> None:
+        """Give the loader the memory of earlier batches back, and later that of this one.
+
+        The GPU reads files and pixels of a batch until it is done with all of its work.
+        """
+        self._reading.append((batch, done))
+        while len(self._reading) > _READING:
+            read, done = self._reading.popleft()
+            if done is not None:
+                done.synchronize()
+            self._loader.release(read)
 
     def _decode(self, batch: LoadedBatch, pixels: Tensor) -> list[int]:
         """Let the GPU decode the batch's files; the rows that it has refused, ascending."""

@@ -14,12 +14,12 @@ from cache.create import size_bytes
 from cache.record import CacheError
 from cache.store import DONE, PENDING, UNREADABLE, FeatureCache
 from cache.writer import open_writer
-from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import check_device
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import other_photos
-from pipeline.extraction.encode_batches import EncodedBatch, encode_batches
+from pipeline.extraction.encode_batches import encode_batches
 from pipeline.extraction.extract import Job, is_unfinished, library_versions, prepare, read_asked
+from pipeline.extraction.feature_checks import EncodedBatch
 from pipeline.extraction.fill import ExtractError
 from pipeline.extraction.update import check_encoder
 from pipeline.photos.photo_loader import BatchRequest
@@ -128,13 +128,6 @@ def _rate(job: Job, rows: NDArray[np.int64]) -> float | None:
     them can be read."""
     config, record, batch_rows = job.config, job.skeleton.encoder, job.skeleton.batch_rows
     check_device(record.precision, job.devices[0])
-    encoder = Encoder(
-        job.backbone,
-        device=job.devices[0],
-        precision=record.precision,
-        image_size=record.image_size,
-        views=record.views,
-    )
     few = rows[: _MEASURED_BATCHES * batch_rows]
     batches = [
         BatchRequest(first, list(range(first, min(first + batch_rows, len(few)))))
@@ -143,8 +136,9 @@ def _rate(job: Job, rows: NDArray[np.int64]) -> float | None:
     arrived = [time.perf_counter()]
     photos = []
     for item in encode_batches(
-        encoder,
         job.backbone,
+        record,
+        job.devices[0],
         few,
         batches,
         images=config.images,

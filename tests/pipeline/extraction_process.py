@@ -39,8 +39,7 @@ def prepare() -> None:
         return encode(encoder, batch)
 
     fill._FLUSH_INTERVAL_S = 0.0  # every batch is flushed at once
-    vars(encode_batches).update(_encode=encode_slowly)
-    vars(fill).update(Encoder=lambda *_, **settings: encoder)
+    vars(encode_batches).update(_encode=encode_slowly, Encoder=lambda *_, **settings: encoder)
     vars(extract).update(load_backbone=lambda *_: backbone, encoder_record=lambda *_: record)
 
 

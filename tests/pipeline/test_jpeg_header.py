@@ -23,7 +23,8 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 
 def jpeg(pixels: np.ndarray = PIXELS, **options: object) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", **options)
+    settings = {"subsampling": 0, **options}
+    Image.fromarray(pixels).save(file, "JPEG", **settings)
     return file.getvalue()
 
 
@@ -225,12 +226,11 @@ def test_the_size_and_kind_are_those_of_the_frame() -> None:
     assert header.adobe_transform == 1
 
 
-@pytest.mark.parametrize("subsampling", [0, 2])
 @pytest.mark.parametrize(
     "segments", [(), (exif(turned(1)),), (segment(0xE2, b"ICC_PROFILE\0\1\1"),)]
 )
-def test_usual_photos_may_go_to_the_gpu(segments: tuple[bytes, ...], subsampling: int) -> None:
-    assert gpu_size(read_header(jpeg(subsampling=subsampling))) == (24, 40)
+def test_usual_photos_may_go_to_the_gpu(segments: tuple[bytes, ...]) -> None:
+    assert gpu_size(read_header(jpeg())) == (24, 40)
     assert gpu_size(read_header(with_segments(*segments))) == (24, 40)
     gray = jpeg(PIXELS[:, :, 0])
     assert gpu_size(read_header(gray)) == (24, 40)
@@ -252,6 +252,7 @@ def not_for_the_gpu() -> dict[str, bytes]:
         "turned or not": with_segments(exif(turned(1), turned(6))),
         "cut": plain[:-2],
         "with more after its end": plain + b"\0",
+        "4:2:0": jpeg(subsampling=2),
         "4:2:2": jpeg(subsampling=1),
         "4:4:0": colours,
         "4:1:1": simplejpeg.encode_jpeg(np.ascontiguousarray(PIXELS), colorsubsampling="411"),

@@ -118,9 +118,9 @@ class Batch:
         self.destinations = np.arange(len(files), dtype=np.uint64) * 16 + np.uint64(1 << 40)
         self.pitches = np.full(len(files), 1920, np.uint64)
 
-    def decode(self, decoder: NvjpegDecoder) -> int:
+    def decode(self, decoder: NvjpegDecoder, state: int = 0) -> int:
         given = self.addresses, self.lengths, self.destinations, self.pitches
-        return decoder.decode(*given, 0x5555_6666_7777)
+        return decoder.decode(*given, 0x5555_6666_7777, state)
 
 
 def test_a_batch_reaches_the_library_as_its_header_says(calls: Calls) -> None:
@@ -128,7 +128,7 @@ def test_a_batch_reaches_the_library_as_its_header_says(calls: Calls) -> None:
     assert calls() == []  # handle and state belong to the thread that decodes
     assert Batch(b"one", b"two!").decode(decoder) == 0
     assert calls() == [
-        "create 3 0 0 37",
+        "create 3 0 0 33",
         "state 7000000000001",
         "initialize 32 1 5",
         "decode 555566667777 one>10000000000,1920,0 two!>10000000010,1920,0 +30",
@@ -139,9 +139,11 @@ def test_a_batch_reaches_the_library_as_its_header_says(calls: Calls) -> None:
     first, second = calls()
     assert first == "initialize 64 1 5"
     assert second.endswith(" +31")
+    assert Batch(b"z").decode(decoder, 1) == 0
+    assert [line.split()[0] for line in calls()] == ["state", "initialize", "decode"]
     decoder.close()
     decoder.close()
-    assert calls() == ["no state", "destroy"]
+    assert calls() == ["no state", "no state", "destroy"]
 
 
 @pytest.mark.parametrize("status", [2, 3, 4, 6, 8, 10, 99])
@@ -184,7 +186,7 @@ def test_a_gpu_without_the_hardware_is_named(calls: Calls, monkeypatch: pytest.M
     for _ in range(2):
         with pytest.raises(NvjpegError, match=r"^cpu has no decoder for JPEGs$"):
             Batch(b"one").decode(decoder)
-        assert calls() == ["create 3 0 0 37", "destroy"]
+        assert calls() == ["create 3 0 0 33", "destroy"]
 
 
 @pytest.mark.parametrize(

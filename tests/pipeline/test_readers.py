@@ -34,7 +34,10 @@ def folder(tmp_path: Path) -> Path:
     """24 photos: JPEGs, PNGs, one that is missing, one that is no photo and one that is huge."""
     for row in range(24):
         write_photo(tmp_path / f"{row:03d}.jpg", row, (40 + row, 30))
+        with Image.open(tmp_path / f"{row:03d}.jpg") as photo:
+            photo.save(tmp_path / f"{row:03d}.jpg", quality=90, subsampling=0)
     Image.new("RGB", (50, 40), "red").save(tmp_path / "003.jpg", "PNG")
+    Image.new("RGB", (50, 40), "green").save(tmp_path / "002.jpg", subsampling=2)
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "004.jpg", progressive=True)
     (tmp_path / "005.jpg").unlink()
     (tmp_path / "006.jpg").write_bytes(b"no photo")
@@ -105,7 +108,7 @@ def test_processes_load_what_threads_do(folder: Path) -> None:
         expected = list(copied(photos))
     with loader(folder) as photos:
         found = list(copied(photos))
-    assert not servers()
+    wait_until(lambda: not servers())
     assert len(found) == 3
     for one, other in zip(found, expected, strict=True):
         assert one.first == other.first
@@ -143,12 +146,12 @@ def test_files_that_a_gpu_can_decode_are_left_in_memory(folder: Path) -> None:
                 path = folder / f"{row:03d}.jpg"
                 digest = file_digest(path.read_bytes())
                 assert np.array_equal(batch.digests[row - batch.first], digest)
-                assert (row in batch.files) == (row not in batch.decoded and row not in (5, 6))
+                assert (row in batch.files) == (row not in (2, 3, 4, 5, 6))
+                assert (row in batch.decoded) == (row in (2, 3, 4))
                 if row in batch.files:
                     file = batch.files[row]
                     assert ctypes.string_at(file.address, file.length) == path.read_bytes()
                     assert (file.height, file.width) == (30, 40 + row)
-            assert not {3, 4, 5, 6} & set(batch.files)
             # A GPU may refuse them. Readers then decode them as ever.
             refused = sorted(batch.files)[::2]
             photos.decode(batch, refused)
@@ -164,7 +167,7 @@ def test_files_that_a_gpu_can_decode_are_left_in_memory(folder: Path) -> None:
 def test_files_of_the_first_batch_may_be_decoded_as_well(folder: Path) -> None:
     with loader(folder, files=True, both=1) as photos:
         first, *others = [(set(batch.files), set(batch.decoded)) for batch in photos]
-    assert first == ({0, 1, 2, 7}, {0, 1, 2, 3, 4, 7})
+    assert first == ({0, 1, 7}, {0, 1, 2, 3, 4, 7})
     assert all(files and not decoded for files, decoded in others)
 
 
@@ -269,9 +272,10 @@ def test_readers_that_were_started_early_are_used(folder: Path) -> None:
     with loader(folder, readers=5) as photos:
         assert servers() == [server]
         assert len(list(photos)) == 3
+    wait_until(lambda: not servers())
     starting.start_early(6, "cpu")
     starting.end_spare_readers()
-    assert not servers()
+    wait_until(lambda: not servers())
     code = "import sys, pipeline.photos.readers.start; print({'torch', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
     assert done.stdout == "set()\n"

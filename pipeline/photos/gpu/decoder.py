@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.photos.gpu.nvjpeg import BatchDecoder, NvjpegDecoder
+from pipeline.photos.gpu.nvjpeg import STATES, BatchDecoder, NvjpegDecoder
 from pipeline.photos.gpu.resize import (
     ALIGNMENT,
     MOST_PHOTOS,
@@ -71,11 +71,10 @@ class GpuDecoder:
         to two thirds as much beside it, tables 64 MB. Raises NvjpegError or KernelError.
         """
         self.image_size, self.views = image_size, views
-        self.stream = self._decoded = None
+        self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             device = torch.device("cuda", device.index or 0)
             self.stream = torch.cuda.Stream(device, priority=-5)  # before the backbone's kernels
-            self._decoded = _event()  # when the decoder has read and written all it was given
         self.device = device
         self._batch_decoder = NvjpegDecoder(device) if batch_decoder is None else batch_decoder
         kernels = compile_resize(device) if kernels is None else kernels
@@ -85,8 +84,12 @@ class GpuDecoder:
         self._columns = torch.empty(self._column_bytes, dtype=torch.uint8, device=device)
         self._ring = [_Buffer(self._buffer_bytes, device) for _ in range(_BUFFERS)]
         if self.stream is not None:
-            torch.cuda.synchronize(device)  # the memory may be that of tensors still in use
-        self._turn = 0
+            # The memory may be that of tensors still in use. Not `torch.cuda.synchronize`: a CUDA
+            # graph may be captured meanwhile.
+            torch.cuda.current_stream(device).synchronize()
+        self._turn = self._state = 0
+        # When the decoder has read and written what it was given, for each of its states.
+        self._decoded = [_event() if device.type == "cuda" else None for _ in range(STATES)]
 
     def decode(self, files: Sequence[JpegFile], out: Tensor) -> list[int]:
         """Queue the pixels of every view of each file into `out[place]`.
@@ -94,7 +97,7 @@ class GpuDecoder:
         out: (R, V, 3, S, S) uint8 on the device, channels last in memory; whatever is queued on it
         must be done before the work of `stream`. Returns the places of the files that were refused,
         whose rows of `out` are as before; the CPU has the word for them. The bytes of the files
-        must stay until this returns. Raises NvjpegError if the decoder fails.
+        must stay until what is queued on `stream` is done. Raises NvjpegError if the decoder fails.
         """
         self._check(out)
         if not files:
@@ -113,8 +116,6 @@ class GpuDecoder:
             layout = _rows(layout, fits)
             for group in self._groups(layout):
                 refused += self._decode_group(table[group], _rows(layout, group), out)
-        if self._decoded is not None:
-            self._decoded.synchronize()  # it has read the files
         return refused
 
     def close(self) -> None:
@@ -180,13 +181,15 @@ class GpuDecoder:
 
     def _decode_batch(self, given: NDArray[np.uint64]) -> int:
         addresses, lengths, destinations, pitches = given
-        if self.stream is None or self._decoded is None:
-            return self._batch_decoder.decode(addresses, lengths, destinations, pitches, 0)
-        self._decoded.synchronize()  # the decoder's state belongs to one batch at a time
+        self._state = (self._state + 1) % STATES
+        done = self._decoded[self._state]
+        if self.stream is None or done is None:
+            return self._batch_decoder.decode(addresses, lengths, destinations, pitches, 0, 0)
+        done.synchronize()
         status = self._batch_decoder.decode(
-            addresses, lengths, destinations, pitches, self.stream.cuda_stream
+            *(addresses, lengths, destinations, pitches), self.stream.cuda_stream, self._state
         )
-        self._decoded.record(self.stream)
+        done.record(self.stream)
         return status
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,9 +25,12 @@ _HARDWARE, _RGB_INTERLEAVED = 3, 5
 # Without a pipeline of its own, nvJPEG's kernels for colours do not wait behind the backbone's:
 # 10,800 photos a second instead of 400.
 _NO_PIPELINE = 1
-_STRICT = 1 << 2  # a truncated file is an error, not half a picture
+# Not used: NVJPEG_FLAGS_BITSTREAM_STRICT. It reads whole files first, which takes a quarter of the
+# speed, and it finds only the truncated ones that have no end marker; whoever calls has looked for
+# the marker.
 _INTERPOLATE = 1 << 5  # chroma, as libjpeg does
-_FLAGS = _NO_PIPELINE | _STRICT | _INTERPOLATE
+_FLAGS = _NO_PIPELINE | _INTERPOLATE
+STATES = 3  # batches that may be on their way at once
 
 _STATUS = (
     *("success", "not initialized", "invalid parameter", "bad JPEG", "JPEG not supported"),
@@ -62,9 +66,12 @@ class BatchDecoder(Protocol):
         destinations: NDArray[np.uint64],
         pitches: NDArray[np.uint64],
         stream: int,
+        state: int,
     ) -> int:
         """Decode JPEGs to interleaved RGB. All arrays are (N,).
 
+        state: the decoder's memory that is used, 0 … STATES - 1; what it was used for before has to
+        be done. The same holds for the files: they are read until what is queued here is done.
         addresses, lengths: of the files in the host's memory. destinations: addresses in the
         device's memory. pitches: bytes from one row to the next. Returns 0, or a status if any of
         the files cannot be decoded; then none is sure to be.
@@ -80,7 +87,7 @@ class BatchDecoder(Protocol):
 class NvjpegDecoder:
     """Implements `BatchDecoder` by the hardware.
 
-    Call it from one thread. Handle and state are made there, by the first call: made in another
+    Call it from one thread. Handle and states are made there, by their first calls: made in another
     thread, they gave a failure of allocation.
     """
 
@@ -90,8 +97,7 @@ class NvjpegDecoder:
         self._library.nvjpegDecodeBatched.argtypes = [ctypes.c_void_p] * 6
         self._device = device
         self._handle: ctypes.c_void_p | None = None
-        self._state: ctypes.c_void_p | None = None
-        self._size = 0  # of the batches that the state is made for
+        self._states = [_State() for _ in range(STATES)]
         file = io.BytesIO()
         Image.new("RGB", (_FILLER_SIDE, _FILLER_SIDE)).save(file, "JPEG", subsampling=0)
         self._filler = np.frombuffer(file.getvalue(), np.uint8)
@@ -104,29 +110,32 @@ class NvjpegDecoder:
         destinations: NDArray[np.uint64],
         pitches: NDArray[np.uint64],
         stream: int,
+        state: int,
     ) -> int:
-        """As `BatchDecoder.decode`. Releases Python's lock, and returns when the files are read.
+        """As `BatchDecoder.decode`. Releases Python's lock.
 
         Raises NvjpegError if it is not the fault of a file.
         """
-        state = self._state or self._open()
+        self._open()
+        used = self._states[state]
+        if used.handle is None:
+            used.handle = ctypes.c_void_p()
+            self._call("nvjpegJpegStateCreate", self._handle, ctypes.byref(used.handle))
         # A batch of another size costs as much as many photos. So it is filled up with small ones.
         count = -(-len(addresses) // _MULTIPLE) * _MULTIPLE
-        if count != self._size:
-            self._call("nvjpegDecodeBatchedInitialize", self._handle, state, count, 1,
+        if count != used.size:
+            self._call("nvjpegDecodeBatchedInitialize", self._handle, used.handle, count, 1,
                        _RGB_INTERLEAVED)  # fmt: skip
-            self._size = count
+            used.size = count
         images = np.zeros(count, _IMAGE)
         images["channel"][:, 0] = self._filled(destinations, count, self._bin.data_ptr())
         images["pitch"][:, 0] = self._filled(pitches, count, _FILLER_SIDE * 3)
         addresses = self._filled(addresses, count, self._filler.ctypes.data)
         lengths = self._filled(lengths, count, len(self._filler))
-        status: int = self._library.nvjpegDecodeBatched(
-            self._handle, state, addresses.ctypes.data, lengths.ctypes.data, images.ctypes.data,
-            stream,
-        )  # fmt: skip
+        given = (values.ctypes.data for values in (addresses, lengths, images))
+        status: int = self._library.nvjpegDecodeBatched(self._handle, used.handle, *given, stream)
         if status:
-            self._close_state()  # nobody says what it holds after a failure
+            self._close_state(used)  # nobody says what it holds after a failure
         if status in _NOT_THE_FILES_FAULT:
             raise NvjpegError(f"nvjpegDecodeBatched: {_name(status)}")
         return status
@@ -136,39 +145,45 @@ class NvjpegDecoder:
         return np.pad(values, (0, count - len(values)), constant_values=value)
 
     def close(self) -> None:
-        self._close_state()
+        for state in self._states:
+            self._close_state(state)
         if self._handle is not None:
             self._library.nvjpegDestroy(self._handle)
             self._handle = None
 
-    def _open(self) -> ctypes.c_void_p:
+    def _open(self) -> None:
+        if self._handle is not None:
+            return
         torch.zeros(1, device=self._device)  # makes PyTorch's context that of this thread
-        if self._handle is None:
-            handle = ctypes.c_void_p()
-            self._call("nvjpegCreateEx", _HARDWARE, None, None, _FLAGS, ctypes.byref(handle))
-            engines, cores = ctypes.c_uint(), ctypes.c_uint()
-            self._call(
-                "nvjpegGetHardwareDecoderInfo", handle, ctypes.byref(engines), ctypes.byref(cores)
-            )
-            if not engines.value:
-                self._library.nvjpegDestroy(handle)
-                raise NoHardwareError(f"{self._device} has no decoder for JPEGs")
-            self._handle = handle
-        state = ctypes.c_void_p()
-        self._call("nvjpegJpegStateCreate", self._handle, ctypes.byref(state))
-        self._state, self._size = state, 0
-        return state
+        handle = ctypes.c_void_p()
+        self._call("nvjpegCreateEx", _HARDWARE, None, None, _FLAGS, ctypes.byref(handle))
+        engines, cores = ctypes.c_uint(), ctypes.c_uint()
+        self._call(
+            "nvjpegGetHardwareDecoderInfo", handle, ctypes.byref(engines), ctypes.byref(cores)
+        )
+        if not engines.value:
+            self._library.nvjpegDestroy(handle)
+            raise NoHardwareError(f"{self._device} has no decoder for JPEGs")
+        self._handle = handle
 
-    def _close_state(self) -> None:
-        if self._state is not None:
-            self._library.nvjpegJpegStateDestroy(self._state)
-            self._state = None
+    def _close_state(self, state: _State) -> None:
+        if state.handle is not None:
+            self._library.nvjpegJpegStateDestroy(state.handle)
+            state.handle, state.size = None, 0
 
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._library, name)(*arguments)
         if status:
             kind = NoHardwareError if status == _NO_HARDWARE else NvjpegError
             raise kind(f"{name}: {_name(status)}")
+
+
+@dataclass
+class _State:
+    """The decoder's memory for one batch, and the size of the batches that it is made for."""
+
+    handle: ctypes.c_void_p | None = None
+    size: int = 0
 
 
 def _name(status: int) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.photos.memory_budget import memory_bytes
 
-BUFFERS = 8  # batches that may be on their way at once
+BUFFERS = 10  # batches that may be on their way at once
 _PAGE = 4096
 _MEAN_FILE_BYTES = 384 << 10  # of a JPEG that a GPU decodes; COCO's have 163 kB
 _MOST_FILE_BYTES = 4 << 20  # readers decode what is larger

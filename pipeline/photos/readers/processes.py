@@ -22,7 +22,7 @@ from pipeline.photos.readers.start import started_readers
 from pipeline.photos.readers.task import Buffer, FileInMemory, Loaded, Task
 
 _AHEAD = 2  # tasks that a reader has at once, so that it need not wait for the next
-_EXIT_S = 0.5
+_EXIT_S = 0.2  # how long to wait for the end of the readers, which comes in any case
 _REASON_S = 1.0  # how long to wait for the exit code of a reader that has ended
 
 
@@ -89,17 +89,22 @@ class ProcessReaders:
     def close(self) -> None:
         self._closing = True
         self._wake_up()
-        if self._thread.ident is not None:
+        if self._thread.ident is not None:  # else it was never started
             self._thread.join(_EXIT_S)
-            self._started.close()
-        self._unpin()
 
     def _wake_up(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it has been woken and not looked yet
             self._wake.send(b"x")
 
     def _run(self) -> None:
-        """Hand out tasks and take answers, until `close`."""
+        """Hand out tasks and take answers, until `close`. Then end the readers."""
+        try:
+            self._serve()
+        finally:
+            self._started.close()
+            self._unpin()
+
+    def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ, None)
             for number, connection in enumerate(self._started.connections):
