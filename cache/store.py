@@ -273,23 +273,32 @@ class FeatureCache:
 
         It covers the path, so rows that are exchanged do not match. Version 2 left it out.
         """
+        body = None if features is None else features.tobytes()
+        return self._crc32(row, digest.tobytes() + error.tobytes(), body)
+
+    def _crc32(self, row: int, head: bytes | memoryview, body: bytes | memoryview | None) -> int:
         crc = zlib.crc32(self.paths.raw(row)) if self.format_version > 2 else 0
-        for part in (digest, error, features):
-            crc = crc if part is None else zlib.crc32(np.ascontiguousarray(part).data, crc)
-        return crc
+        crc = zlib.crc32(head, crc)
+        return crc if body is None else zlib.crc32(body, crc)
 
     def intact(self, rows: NDArray[np.int64], features: NDArray[np.float16]) -> list[bool]:
-        """Whether each of these done or unreadable rows (B,) still has its checksum.
+        """Whether each of these done or unreadable rows (B,) still has its `checksum`.
 
         features: (B, V, D), of these rows.
         """
-        content = zip(
-            rows.tolist(), self.digests[rows], self.error_bytes[rows], features, strict=True
-        )
+        heads = np.hstack([self.digests[rows], self.error_bytes[rows]])
+        bodies = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
+        head_bytes, body_bytes = heads.shape[1], features[:1].nbytes
+        flat = heads.reshape(-1).data
         done, expected = (self.status[rows] == DONE).tolist(), self.checksums[rows].tolist()
         return [
-            self.checksum(row, digest, error, values if done[place] else None) == expected[place]
-            for place, (row, digest, error, values) in enumerate(content)
+            expected[n]
+            == self._crc32(
+                row,
+                flat[n * head_bytes : (n + 1) * head_bytes],
+                bodies[n * body_bytes : (n + 1) * body_bytes] if done[n] else None,
+            )
+            for n, row in enumerate(rows.tolist())
         ]
 
 

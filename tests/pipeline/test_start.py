@@ -56,3 +56,47 @@ def test_no_command_imports_the_compiler(photos: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for command in ("extract-features", "train", "predict"):
         assert f"{command} []" in done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("sys.exit()", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('in words')", 1),
+        ("raise ValueError", 1),
+        ("try: main()\nexcept SystemExit: raise ValueError from None", 1),
+    ],
+)
+def test_a_process_with_torch_ends_at_once_with_its_exit_code_and_everything_written(
+    code: str, status: int, tmp_path: Path
+) -> None:
+    """At once: what the interpreter does after the exit handlers is left out."""
+    body = code if "main()" in code else "main()"
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import atexit, sys, types\n"
+            "class Told:\n"
+            "    def __del__(self, write=sys.stderr.write): write('dismantled ')\n"
+            "import pipeline.cli.app as app\n"
+            "from pipeline.cli.main import main\n"
+            "def command():\n"
+            "    sys.modules['torch'] = types.ModuleType('torch')\n"
+            "    sys.modules['told'] = told = types.ModuleType('told')\n"
+            "    told.one = Told()\n"
+            "    atexit.register(sys.stderr.write, 'handlers ')\n"
+            "    sys.stdout.write('result')\n"
+            f"    {code if body == 'main()' else 'sys.exit()'}\n"
+            "app.app = command\n" + body,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (status, "result"), ended.stderr
+    assert "handlers " in ended.stderr
+    assert ("dismantled " in ended.stderr) == ("ValueError" in code)
+    assert ("ValueError" in ended.stderr) == ("ValueError" in code)
+    assert ("in words" in ended.stderr) == ("in words" in code)
