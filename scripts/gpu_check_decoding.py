@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_check_photos import DAMAGED, LARGEST_DAMAGED, corruptions, photos_of_every_kind
+from gpu_check_photos import (
+    DAMAGED,
+    LARGEST_DAMAGED,
+    MAY_DIFFER,
+    corruptions,
+    photos_of_every_kind,
+)
 from gpu_check_steps import Figures, Run
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,7 +34,10 @@ _BUSY_PHOTOS, _BUSY_DISTINCT, _BUSY_BATCH = 20_000, 398, 256
 
 
 def gpu_pixels_are_the_cpus(run: Run) -> Figures:
-    """Compares what the GPU's decoder makes of every kind with `preprocess`, for every view."""
+    """Compares what the GPU's decoder makes of every kind with `preprocess`, for every view.
+
+    Kinds of MAY_DIFFER are reported only.
+    """
     figures: Figures = {}
     for size, views in ((224, ("full",)), (64, VIEWS)):
         decoder, reason = gpu_decoder(run.device, size, views)
@@ -37,7 +46,11 @@ def gpu_pixels_are_the_cpus(run: Run) -> Figures:
         for kind, found in compare_kinds(decoder, DAMAGED).items():
             figures[f"{kind}, {size}, {len(views)} views"] = found
         decoder.close()
-    wrong = {name: found for name, found in figures.items() if found["wrong"]}
+    wrong = {
+        name: found
+        for name, found in figures.items()
+        if found["wrong"] and not name.startswith(MAY_DIFFER)
+    }
     assert not wrong, wrong
     return figures
 
@@ -103,7 +116,7 @@ def decode_beside(
     decoder: Any, backbone: Backbone, files: Sequence[bytes], count: int, batch_rows: int
 ) -> Figures:
     """Decode `count` photos, drawn from `files`, while the backbone is busy with others."""
-    from pipeline.photos.gpu.decoder import JpegFile  # type: ignore[import-not-found,unused-ignore]
+    from pipeline.photos.gpu.decoder import JpegFile
 
     device = decoder.device
     taken = [(data, size) for data in files if (size := _gpu_size(data)) is not None]
@@ -162,12 +175,8 @@ def gpu_decoder(device: str, size: int, views: tuple[str, ...]) -> tuple[Any, st
     if device == "cpu":
         return None, "the device is cpu"
     try:
-        from pipeline.photos.gpu.decoder import (  # type: ignore[import-not-found,unused-ignore]
-            GpuDecoder,
-        )
-        from pipeline.photos.gpu.nvjpeg import (  # type: ignore[import-not-found,unused-ignore]
-            NvjpegError,
-        )
+        from pipeline.photos.gpu.decoder import GpuDecoder
+        from pipeline.photos.gpu.nvjpeg import NvjpegError
     except ImportError as error:
         return None, str(error)
     try:
@@ -177,7 +186,7 @@ def gpu_decoder(device: str, size: int, views: tuple[str, ...]) -> tuple[Any, st
 
 
 def _on_gpu(decoder: Any, files: Sequence[bytes]) -> Decoded:
-    from pipeline.photos.gpu.decoder import JpegFile  # type: ignore[import-not-found,unused-ignore]
+    from pipeline.photos.gpu.decoder import JpegFile
 
     sizes = [_gpu_size(data) for data in files]
     numbers = [number for number, size in enumerate(sizes) if size is not None]
@@ -200,10 +209,7 @@ def _on_gpu(decoder: Any, files: Sequence[bytes]) -> Decoded:
 
 
 def _gpu_size(data: bytes) -> tuple[int, int] | None:
-    from pipeline.photos.jpeg_header import (  # type: ignore[import-not-found,unused-ignore]
-        gpu_size,
-        read_header,
-    )
+    from pipeline.photos.jpeg_header import gpu_size, read_header
 
     size: tuple[int, int] | None = gpu_size(read_header(data))
     return size

@@ -17,16 +17,20 @@ from torch import Tensor
 
 from cache.record import EncoderRecord
 from pipeline.bench.jpegs import BenchError
-from pipeline.bench.reading import ReaderProcesses, decoding, rate_by_threads, reading
+from pipeline.bench.reading import decoding, rate_by_threads, reading
 from pipeline.encoder.encoder import Encoder, normalizer
 from pipeline.encoder.weights import load_backbone
 from pipeline.photos.decoding import decode
+from pipeline.photos.gpu.decoder import GpuDecoder, JpegFile
+from pipeline.photos.jpeg_header import gpu_size, read_header
 from pipeline.photos.photo_file import read_photo
+from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import empty_pixels
 from train import private_torch
 from train.allocator import keep_freed_memory
 
 _PLAIN_BATCH = 32
+_MOST_BATCHES = 4096  # that are loaded in one measurement
 _RESIZED = 64  # photos that are held at full size, 59 MB at 640×480
 _GPU_PHOTOS = 4096  # files in memory for the GPU's decoder, 0.7 GB
 
@@ -82,8 +86,31 @@ class Parts:
         return rate_by_threads(threads, work, self._at_least_s)
 
     def decode_by_processes(self) -> float:
-        """The same work by a process on each core."""
-        return self._decode_by_processes.rate(self._at_least_s)
+        """The same work by reader processes, as an extraction starts them, on all cores."""
+        rows = range(_MOST_BATCHES * self._batch_rows)
+        batches = [
+            BatchRequest(first, rows[first : first + self._batch_rows])
+            for first in rows[:: self._batch_rows]
+        ]
+        loader = PhotoLoader(
+            batches,
+            lambda row: str(self._paths[row % len(self._paths)]),
+            batch_rows=self._batch_rows,
+            image_size=self._size,
+            views=("full",),
+            readers=self.cores,
+            processes=True,
+        )
+        with loader:
+            loaded = iter(loader)
+            loader.release(next(loaded))  # with it the readers have started
+            photos, started = 0, time.perf_counter()
+            for batch in loaded:
+                photos += self._batch_rows
+                loader.release(batch)
+                if time.perf_counter() - started >= self._at_least_s:
+                    break
+            return photos / (time.perf_counter() - started)
 
     def resize(self) -> float:
         """Resizing decoded photos on the CPU, on all cores."""
@@ -122,10 +149,6 @@ class Parts:
         return self._paths[: self._batch_rows]
 
     @functools.cached_property
-    def _decode_by_processes(self) -> ReaderProcesses:
-        return self._ending.enter_context(ReaderProcesses(self._paths, self._size, self.cores))
-
-    @functools.cached_property
     def _at_full_size(self) -> list[Tensor]:
         """(1, 3, H, W) each, channels last in memory."""
         photos = (decode(path.read_bytes()) for path in self._readable[:_RESIZED])
@@ -138,17 +161,8 @@ class Parts:
             self.gpu_decoder_note = f"the device is {self._device}"
             return None
         try:
-            from pipeline.photos.gpu.decoder import (  # type: ignore[import-not-found,unused-ignore]
-                GpuDecoder,
-                JpegFile,
-            )
-            from pipeline.photos.jpeg_header import (  # type: ignore[import-not-found,unused-ignore]
-                gpu_size,
-                read_header,
-            )
-
             decoder = GpuDecoder(self._device, self._size, ("full",))
-        except (ImportError, RuntimeError) as error:  # no such decoder, or no hardware for it
+        except RuntimeError as error:  # no library, or no hardware
             self.gpu_decoder_note = str(error)
             return None
         self._ending.callback(decoder.close)

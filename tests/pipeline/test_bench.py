@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,12 +20,10 @@ from pipeline.bench import predict
 from pipeline.bench.jpegs import (
     MEAN_BYTES,
     PERIOD,
-    BenchError,
     write_bench_photos,
     write_coco_like_photos,
 )
 from pipeline.bench.peak_memory import tree_memory_mb
-from pipeline.bench.reading import ReaderProcesses
 from pipeline.photos.decoding import decode
 from pipeline.photos.photo_file import read_photo
 from tests.pipeline.test_cli import cap
@@ -174,17 +171,6 @@ def test_bench_extract_says_when_the_disk_is_too_small(monkeypatch: pytest.Monke
     line = err.splitlines()[-1]
     assert "MB, but 3.00 MB are free; ask for fewer" in line
     assert "set TMPDIR" in line
-
-
-def test_a_reader_process_that_cannot_go_on_is_one_error(tmp_path: Path) -> None:
-    write_bench_photos(tmp_path, 2, 60, 40)
-    with ReaderProcesses(sorted(tmp_path.iterdir()), 32, 2) as readers:
-        assert readers.rate(0.0) > 0
-        for child in multiprocessing.active_children():
-            child.kill()
-        with pytest.raises(BenchError, match="a reader process ended"):
-            readers.rate(0.0)
-    assert not multiprocessing.active_children()
 
 
 def test_the_memory_of_children_counts() -> None:

@@ -148,8 +148,7 @@ class BatchResize:
             for crop, offset in enumerate(offsets):
                 vertical[field][:, crop] = 0 if offset is None else out + offset
         jobs = np.concatenate([horizontal.reshape(-1).view("u1"), vertical.reshape(-1).view("u1")])
-        # Memory that is not pinned: the driver copies it before this returns.
-        given = torch.from_numpy(jobs).to(self.device, non_blocking=True)
+        given = self._copied(jobs)
         rows = int(horizontal["rows"].max())
         self._horizontal_kernel.for_each_block(
             (-(-self.size // _TILE), -(-rows // _TILE), horizontal.size),
@@ -159,6 +158,15 @@ class BatchResize:
             (-(-self._stride // 4 // _TILE), -(-self.size // _BLOCK_ROWS), vertical.size),
             given[horizontal.nbytes :], self.size, self._stride,
         )  # fmt: skip
+
+    def _copied(self, values: NDArray[np.uint8]) -> Tensor:
+        """The bytes on the device. From memory that is not pinned, the driver would copy only after
+        it has waited for the whole stream.
+        """
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _offset(self, view: str) -> int | None:
         """Where a view begins in a photo's part of the output."""
@@ -187,8 +195,7 @@ class BatchResize:
             self._tables = torch.empty(room, dtype=torch.uint8, device=self.device)
         if new.parts:
             # In the order of the stream, so that no kernel still reads what this overwrites.
-            packed = torch.from_numpy(np.concatenate(new.parts))
-            self._tables[self._used : new.end].copy_(packed, non_blocking=True)
+            self._tables[self._used : new.end] = self._copied(np.concatenate(new.parts))
         self._used = new.end
         count = len(keys)
         horizontal = np.zeros((count, len(self._sides)), _HORIZONTAL)
