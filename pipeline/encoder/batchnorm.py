@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from train.private_torch import copy_module
+
+# While torch.fx traces, it changes how all modules of the process are called: no other thread may
+# run a network meanwhile.
+TRACING = threading.Lock()
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -25,7 +30,8 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     """
     copied = copy_with(network, lambda tensor: tensor)  # the same memory
     try:
-        traced = fx.symbolic_trace(copied)
+        with TRACING:
+            traced = fx.symbolic_trace(copied)
     except Exception:  # whatever the network's code raises when it is given symbols
         return copied.eval().requires_grad_(False)
     modules = dict(traced.named_modules())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encoder.backbone import FLOAT16_MAX, Backbone, EncoderError, PrecisionError
-from pipeline.encoder.batchnorm import copy_with
+from pipeline.encoder.batchnorm import TRACING, copy_with
 from pipeline.encoder.encoder import Encoder, normalizer, reproducible_kernels
 from train.device import has_fast_bfloat16
 
@@ -59,13 +59,19 @@ def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precisi
 def _begin_plain_on_cpu(backbone: Backbone, pixels: Tensor) -> None:
     """Let a thread compute what `check_features` will ask for: a GPU is made ready meanwhile."""
     executor = ThreadPoolExecutor(1)
-    backbone.plain[pixels.numpy().tobytes()] = executor.submit(encode_plain, backbone, pixels, _CPU)
+    backbone.plain[pixels.numpy().tobytes()] = executor.submit(_encode_on_cpu, backbone, pixels)
     executor.shutdown(wait=False)
 
 
 def _plain_on_cpu(backbone: Backbone, pixels: Tensor) -> Tensor:
     begun = backbone.plain.pop(pixels.numpy().tobytes(), None)
-    return encode_plain(backbone, pixels, _CPU) if begun is None else begun.result()
+    return _encode_on_cpu(backbone, pixels) if begun is None else begun.result()
+
+
+def _encode_on_cpu(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """`encode_plain` on the CPU, perhaps in a thread of its own."""
+    with TRACING:
+        return encode_plain(backbone, pixels, _CPU)
 
 
 def _check_plain(backbone: Backbone, features: Tensor) -> None:
@@ -124,8 +130,6 @@ def choose_precision(
     notices: list[str] = []
     if candidates[0] == "float32":
         return "float32", notices
-    if device.type != "cpu":
-        _begin_plain_on_cpu(backbone, pixels[:1].clone())
     reference = encode_plain(backbone, pixels, device)
     _check_plain(backbone, reference)
     for precision in candidates:
@@ -138,6 +142,8 @@ def choose_precision(
         except PrecisionError as error:
             notices.append(str(error))
             continue
+        if device.type != "cpu" and not backbone.plain:  # not before, because of TRACING
+            _begin_plain_on_cpu(backbone, pixels[:1].clone())
         fast = encoder.encode(pixels).float()
         cosines = nn.functional.cosine_similarity(fast, reference).nan_to_num(-1)
         worst, mean = float(cosines.min()), float(cosines.mean())

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import threading
+
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pipeline.encoder.batchnorm import fold_batchnorm, has_batchnorm
+from pipeline.encoder.precision import _encode_on_cpu
 from pipeline.encoder.weights import load_backbone
 from tests.pipeline.test_fused_convolutions import images
 
@@ -41,3 +44,26 @@ def test_shared_convolutions_are_folded_for_each_call_or_not_at_all() -> None:
         folded = fold_batchnorm(network)
         torch.testing.assert_close(folded(images()), network(images()), rtol=1e-4, atol=1e-4)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 1
+
+
+def test_a_network_is_not_traced_while_another_thread_runs_one() -> None:
+    """torch.fx changes how the modules of all threads are called."""
+    backbone = load_backbone("resnet18", "random")
+    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                _encode_on_cpu(backbone, pixels)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(20):
+        assert isinstance(fold_batchnorm(backbone.network), fx.GraphModule)
+    stop.set()
+    thread.join()
+    assert not errors

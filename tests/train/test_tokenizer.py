@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -86,3 +87,23 @@ def test_the_shortcut_gives_nltks_tokens_on_real_captions(sample_data: Path) -> 
     captions = [note["caption"] for note in notes[:4000]]
     captions += [line.split(",", 1)[1] for line in lines[:4000]]
     assert [tokenize(c) for c in captions] == [reference_tokens(c) for c in captions]
+
+
+def test_the_shortcut_agrees_with_nltk_on_text_of_awkward_words() -> None:
+    random = Random(0)
+    words = (
+        *("a", "dog", "t-shirt", "man's", "1980's", "x-ray", "cannot", "wanna-be", "it's", "'s"),
+        *("20", "1,000", "u.s", "don't", "black-and-white", "-", "--", "d's", "re-ll", "o'clock"),
+    )
+    shortcut = 0
+    for _ in range(5000):
+        parts = [
+            random.choice(words) + random.choice((" ", " ", ", ", " , ", ",", " . "))
+            for _ in range(random.randint(1, 6))
+        ]
+        text = "".join(parts).strip() + random.choice(("", " .", ".", ",", "!"))
+        shortcut += tokenizer._PLAIN.match(text) is not None
+        sentences = tokenizer._SENTENCE_END.split(text)
+        expected = [token for part in sentences for token in NLTKWordTokenizer().tokenize(part)]
+        assert tokenize(text) == expected, text
+    assert shortcut > 150
