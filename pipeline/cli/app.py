@@ -11,8 +11,7 @@ from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
 from pipeline.cli.extract import extract_features
-from pipeline.cli.sweep import runs, sweep
-from pipeline.cli.train import build_vocab, train
+from pipeline.cli.train import build_vocab, runs, sweep, train
 
 app = typer.Typer(
     help="Turn photos and captions into a captioning model.",

@@ -12,7 +12,7 @@ from cache.store import open_cache
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Notice
-from pipeline.vocabulary_report import vocabulary_report
+from pipeline.inspection.vocabulary_report import vocabulary_report
 from tests.conftest import write_photo
 from tests.pipeline.test_cli import SMALL, cap
 from train.captions.script import CHARACTERS, TREEBANK
