@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from pipeline.cli.arguments.command import Command
 from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
@@ -33,3 +34,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(demo)
 app.add_typer(bench, name="bench")
+
+for group in (app, bench):
+    for registered in group.registered_commands:
+        registered.cls = Command

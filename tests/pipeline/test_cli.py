@@ -341,8 +341,14 @@ def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None
     [
         (["info", "absent.h5"], "absent.h5: no such file"),
         (["extract-features", "--images", "absent", "--out", "x.h5"], "absent: no such folder"),
-        (["extract-features", "--images", "LICENSE", "--out", "x.h5"], "LICENSE: is a file; name"),
-        (["train", "--from-cache", "README.md", "--out", "x"], "README.md: not a feature cache"),
+        (
+            ["extract-features", "--images", "LICENSE", "--out", "x.h5"],
+            "LICENSE: is a text file, not a folder",
+        ),
+        (
+            ["train", "--from-cache", "README.md", "--out", "x"],
+            "README.md: is a text file, not a feature cache",
+        ),
         (["evaluate", "--model", "absent", "--cache", "x.h5"], "absent: not found"),
         (["predict", "a.jpg", "--model", "absent"], "absent: not found"),
         (

@@ -41,7 +41,7 @@ PIPELINE = {
     "photos": set[str](),
     "captions": {"photos"},
     "encoder": {"photos"},
-    "inspection": {"captions"},
+    "inspection": {"photos", "captions"},
     "gallery": {"photos"},
     "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
