@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import typer
 
-from pipeline.cli.arguments.command import Command
+from pipeline.cli.arguments.command import Command, Group
 from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
-from pipeline.cli.extract import extract_features
+from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.train import build_vocab, runs, sweep, train
 
 app = typer.Typer(
+    cls=Group,
     help="Turn photos and captions into a captioning model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command("extract-features")(extract_features)
+app.command()(backbones)
 app.command()(merge)
 app.command()(info)
 app.command()(verify)
@@ -33,7 +35,7 @@ app.command()(runs)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(demo)
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", cls=Group)
 
 for group in (app, bench):
     for registered in group.registered_commands:

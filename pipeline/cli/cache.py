@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.errors import errors
+from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import CaptionColumn, Device, ImageColumn, Json, MovedWeights
 from pipeline.cli.terminal import one_field, one_line, print_json, say
 
@@ -76,11 +76,11 @@ def info(
         is_text = file.is_file() and file.suffix.lower() not in (".h5", ".hdf5")
         if str(file) in WITHOUT_FILE or (is_text and not is_cache(file)):
             if unreadable:
-                raise typer.BadParameter("--unreadable is for caches")
+                raise WrongArguments("--unreadable is for caches")
             _show_captions(file, images, image_column, caption_column, as_json)
             return
         if images or image_column or caption_column:
-            raise typer.BadParameter("--images and the columns are for captions files")
+            raise WrongArguments("--images and the columns are for captions files")
         from cache.store import DONE, PENDING, open_cache
 
         opened = open_cache(file, allow_pending=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from cache.errors import CapError
-from pipeline.cli.errors import errors
+from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import (
     CaptionColumn,
     Device,
@@ -84,11 +84,11 @@ def evaluate(
     part = split or only or image_column or caption_column
     _check_what_is_scored(model, predictions, human, cache, captions, part)
     if model is None and search != SearchConfig():
-        raise typer.BadParameter("the options of the search have no effect without --model")
+        raise WrongArguments("the options of the search have no effect without --model")
     if tokenizer is not None and captions is None:
-        raise typer.BadParameter("--tokenizer is for --captions; a cache and a model know theirs")
+        raise WrongArguments("--tokenizer is for --captions; a cache and a model know theirs")
     if predictions is None and all_photos:
-        raise typer.BadParameter("--all has no effect without --predictions")
+        raise WrongArguments("--all has no effect without --predictions")
     with errors():
         from pipeline.evaluation import evaluate as stage
 
@@ -133,11 +133,11 @@ def evaluate(
 
 
 def _check_search(search: SearchConfig) -> None:
-    """Raise BadParameter if the settings contradict each other."""
+    """Raise WrongArguments if the settings contradict each other."""
     try:
         check_search(search)
     except SearchError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongArguments(str(error)) from None
 
 
 def _check_what_is_scored(
@@ -148,15 +148,15 @@ def _check_what_is_scored(
     captions: Sequence[Path] | None,
     part: object,
 ) -> None:
-    """Raise BadParameter unless there is one source of captions and one of references."""
+    """Raise WrongArguments unless there is one source of captions and one of references."""
     if (model is not None) + (predictions is not None) + human != 1:
-        raise typer.BadParameter("give one of --model, --predictions and --human")
+        raise WrongArguments("give one of --model, --predictions and --human")
     if model is not None and (cache is None or captions):
-        raise typer.BadParameter("a model needs the photos of a --cache (and not --captions)")
+        raise WrongArguments("a model needs the photos of a --cache (and not --captions)")
     if (cache is None) == (not captions):
-        raise typer.BadParameter("give the references: --cache or --captions, one of them")
+        raise WrongArguments("give the references: --cache or --captions, one of them")
     if part is not None and not captions:
-        raise typer.BadParameter("--split, --only and the columns are those of --captions")
+        raise WrongArguments("--split, --only and the columns are those of --captions")
 
 
 def _say_all(notices: Sequence[str]) -> None:
@@ -205,7 +205,7 @@ def predict(
     Example: cap predict dog.jpg holidays/ --model runs/base
     """
     if words and as_json:
-        raise typer.BadParameter("--json has the words besides the sentence; leave out --words")
+        raise WrongArguments("--json has the words besides the sentence; leave out --words")
     search = dataclasses.replace(search, captions=captions)
     _check_search(search)
     with errors():

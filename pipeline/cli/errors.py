@@ -18,6 +18,17 @@ from cache.errors import CapError
 from pipeline.cli.process import OutputError, abandon_stdout, command_begins
 from pipeline.cli.terminal import one_line, say
 
+
+class WrongArguments(typer.BadParameter):
+    """Raised for arguments that do not go together: exit code 2.
+
+    A BadParameter says «Invalid value» first, which is right only for a value.
+    """
+
+    def format_message(self) -> str:
+        return self.message
+
+
 # torch and torchvision make 300,000 objects that stay. Python's default, to look for cycles after
 # every 700 new objects, walks through them over and over, and once more at the end: this took a
 # fifth of the time from the prompt to a photo's caption.

@@ -1,4 +1,4 @@
-"""The command from photos to a cache: extract-features."""
+"""The command from photos to a cache, extract-features, and the networks that it can use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
 from pipeline.cli.terminal import ProgressLine, duration, one_line, print_json, say
+from pipeline.encoder.known_backbones import KNOWN_BACKBONES, backbones_table
 from pipeline.extraction.config import ExtractConfig
 
 if TYPE_CHECKING:
@@ -132,3 +133,17 @@ def _list_unreadable(cache: FeatureCache) -> None:
             f"… and {len(unreadable) - _LISTED_ERRORS:,} more; "
             f"`cap info {cache.path} --unreadable` lists them all"
         )
+
+
+def backbones(as_json: Json = False) -> None:
+    """List the networks that `--backbone` takes.
+
+    For each: its features per photo, the size of the download and the accuracy on ImageNet of the
+    first of its published weights.
+
+    Example: cap backbones
+    """
+    if as_json:
+        print_json([backbone.as_dict() for backbone in KNOWN_BACKBONES])
+    else:
+        print(backbones_table())

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.encoder.known_backbones import BACKBONE_NAMES
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
 from train.option import SettingError, about, option
@@ -22,7 +23,8 @@ IMAGE_COLUMN_HELP = (
     "The column or field that names the photos, by name or number from 1, if it is not found."
 )
 CAPTION_COLUMN_HELP = "The same for the captions."
-BACKBONE_HELP = "Any torchvision classifier."
+BACKBONES = BACKBONE_NAMES  # the usual ones
+BACKBONE_HELP = "Any torchvision classifier; `cap backbones` lists them."
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -45,7 +47,7 @@ class ExtractConfig:
     split: str | None = option(None, "Splits of the captions file, as in train,restval.")
     only: Path | None = option(None, "Extract only the photos named in this file, one per line.")
     tokenizer: str = option(TREEBANK, TOKENIZER_HELP, choices=TOKENIZERS)
-    backbone: str = option("resnet152", BACKBONE_HELP)
+    backbone: str = option("resnet152", BACKBONE_HELP, usual=BACKBONES)
     weights: str = option(
         "IMAGENET1K_V1",
         "A torchvision name, a .pth or .safetensors file, or random.",

@@ -248,6 +248,8 @@ def test_options_stand_where_the_settings_stand() -> None:
         ("cap train --recipe ", ["best", "classic"]),
         ("cap bench train --recipe c", ["classic"]),
         ("cap predict a.jpg --view f", ["full"]),
+        ("cap extract-features --backbone vit_b", ["vit_b_16", "vit_b_32"]),
+        ("cap bench extract --backbone alex", ["alexnet"]),
     ],
 )
 def test_the_shell_completes_commands_options_and_words(line: str, completions: list[str]) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from pipeline.cli.arguments.files import wrong_file
+from pipeline.cli.arguments.names import near_options
+from pipeline.cli.errors import WrongArguments
 from pipeline.cli.terminal import one_line, say
+from train.option import or_list
 
 
 class Command(TyperCommand):
-    """A command that recognises files of the wrong kind."""
+    """A command that recognises files of the wrong kind, and misspelt options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _near_options(self, ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         flags = {
@@ -25,3 +34,27 @@ class Command(TyperCommand):
             say(f"error: {one_line(problem)}")
             raise typer.Exit(1)
         return super().invoke(ctx)
+
+
+class Group(TyperGroup):
+    """The commands together, with options of their own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _near_options(self, ctx):
+            return super().parse_args(ctx, args)
+
+
+@contextlib.contextmanager
+def _near_options(command: TyperCommand | TyperGroup, ctx: Any) -> Iterator[None]:
+    """Say which options an unknown one may stand for. Raises WrongArguments."""
+    try:
+        yield
+    except Exception as error:
+        # typer's own class for an unknown option is private, and has these two attributes.
+        if not hasattr(error, "option_name") or not hasattr(error, "possibilities"):
+            raise
+        known = [name for parameter in command.get_params(ctx) for name in parameter.opts]
+        near = near_options(error.option_name, known)
+        advice = f". Did you mean {or_list(near)}?" if near else ""
+        text = f"No such option: {one_line(error.option_name)}{advice}"
+        raise WrongArguments(text, ctx=ctx) from None
