@@ -41,7 +41,7 @@ PIPELINE = {
     "photos": set[str](),
     "captions": {"photos"},
     "encoder": {"photos"},
-    "inspection": {"photos", "captions"},
+    "inspection": {"photos", "captions", "encoder"},
     "gallery": {"photos"},
     "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
