@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from cache.errors import CapError
+from pipeline.cli.arguments.scoring import check_what_is_scored
 from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import (
     CaptionColumn,
@@ -20,10 +21,12 @@ from pipeline.cli.options import (
     choice,
     options,
 )
-from pipeline.cli.terminal import one_field, one_line, print_json, say
+from pipeline.cli.terminal import ProgressLine, one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SearchConfig, SearchError, check_search
+
+_SOON_S = 3.0  # what takes longer shows how far it is
 
 
 @options
@@ -54,7 +57,7 @@ def evaluate(
     ] = None,
     only: Annotated[
         Path | None,
-        typer.Option(help="Score only the photos of --captions named in this file, one per line."),
+        typer.Option(help="Score only the photos named in this file, one per line."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -68,9 +71,16 @@ def evaluate(
     no_meteor: Annotated[
         bool, typer.Option("--no-meteor", help="Leave out METEOR, which takes most of the time.")
     ] = False,
-    no_spice: Annotated[
-        bool, typer.Option("--no-spice", help="Leave out SPICE, even if it could be computed.")
+    spice: Annotated[
+        bool, typer.Option("--spice", help="Compute SPICE, too; it needs Java 8 to 14 and jars.")
     ] = False,
+    no_spice: Annotated[
+        bool, typer.Option("--no-spice", hidden=True, help="The default; of earlier versions.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a model's scores and captions.  [default: the model's]"),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -81,53 +91,60 @@ def evaluate(
     Example: cap evaluate --model runs/base --cache val.h5
     """
     _check_search(search)
-    part = split or only or image_column or caption_column
-    _check_what_is_scored(model, predictions, human, cache, captions, part)
-    if model is None and search != SearchConfig():
-        raise WrongArguments("the options of the search have no effect without --model")
-    if tokenizer is not None and captions is None:
-        raise WrongArguments("--tokenizer is for --captions; a cache and a model know theirs")
-    if predictions is None and all_photos:
-        raise WrongArguments("--all has no effect without --predictions")
+    if spice and no_spice:
+        raise WrongArguments("--spice and --no-spice contradict each other; give one of them")
+    check_what_is_scored(
+        model=model,
+        predictions=predictions,
+        human=human,
+        cache=cache,
+        captions=captions,
+        of_captions=split or image_column or caption_column,
+        tokenizer=tokenizer,
+        all_photos=all_photos,
+        out=out,
+        searches=search != SearchConfig(),
+    )
     with errors():
         from pipeline.evaluation import evaluate as stage
 
-        meteor, spice = not no_meteor, not no_spice
         if model is not None and cache is not None:
-            result = stage.evaluate(model, cache, search, device=device, meteor=meteor, spice=spice)
+            with ProgressLine("captioning", "photos", after_s=_SOON_S) as line:
+                result = stage.evaluate(
+                    model,
+                    cache,
+                    search,
+                    out=out,
+                    only=only,
+                    device=device,
+                    meteor=not no_meteor,
+                    spice=spice,
+                    report=line.update_timed,
+                )
             _say_all(result.scores.notices)
-            say(f"written to {result.scores_file} and {result.predictions_file}")
             _show(result, as_json)
-        elif predictions is not None:
+            if result.problem is not None:  # the scores are shown all the same
+                raise result.problem
+            say(f"written to {result.scores_file} and {result.predictions_file}")
+            return
+        references: dict[str, Any] = {
+            "cache": cache,
+            "captions": captions,
+            "split": split,
+            "only": only,
+            "tokenizer": tokenizer,
+            "image_column": image_column,
+            "caption_column": caption_column,
+        }
+        scoring: dict[str, Any] = {"meteor": not no_meteor, "spice": spice, "say": say}
+        if predictions is not None:
             scored = stage.evaluate_predictions(
-                predictions,
-                cache=cache,
-                captions=captions,
-                split=split,
-                only=only,
-                tokenizer=tokenizer,
-                image_column=image_column,
-                caption_column=caption_column,
-                all_photos=all_photos,
-                meteor=meteor,
-                spice=spice,
-                say=say,
+                predictions, all_photos=all_photos, **references, **scoring
             )
             _say_all(scored.scores.notices)
             _show(scored, as_json)
         else:
-            people = stage.evaluate_people(
-                cache=cache,
-                captions=captions,
-                split=split,
-                only=only,
-                tokenizer=tokenizer,
-                image_column=image_column,
-                caption_column=caption_column,
-                meteor=meteor,
-                spice=spice,
-                say=say,
-            )
+            people = stage.evaluate_people(**references, **scoring)
             _say_all(people.notices)
             _show(people, as_json)
 
@@ -138,25 +155,6 @@ def _check_search(search: SearchConfig) -> None:
         check_search(search)
     except SearchError as error:
         raise WrongArguments(str(error)) from None
-
-
-def _check_what_is_scored(
-    model: Path | None,
-    predictions: Path | None,
-    human: bool,
-    cache: Path | None,
-    captions: Sequence[Path] | None,
-    part: object,
-) -> None:
-    """Raise WrongArguments unless there is one source of captions and one of references."""
-    if (model is not None) + (predictions is not None) + human != 1:
-        raise WrongArguments("give one of --model, --predictions and --human")
-    if model is not None and (cache is None or captions):
-        raise WrongArguments("a model needs the photos of a --cache (and not --captions)")
-    if (cache is None) == (not captions):
-        raise WrongArguments("give the references: --cache or --captions, one of them")
-    if part is not None and not captions:
-        raise WrongArguments("--split, --only and the columns are those of --captions")
 
 
 def _say_all(notices: Sequence[str]) -> None:

@@ -72,21 +72,28 @@ class ProgressLine:
     """Progress with rate and time left: a bar on a terminal, elsewhere a line every 5 seconds.
 
     The rate is the caller's. It should be that of this run alone, so that a resumed job is not
-    flattered by what an earlier run did.
+    flattered by what an earlier run did. after_s: nothing is shown before, and nothing at all of
+    work that is done by then.
     """
 
-    def __init__(self, label: str, unit: str) -> None:
+    def __init__(self, label: str, unit: str, after_s: float = 0.0) -> None:
         self._label, self._unit = label, unit
+        self._start, self._after_s = time.monotonic(), after_s
+        self._done = False  # the last line is written
         self._bar = _bar(label) if sys.stderr.isatty() else None
         self._last = 0.0
 
     def update(self, done: int, total: int, per_s: float, note: str = "") -> None:
         """Show how far the work is; too soon after the last time, show nothing."""
         now = time.monotonic()
+        self._done = self._done and done >= total
+        written = self._bar is None and self._done
+        if now - self._start < self._after_s or written:
+            return
         interval = _LINE_INTERVAL_S if self._bar is None else _BAR_INTERVAL_S
         if done < total and now - self._last < interval:
             return
-        self._last = now
+        self._last, self._done = now, done >= total
         parts = [f"{done:,}/{total:,} {self._unit}"]
         if per_s > 0:
             # A bar needs the room, and has the unit on the same line.
@@ -105,6 +112,11 @@ class ProgressLine:
             else:
                 self._bar.start()
                 self._bar.console.show_cursor()  # rich hides it, and a kill would leave it hidden
+
+    def update_timed(self, done: int, total: int) -> None:
+        """`update` with the rate since the start."""
+        elapsed_s = time.monotonic() - self._start
+        self.update(done, total, done / elapsed_s if elapsed_s > 0 else 0.0)
 
     def say(self, text: str) -> None:
         """Write a line to stderr, above the bar."""

@@ -149,10 +149,10 @@ def test_evaluate_writes_scores_and_coco_results(
 ) -> None:
     out, _ = cap("evaluate", "--model", work / "run", "--cache", work / "x.h5", "--json")
     scores = json.loads(out)
-    written = json.loads((work / "run" / "x.scores.json").read_text())
+    written = json.loads((work / "run" / "best.x.beam3.scores.json").read_text())
     assert {key: written[key] for key in scores} == scores
     assert scores["count"] == 11
-    results = json.loads((work / "run" / "x.predictions.json").read_text())
+    results = json.loads((work / "run" / "best.x.beam3.predictions.json").read_text())
     assert len(results) == 11
     assert results[0].keys() == {"image_id", "caption"}
     monkeypatch.setenv("PATH", "")  # no Java
@@ -217,7 +217,7 @@ def test_a_file_of_predictions_scores_as_its_model_did(
 ) -> None:
     model, cache = work / "run", work / "x.h5"
     wanted = json.loads(cap("evaluate", "--model", model, "--cache", cache, "--json")[0])
-    predictions = model / "x.predictions.json"
+    predictions = model / "best.x.beam3.predictions.json"
     by_cache = json.loads(
         cap("evaluate", "--predictions", predictions, "--cache", cache, "--json")[0]
     )
@@ -234,13 +234,13 @@ def test_a_file_of_predictions_scores_as_its_model_did(
     assert by_file == wanted
     whole = ["evaluate", "--predictions", predictions, "--captions", photos / "captions.txt"]
     lack = f"{predictions}: no caption for 1 of the 12 photos in {photos}/captions.txt "
-    _, err = cap(*whole, "--no-meteor", "--no-spice")
+    _, err = cap(*whole, "--no-meteor")
     assert f"{lack}(first: e.jpg); scored the other 11, so" in err
     _, err = cap(*whole, "--all", code=1)
     assert f"\nerror: {lack}(first: e.jpg); choose photos with --split or --only, or" in err
 
 
-FAST = ["--no-meteor", "--no-spice", "--beam-size", 1]
+FAST = ["--no-meteor", "--beam-size", 1]
 
 
 def test_two_models_of_a_folder_have_files_of_their_own(work: Path, tmp_path: Path) -> None:
@@ -251,17 +251,19 @@ def test_two_models_of_a_folder_have_files_of_their_own(work: Path, tmp_path: Pa
     for model in ("last", "a", "best"):
         path = tmp_path / f"{model}.cap"
         _, err = cap("evaluate", "--model", path, "--cache", work / "x.h5", *FAST)
-        name = "x" if model == "best" else f"{model}.x"
+        name = f"{model}.x.beam1"
         scores, predictions = (
             tmp_path / f"{name}.{what}.json" for what in ("scores", "predictions")
         )
         assert f"written to {scores} and {predictions}\n" in err
     written = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len(written) == 6
-    assert written["x.scores.json"]["model"] == "best.cap"
-    assert written["last.x.scores.json"]["model"] == "last.cap"
-    assert written["a.x.scores.json"] == written["last.x.scores.json"] | {"model": "a.cap"}
-    assert written["a.x.predictions.json"] == written["last.x.predictions.json"]
+    best, last, other = (written[f"{name}.x.beam1.scores.json"] for name in ("best", "last", "a"))
+    assert best["model"] == "best.cap"
+    assert other == last | {"model": "a.cap", "of": other["of"]}
+    assert last["of"] != other["of"]
+    predictions_of = [written[f"{name}.x.beam1.predictions.json"] for name in ("a", "last")]
+    assert predictions_of[0] == predictions_of[1]
 
 
 @pytest.mark.parametrize(
@@ -286,9 +288,9 @@ def test_predictions_of_a_coco_file_are_read_back_whatever_its_ids(
     model = tmp_path / "best.cap"
     wanted = json.loads(cap("evaluate", "--model", model, "--cache", cache, "--json", *FAST)[0])
     wanted["diversity"]["vocabulary"] = None
-    predictions = tmp_path / "coco.predictions.json"
+    predictions = tmp_path / "best.coco.beam1.predictions.json"
     for source in (["--cache", cache], ["--captions", coco]):
-        out, _ = cap("evaluate", "--predictions", predictions, *source, "--json", *FAST[:2])
+        out, _ = cap("evaluate", "--predictions", predictions, *source, "--json", FAST[0])
         assert json.loads(out) == wanted
 
 
