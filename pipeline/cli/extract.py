@@ -10,7 +10,7 @@ from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
 from pipeline.cli.terminal import ProgressLine, duration, one_line, print_json, say
 from pipeline.encoder.known_backbones import KNOWN_BACKBONES, backbones_table
-from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
 
 if TYPE_CHECKING:
     from cache.store import FeatureCache
@@ -20,7 +20,7 @@ _LISTED_ERRORS = 20
 
 
 @options
-def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
+def extract_features(*, asked: ExtractOptions, as_json: Json = False) -> None:
     """Encode every photo once and store its features.
 
     Each photo passes through a frozen network. After an interruption, the same command continues
@@ -28,8 +28,11 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
 
     Example: cap extract-features --images val2014 --captions captions_val2014.json --out val.h5
     """
-    before = _state(config.out)
-    with errors(lambda: _kept(config.out, before)):
+    before = _state(asked.out)
+    with errors(lambda: _kept(asked.out, before)):
+        config, taken = settled(asked)
+        if taken is not None:
+            say(taken)
         if config.dry_run:
             _say_plan(config, as_json)
             return
