@@ -53,13 +53,16 @@ class Caption:
     log_probs: tuple[float, ...] = ()  # of each of the words, then of the caption's end
     words: tuple[str, ...] = ()  # as the model knows them: in lower case, punctuation among them
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
+    def as_dict(self, *, log_probs: bool = False) -> dict[str, Any]:
+        """The fields for JSON. log_probs: with the log-probabilities of the words."""
+        found: dict[str, Any] = {
             "caption": self.caption,
             "words": list(self.words),
             "score": round(self.score, 4),
-            "log_probs": [round(value, 4) for value in self.log_probs],
         }
+        if log_probs:
+            found["log_probs"] = [round(value, 4) for value in self.log_probs]
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,17 @@ class Prediction:
         """The words of `caption` as the model knows them: in lower case, punctuation among them."""
         return self.captions[0].words if self.captions else ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields for JSON. `captions` is present only if there are several."""
+    def as_dict(self, *, log_probs: bool = False) -> dict[str, Any]:
+        """The fields for JSON. `captions` is present only if there are several.
+
+        log_probs: with the log-probabilities of the words.
+        """
         if self.error:
             return {"path": self.path, "error": self.error}
-        found: dict[str, Any] = {"path": self.path, **self.captions[0].as_dict()}
-        if len(self.captions) > 1:
-            found["captions"] = [caption.as_dict() for caption in self.captions]
+        dicts = [caption.as_dict(log_probs=log_probs) for caption in self.captions]
+        found: dict[str, Any] = {"path": self.path, **dicts[0]}
+        if len(dicts) > 1:
+            found["captions"] = dicts
         return found
 
 

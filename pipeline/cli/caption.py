@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -24,8 +27,9 @@ from pipeline.cli.options import (
 from pipeline.cli.terminal import ProgressLine, one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
-from train.config import SearchConfig, SearchError, check_search
+from train.config import SearchConfig, SearchError, check_search, with_enough_beams
 
+_STDIN = "-"
 _SOON_S = 3.0  # what takes longer shows how far it is
 
 
@@ -90,7 +94,8 @@ def evaluate(
 
     Example: cap evaluate --model runs/base --cache val.h5
     """
-    _check_search(search)
+    searches = search != SearchConfig()
+    search = _searched(search)
     if spice and no_spice:
         raise WrongArguments("--spice and --no-spice contradict each other; give one of them")
     check_what_is_scored(
@@ -103,7 +108,7 @@ def evaluate(
         tokenizer=tokenizer,
         all_photos=all_photos,
         out=out,
-        searches=search != SearchConfig(),
+        searches=searches,
     )
     with errors():
         from pipeline.evaluation import evaluate as stage
@@ -149,12 +154,33 @@ def evaluate(
             _show(people, as_json)
 
 
-def _check_search(search: SearchConfig) -> None:
-    """Raise WrongArguments if the settings contradict each other."""
+def _searched(search: SearchConfig) -> SearchConfig:
+    """The settings with enough beams. Raises WrongArguments if they contradict each other."""
+    search, notice = with_enough_beams(search)
     try:
         check_search(search)
     except SearchError as error:
         raise WrongArguments(str(error)) from None
+    if notice is not None:
+        say(notice)
+    return search
+
+
+def _named(paths: Sequence[str], null: bool) -> list[str]:
+    """The paths, with those on standard input in the place of `-`. Raises CapError."""
+    named: list[str] = []
+    for path in paths:
+        if path == _STDIN:
+            read = sys.stdin.buffer.read().split(b"\0" if null else b"\n")
+            named += [os.fsdecode(name) for name in read if name]
+        else:
+            named.append(path)
+    if not named:
+        raise CapError("standard input: no paths")
+    for name in named:
+        if re.match("https?://", name):
+            raise CapError(f"{name}: is an address; download the photo and name the file")
+    return named
 
 
 def _say_all(notices: Sequence[str]) -> None:
@@ -177,7 +203,9 @@ def _show(result: _Shown, as_json: bool) -> None:
 @options
 def predict(
     *,
-    paths: Annotated[list[str], typer.Argument(help="Photos, folders or globs.")],
+    paths: Annotated[
+        list[str], typer.Argument(help="Photos, folders or globs; - for paths on standard input.")
+    ],
     model: Annotated[Path, typer.Option(help="A run folder or a .cap file.")],
     captions: Annotated[
         int, typer.Option(min=1, help="Captions per photo, best first, one per line.")
@@ -186,14 +214,20 @@ def predict(
         bool,
         typer.Option("--words", help="Print the model's words, not the sentence made of them."),
     ] = False,
+    null: Annotated[
+        bool,
+        typer.Option(
+            "--null", "-0", help="Paths on standard input end in NUL, as of find -print0."
+        ),
+    ] = False,
     search: SearchConfig,
     weights: MovedWeights = None,
     device: Device = "auto",
     as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object per photo, with each word's log-probability."
-        ),
+        bool, typer.Option("--json", help="Print one JSON object per photo, one per line.")
+    ] = False,
+    log_probs: Annotated[
+        bool, typer.Option("--log-probs", help="Add each word's log-probability to --json.")
     ] = False,
 ) -> None:
     """Caption photos, one line each: path, tab and caption.
@@ -204,13 +238,16 @@ def predict(
     """
     if words and as_json:
         raise WrongArguments("--json has the words besides the sentence; leave out --words")
-    search = dataclasses.replace(search, captions=captions)
-    _check_search(search)
+    if log_probs and not as_json:
+        raise WrongArguments("--log-probs has no effect without --json")
+    if null and _STDIN not in paths:
+        raise WrongArguments("--null has no effect without - for paths on standard input")
+    search = _searched(dataclasses.replace(search, captions=captions))
     with errors():
         from pipeline.captioner import Captioner, find_photos
 
         left_out: list[str] = []
-        names = find_photos(paths, left_out)
+        names = find_photos(_named(paths, null), left_out)
         _say_all(left_out)
         if not names:
             raise CapError(f"{' '.join(paths)}: no photos found")
@@ -219,7 +256,7 @@ def predict(
         for prediction in captioner.stream(names):
             failed += bool(prediction.error)
             if as_json:
-                print_json(prediction.as_dict(), indent=None)
+                print_json(prediction.as_dict(log_probs=log_probs), indent=None)
             elif prediction.error:
                 say(one_line(f"error: {prediction.path}: {prediction.error}"))
             else:

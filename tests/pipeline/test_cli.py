@@ -180,8 +180,10 @@ def test_predict_prints_a_caption_a_line_and_goes_on_after_a_bad_photo(
     assert [Path(path).name for path, _ in lines] == [f"{x}.jpg" for x in "abcdfghijkl"]
     assert f"error: {photos}/e.jpg: not an image" in err
     assert "1 of 12 photos have no caption" in err
-    out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json")
+    plain, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json")
+    out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json", "--log-probs")
     found = json.loads(out)
+    assert {**json.loads(plain), "log_probs": found["log_probs"]} == found
     assert found.keys() == {"path", "caption", "words", "score", "log_probs"}
     assert len(found["log_probs"]) == len(found["words"]) + 1
     assert lines[0][1] == found["caption"]
@@ -210,10 +212,41 @@ def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Pa
     assert len(once["captions"]) == 2
     assert once["captions"][0]["caption"] == once["caption"]
     assert once["captions"][0]["score"] >= once["captions"][1]["score"]
-    _, err = cap("predict", photo, "--model", run, "--captions", 9, code=2)
-    assert "9 captions of each photo need as many beams, not 3" in err
+    out, err = cap("predict", photo, "--model", run, "--captions", 5)
+    assert out.count("\n") == 5
+    assert err.startswith("searching with 5 beams, for 5 captions\n")
+    out, err = cap("predict", photo, "--model", run, "--captions", 5, "--groups", 2)
+    assert err.startswith("searching with 6 beams, for 5 captions in 2 groups\n")
+    _, err = cap("predict", photo, "--model", run, "--groups", 2)
+    assert err.startswith("searching with 4 beams, for 2 groups\n")
     _, err = cap("predict", photo, "--model", run, "--sample", "--temperature", 0, code=2)
     assert "'--temperature'" in err
+
+
+@pytest.mark.parametrize("end", ["\n", "\0"], ids=["lines", "null"])
+def test_paths_come_from_standard_input(work: Path, photos: Path, end: str) -> None:
+    names = [str(photos / "b.jpg"), str(photos / "a.jpg")]
+    process = spawn(
+        "predict", "-", photos / "c.jpg", "--model", work / "run", *["-0"] * (end == "\0"),
+        stdin=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = process.communicate("".join(name + end for name in names), timeout=60)
+    assert process.returncode == 0, err
+    assert [line.split("\t")[0] for line in out.splitlines()] == [*names, str(photos / "c.jpg")]
+
+
+def test_paths_that_cannot_be_are_named(work: Path) -> None:
+    told = ["--model", work / "run"]
+    _, err = cap("predict", "https://example.org/a.jpg", *told, code=1)
+    assert err == (
+        "error: https://example.org/a.jpg: is an address; download the photo and name the file\n"
+    )
+    _, err = cap("predict", "-", *told, code=1)  # nothing on it
+    assert err == "error: standard input: no paths\n"
+    _, err = cap("predict", "a.jpg", "--null", *told, code=2)
+    assert "--null has no effect without -" in err
+    _, err = cap("predict", "a.jpg", "--log-probs", *told, code=2)
+    assert "--log-probs has no effect without --json" in err
 
 
 @pytest.mark.usefixtures("small_meteor")
@@ -403,9 +436,10 @@ def test_wrong_arguments_are_exit_code_2(arguments: list[str]) -> None:
     cap(*arguments, code=2)
 
 
-def spawn(*arguments: object) -> subprocess.Popen[str]:
+def spawn(*arguments: object, stdin: int | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", "from pipeline.cli.main import main; main()", *map(str, arguments)],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
