@@ -113,7 +113,7 @@ def train(*, config: TrainConfig) -> None:
             saved = True
             raise KeyboardInterrupt
         scores = (
-            f" (epoch {best.epoch}: validation loss {best.val_loss:.4f}, "
+            f" (epoch {best.epoch + 1}: validation loss {best.val_loss:.4f}, "
             f"CIDEr {100 * best.cider:.1f})"
             if best is not None
             else ""

@@ -90,6 +90,7 @@ def model_facts(path: Path) -> Facts:
             "size_bytes": path.stat().st_size,
             **record["encoder"],
             **{name: value for name, value in record["decoder"].items() if name != "feature_dim"},
+            "words": len(vocabulary["words"]),  # `vocab_size` counts four special ones, too
             "min_count": vocabulary["min_count"],
             "tokenizer": vocabulary.get("tokenizer", "treebank"),
             "captions": training.get("captions"),
