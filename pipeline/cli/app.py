@@ -5,14 +5,32 @@ Heavy imports happen inside the commands, so that help appears at once.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from pipeline.cli.arguments.command import Command, Group
+from pipeline.cli.arguments.verbosity import with_verbosity
 from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
 from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.train import build_vocab, runs, sweep, train
+
+
+def show_version(wanted: bool) -> None:
+    """Print the versions that a report of a bug needs, and end the command."""
+    if wanted:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            ours = version("cap")
+        except PackageNotFoundError:  # run from a copy of the source
+            ours = "(not installed)"
+        print(f"cap {ours} (Python {platform.python_version()}, torch {version('torch')})")
+        raise typer.Exit
+
 
 app = typer.Typer(
     cls=Group,
@@ -22,6 +40,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def cap(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=show_version),
+    ] = False,
+) -> None:
+    """Turn photos and captions into a captioning model."""
+
 
 app.command("extract-features")(extract_features)
 app.command()(backbones)
@@ -40,3 +69,5 @@ app.add_typer(bench, name="bench", cls=Group)
 for group in (app, bench):
     for registered in group.registered_commands:
         registered.cls = Command
+        assert registered.callback is not None
+        registered.callback = with_verbosity(registered.callback)

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import CaptionColumn, Device, ImageColumn, Json, MovedWeights
-from pipeline.cli.terminal import one_field, one_line, print_json, say
+from pipeline.cli.terminal import complain, one_field, one_line, print_json
 
 
 def merge(
@@ -153,7 +153,7 @@ def verify(
 
         result = verify_cache(cache, images, sample=sample, weights=weights, device=device)
         for problem in result.problems:
-            say(problem)
+            complain(problem)
         if as_json:
             print_json({**dataclasses.asdict(result), "ok": result.ok})
         else:

@@ -24,7 +24,7 @@ from pipeline.cli.options import (
     choice,
     options,
 )
-from pipeline.cli.terminal import ProgressLine, one_field, one_line, print_json, say
+from pipeline.cli.terminal import ProgressLine, complain, one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SearchConfig, SearchError, check_search, with_enough_beams
@@ -258,7 +258,7 @@ def predict(
             if as_json:
                 print_json(prediction.as_dict(log_probs=log_probs), indent=None)
             elif prediction.error:
-                say(one_line(f"error: {prediction.path}: {prediction.error}"))
+                complain(one_line(f"error: {prediction.path}: {prediction.error}"))
             else:
                 for caption in prediction.captions:
                     text = " ".join(caption.words) if words else caption.caption
@@ -269,7 +269,7 @@ def predict(
                 "captions of each, for more --epochs, or with a stronger --backbone"
             )
         if failed:
-            say(f"{failed:,} of {len(names):,} photos have no caption")
+            complain(f"{failed:,} of {len(names):,} photos have no caption")
             raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
-from pipeline.cli.terminal import ProgressLine, duration, one_line, print_json, say
+from pipeline.cli.terminal import ProgressLine, duration, mention, one_line, print_json, say
 from pipeline.encoder.known_backbones import KNOWN_BACKBONES, backbones_table
 from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
 
@@ -90,7 +90,8 @@ def _extract(config: ExtractConfig) -> Progress:
     with contextlib.ExitStack() as shown, contextlib.closing(extract(config)) as reports:
         for report in reports:
             if isinstance(report, Notice):
-                (say if line is None else line.say)(report.text)
+                told = mention if report.detail else say
+                told(report.text) if line is None else line.say(report.text, told)
                 continue
             if line is None or last is None or report.stage != last.stage:
                 shown.close()

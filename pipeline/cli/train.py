@@ -12,7 +12,7 @@ import typer
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import CaptionColumn, ImageColumn, Json, choice, options
-from pipeline.cli.terminal import print_json, say
+from pipeline.cli.terminal import complain, print_json, say
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SweepConfig, TrainConfig
 
@@ -61,7 +61,7 @@ def build_vocab(
 
 
 @options
-def train(*, config: TrainConfig) -> None:
+def train(*, config: TrainConfig, as_json: Json = False) -> None:
     """Train a captioning model on cached features.
 
     Example: cap train --from-cache train.h5 --out runs/base
@@ -112,6 +112,16 @@ def train(*, config: TrainConfig) -> None:
         if stopped:
             saved = True
             raise KeyboardInterrupt
+        if as_json:
+            print_json(
+                {
+                    "model": str(config.out / "best.cap"),
+                    "epoch": None if best is None else best.epoch + 1,
+                    "val_loss": None if best is None else best.val_loss,
+                    "cider": None if best is None else best.cider,
+                }
+            )
+            return
         scores = (
             f" (epoch {best.epoch + 1}: validation loss {best.val_loss:.4f}, "
             f"CIDEr {100 * best.cider:.1f})"
@@ -125,20 +135,23 @@ def train(*, config: TrainConfig) -> None:
 def _between_steps() -> Iterator[Callable[[], bool]]:
     """Hold back the first Ctrl-C until the caller asks for it, so that no step is left half done.
 
-    A second Ctrl-C interrupts at once.
+    SIGTERM, which schedulers and `kill` send, does the same. A second one interrupts at once.
     """
     pressed = False
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def press(signum: int, frame: object) -> None:
         nonlocal pressed
         pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, press)
+    before = {each: signal.signal(each, press) for each in signals}
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @options
@@ -186,7 +199,7 @@ def runs(
         found = find_runs(folder)
         for run in found:
             if run.problem:
-                say(run.problem)
+                complain(run.problem)
         if as_json:
             print_json([run.as_dict() for run in found])
         else:

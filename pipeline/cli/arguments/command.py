@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -12,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from pipeline.cli.arguments.files import wrong_file
 from pipeline.cli.arguments.names import near_options
 from pipeline.cli.errors import WrongArguments
-from pipeline.cli.terminal import one_line, say
+from pipeline.cli.terminal import complain, one_line
 from train.option import or_list
 
 
@@ -20,6 +21,8 @@ class Command(TyperCommand):
     """A command that recognises files of the wrong kind, and misspelt options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # as for completion
+            _refuse_empty(args, ctx)
         with _near_options(self, ctx):
             return super().parse_args(ctx, args)
 
@@ -31,7 +34,7 @@ class Command(TyperCommand):
         }
         problem = wrong_file(self.name or "", flags, ctx.params)
         if problem is not None:
-            say(f"error: {one_line(problem)}")
+            complain(f"error: {one_line(problem)}")
             raise typer.Exit(1)
         return super().invoke(ctx)
 
@@ -42,6 +45,16 @@ class Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _near_options(self, ctx):
             return super().parse_args(ctx, args)
+
+
+def _refuse_empty(args: list[str], ctx: Any) -> None:
+    """Raise WrongArguments for an empty value, which would mean the present folder."""
+    for before, arg in pairwise(["", *args]):
+        name, is_given, value = arg.partition("=")
+        if not arg or (arg[:2] == "--" and is_given and not value):
+            name = name or (before if before[:2] == "--" else "an argument")
+            text = f"the value of {name} is empty; is a variable of the shell not set?"
+            raise WrongArguments(text, ctx=ctx)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -9,6 +10,7 @@ import shlex
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,9 @@ _OUT = {
 _MUST_BE_THERE = ("reuse", "only")
 _WEIGHTS_NAME = re.compile(r"random|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
+_OWN_FOLDER = ("train", "sweep")
+# A log or notes may be in a run's folder before it begins.
+_FEW_ENTRIES, _MANY_ENTRIES = 10, 1000
 _WITHOUT_FILE = ("sidecar", "metadata")  # values of --captions that name no file
 
 
@@ -85,6 +90,9 @@ def wrong_file(command: str, flags: Mapping[str, str], values: Mapping[str, Any]
             kind = _kind_of(path)
             if kind is Kind.ABSENT and name in _MUST_BE_THERE:
                 return f"{path}: no such file"
+            own = wanted is NEW_FOLDER and command in _OWN_FOLDER and not values.get("overwrite")
+            if own and (others := foreign_entries(path, kind)):
+                return f"{path}: holds {others} other files; name a folder of its own with --out"
             if kind in wanted.refuses:
                 return f"{path}: is {kind.value}, not {wanted.text}; " + _advice(
                     path, kind, command, flags, name
@@ -120,6 +128,17 @@ def _kind_of(path: str) -> Kind:
         return answers.get(timeout=_SOON_S)
     except queue.Empty:
         return Kind.OTHER
+
+
+def foreign_entries(folder: str, kind: Kind) -> str:
+    """How many entries, as text, a folder has that is no run's; empty if they are few."""
+    if kind is not Kind.FOLDER:
+        return ""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        count = sum(1 for _ in islice(entries, _MANY_ENTRIES + 1))
+        if count > _FEW_ENTRIES:
+            return f"{count:,}" if count <= _MANY_ENTRIES else f"more than {_MANY_ENTRIES:,}"
+    return ""
 
 
 def _advice(path: str, kind: Kind, command: str, flags: Mapping[str, str], given: str) -> str:
