@@ -163,7 +163,7 @@ def settled(options: ExtractOptions) -> tuple[ExtractConfig, str | None]:
         for name, value in taken.items()
         if value != getattr(ExtractConfig, name)
     ]
-    return config, f"{source}: {', '.join(unusual)}, as it was made with" if unusual else None
+    return config, f"as {source} was made: {', '.join(unusual)}" if unusual else None
 
 
 def _text(value: Any) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from cache.atomic import WriteError
 from cache.store import DONE, open_cache
 from pipeline.cli.terminal import ProgressLine
+from pipeline.evaluation import result_files
 from pipeline.evaluation.result_files import search_name
 from tests.conftest import ROOT
 from tests.pipeline.test_cli import cap
@@ -87,12 +89,17 @@ def test_results_go_where_they_are_asked_for(run: Path) -> None:
     assert sorted(run.iterdir()) == before
 
 
-def test_scores_are_shown_even_where_nothing_can_be_written(run: Path) -> None:
-    (run.parent / "file").write_text("x")
-    where = ["--cache", run.parent / "a/test.h5", "--out", run.parent / "file" / "results"]
+def test_scores_are_shown_even_where_nothing_can_be_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise WriteError(f"{path}: cannot write (No space left on device)")
+
+    monkeypatch.setattr(result_files, "write_text", full)
+    where = ["--cache", run.parent / "a/test.h5", "--out", run.parent / "new" / "results"]
     out, err = cap("evaluate", "--model", run, *where, "--no-meteor", code=1)
     assert re.search(r"^bleu_4 +\d", out, re.MULTILINE)
-    assert err.splitlines()[-1].startswith(f"error: {run.parent}/file/results: cannot make the fol")
+    assert err.splitlines()[-1].endswith(".scores.json: cannot write (No space left on device)")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

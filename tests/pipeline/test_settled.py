@@ -22,8 +22,7 @@ def test_a_second_command_takes_what_it_does_not_name_from_the_cache(tmp_path: P
     write_photo(photos / "3.jpg", 3)
     _, err = cap(*again, "--update", "--device", "cpu")  # without a ResNet-152 of ImageNet
     assert (
-        f"{out}: backbone resnet18, weights random, views full,flip, image size 64, as it was made"
-        " with\n"
+        f"as {out} was made: backbone resnet18, weights random, views full,flip, image size 64\n"
     ) in err
     cache = open_cache(out)
     assert len(cache) == 4
@@ -68,7 +67,7 @@ def test_overwrite_takes_nothing_from_what_it_replaces(
     assert (config.backbone, config.image_size, taken) == ("resnet152", 224, None)
     config, taken = settled(ExtractOptions(tmp_path, out, overwrite=True, reuse=out))
     assert (config.backbone, config.image_size) == ("resnet18", 64)
-    assert taken == f"{out}: backbone resnet18, weights random, image size 64, as it was made with"
+    assert taken == f"as {out} was made: backbone resnet18, weights random, image size 64"
 
 
 def test_weights_are_those_of_their_backbone(tmp_path: Path, make_cache: MakeCache) -> None:

@@ -151,10 +151,10 @@ def test_any_two_arguments_that_are_swapped_are_noticed(
         swapped[one], swapped[other] = second, first
         before = sorted(files.rglob("*"))
         _, err = cap(command, *swapped, code=1)
-        assert err.startswith("error: ")
-        assert first in err or second in err
-        assert err.count("\n") == 1
-        assert "Traceback" not in err
+        error = err.splitlines()[-1]  # what comes before was understood
+        assert error.startswith("error: ")
+        assert first in error or second in error
+        assert err.count("error: ") == 1
         assert sorted(files.rglob("*")) == before
 
 
@@ -182,6 +182,24 @@ def test_the_line_says_where_it_belongs(
     monkeypatch.chdir(files)
     _, err = cap(*told.split(), code=1)
     assert err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "extract-features --images photos --out captions.csv/new/x.h5",
+        "merge x.h5 --out captions.csv/x.h5",
+        "train --from-cache x.h5 --out captions.csv/run",
+        "evaluate --model run --cache x.h5 --out captions.csv/results",
+        "build-vocab --from x.h5 --out captions.csv/v.json",
+    ],
+)
+def test_the_part_of_a_path_that_cannot_be_is_named(
+    told: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    _, err = cap(*told.split(), code=1)
+    assert err == "error: captions.csv: is a text file, so nothing can be written below it\n"
 
 
 def test_a_drive_that_does_not_answer_is_left_to_the_command(

@@ -83,6 +83,8 @@ def wrong_file(command: str, flags: Mapping[str, str], values: Mapping[str, Any]
     parameters, in the order in which they are checked.
     """
     for name, value in values.items():
+        if name == "out" and value is not None and (problem := _nothing_below(Path(value))):
+            return problem
         wanted = wanted_by(command, name)
         if wanted is None:
             continue
@@ -128,6 +130,16 @@ def _kind_of(path: str) -> Kind:
         return answers.get(timeout=_SOON_S)
     except queue.Empty:
         return Kind.OTHER
+
+
+def _nothing_below(out: Path) -> str | None:
+    """One line if something above a path is no folder: which part of it, and what that is."""
+    for above in out.parents:
+        if os.path.isdir(above):
+            return None
+        if os.path.lexists(above):
+            return f"{above}: is {_kind_of(str(above)).value}, so nothing can be written below it"
+    return None
 
 
 def foreign_entries(folder: str, kind: Kind) -> str:
