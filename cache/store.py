@@ -274,14 +274,23 @@ class FeatureCache:
         It covers the path, so rows that are exchanged do not match. Version 2 left it out.
         """
         crc = zlib.crc32(self.paths.raw(row)) if self.format_version > 2 else 0
-        crc = zlib.crc32(error.tobytes(), zlib.crc32(digest.tobytes(), crc))
-        return crc if features is None else zlib.crc32(features.tobytes(), crc)
+        for part in (digest, error, features):
+            crc = crc if part is None else zlib.crc32(np.ascontiguousarray(part).data, crc)
+        return crc
 
-    def row_is_intact(self, row: int, features: NDArray[np.float16]) -> bool:
-        """Whether a done or unreadable row with these features still has its checksum."""
-        kept = features if self.status[row] == DONE else None
-        expected = self.checksum(row, self.digests[row], self.error_bytes[row], kept)
-        return expected == int(self.checksums[row])
+    def intact(self, rows: NDArray[np.int64], features: NDArray[np.float16]) -> list[bool]:
+        """Whether each of these done or unreadable rows (B,) still has its checksum.
+
+        features: (B, V, D), of these rows.
+        """
+        content = zip(
+            rows.tolist(), self.digests[rows], self.error_bytes[rows], features, strict=True
+        )
+        done, expected = (self.status[rows] == DONE).tolist(), self.checksums[rows].tolist()
+        return [
+            self.checksum(row, digest, error, values if done[place] else None) == expected[place]
+            for place, (row, digest, error, values) in enumerate(content)
+        ]
 
 
 def runs(rows: NDArray[np.int64]) -> list[slice]:

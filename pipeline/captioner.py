@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from cache.errors import CapError
 from cache.store import DONE, FeatureCache
 from pipeline.encoder.encoder import Encoder
-from pipeline.photos.answers import answer_of, prompt_answer_of
+from pipeline.encoder.warm_up import begin_warm_up
+from pipeline.photos.drive.answers import answer_of, prompt_answer_of
 from pipeline.photos.folder import list_photos
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
+from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from train.captions.sentence import sentence
 from train.captions.views import chosen_view, mean_of_views, view_features, views_to_read
 from train.captions.vocabulary import Vocabulary
@@ -121,6 +123,7 @@ class Captioner:
         DeviceError, SearchError or ViewError.
         """
         chosen = resolve_device(device)
+        begin_warm_up(chosen)
         bundle = load_bundle(model, chosen)
         search_config = search_config or SearchConfig()
         check_search(search_config)
@@ -146,11 +149,11 @@ class Captioner:
         ]
         with PhotoLoader(
             requests,
-            lambda row: Path(names[row]),
+            names.__getitem__,
             batch_rows=min(len(names), _BATCH_PHOTOS),
             image_size=self.encoder.record.image_size,
             views=self._views,
-            threads=os.cpu_count() or 1,
+            readers=min(MOST_THREADS, reader_count(None)),
             advice="caption it and those behind it when the drive answers again",
         ) as loader:
             for request, batch in zip(requests, loader, strict=True):
@@ -168,7 +171,7 @@ class Captioner:
         return [
             _prediction(names[row], self.bundle.vocabulary, found[row])
             if row in found
-            else Prediction(names[row], "", float("-inf"), batch.reads[row].error)
+            else Prediction(names[row], "", float("-inf"), batch.errors[row])
             for row in request.rows
         ]
 

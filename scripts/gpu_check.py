@@ -1,178 +1,232 @@
-"""Run the checks that need a GPU, then the benchmarks, and write the results to one JSON file.
+"""Check that everything works on a GPU, then measure how fast it is; results in one JSON file.
 
-A check is a function that returns figures and raises AssertionError if something is wrong. The
-checks and benchmarks of training are in `gpu_check_training.py`. The checks of extraction are in
-`gpu_check_extraction.py`, which imports the packages that decode photos. The other benchmarks are
-arguments of `cap bench`, in BENCHES.
+There are two halves, of at most three minutes each. The steps of each half are in the modules named
+in CHECKS and SPEEDS, with the seconds that each step may take. They run in child processes (see
+`gpu_check_steps.py`), so that none that fails or hangs stops the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
-import subprocess
+import os
+import signal
 import sys
 import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_check_training import (
-    FULL,
-    SMALL,
-    TRAINING_BENCHES,
-    TRAINING_CHECKS,
-    TrainingSetting,
-    measure_prompt_to_model,
-    measure_training,
-)
+from gpu_check_steps import Figures, Run, run_steps
 
 from pipeline.bench.machine import describe_machine
-from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
+from pipeline.bench.synthetic_cache import PHOTOS
 
-LIMIT_S = 460.0  # no benchmark starts later than this
-_HUNG_S = 570.0  # a run that takes longer prints where it is, and ends
-Figures = dict[str, Any]
+HALF_S = 165.0  # and some seconds to start and to end
+# Where a CPU tries this script.
+_SMALL_PHOTOS, _MORE_TIME = 24, 5
+_TRAIN, _EXTRACT = "train", "extract"
 
 
-# The first word is the command. Commands that this version lacks are left out.
-BENCHES: tuple[str, ...] = (
-    "extract --size 640x480 --rounds 2",
-    "extract --size 256x256 --rounds 2",
-    "extract --size 640x480 --photos 82783 --rounds 1",
-    "extract --size 640x480 --backbone resnet50 --rounds 1",
-    "predict",
+@dataclass(frozen=True)
+class Group:
+    """Steps of one module, which run one after the other."""
+
+    part: str  # train or extract, for --only
+    module: str
+    limits: dict[str, float]  # seconds of each step
+
+
+CHECKS = (
+    Group(
+        _TRAIN,
+        "gpu_check_training",
+        {
+            "kernels_compile_and_pass_their_check": 40.0,
+            "steps_compute_the_plain_loss_and_gradients": 90.0,
+            "graphs_train_as_direct_steps_do": 60.0,
+            "curves_lie_on_one_another": 60.0,
+            "resumed_training_reaches_what_an_unbroken_run_does": 60.0,
+        },
+    ),
+    Group(
+        _EXTRACT,
+        "gpu_check_extraction",
+        {
+            "devices_agree": 60.0,
+            "fast_features_agree_with_float32": 60.0,
+            "graphs_compute_what_direct_calls_do": 60.0,
+            "resumed_extraction_has_the_same_bytes": 90.0,
+            "gpu_tests_pass": 120.0,
+        },
+    ),
+    Group(
+        _EXTRACT,
+        "gpu_check_decoding",
+        {
+            "gpu_pixels_are_the_cpus": 60.0,
+            "no_wrong_pixel_beside_the_backbone": 60.0,
+            "both_decoders_give_the_same_cache": 90.0,
+        },
+    ),
 )
+# The most telling first: the time may be over before the last.
+SPEEDS = (
+    Group(
+        _EXTRACT,
+        "gpu_check_speeds",
+        {
+            "photos are written": 45.0,
+            "extract COCO": 75.0,
+            "train classic on COCO": 40.0,
+            "predict one photo": 40.0,
+            "train on COCO": 80.0,
+            "bench extract, COCO's mix": 60.0,
+            "bench extract, 640x480": 60.0,
+            "resident backbone": 60.0,
+        },
+    ),
+    Group(
+        _TRAIN,
+        "gpu_check_training_speeds",
+        {
+            "train classic": 60.0,
+            "train best": 60.0,
+            "train classic, hidden 1024 x 2 layers": 60.0,
+            "train classic, batch 512": 60.0,
+            "train best, batch 512": 60.0,
+        },
+    ),
+)
+HALVES = {"checks": CHECKS, "speeds": SPEEDS}
 
 
-def run_check(check: Callable[[], Figures]) -> Figures:
-    started = time.perf_counter()
-    try:
-        result: Figures = {"ok": True, **check()}
-    except Exception as error:  # the other checks are still worth running
-        result = {
-            "ok": False,
-            "error": f"{type(error).__name__}: {error}",
-            "where": traceback.format_exc(limit=-5)[-2000:],
+def chosen(groups: Iterable[Group], only: Sequence[str], more_time: int = 1) -> list[Group]:
+    """The groups with the steps that `--only` names, by their names or their part; all without.
+
+    more_time: a factor of their limits.
+    """
+    kept = []
+    for group in groups:
+        wanted = {
+            name: limit * more_time
+            for name, limit in group.limits.items()
+            if not only or name in only or group.part in only
         }
-    return result | {"seconds": round(time.perf_counter() - started, 1)}
+        if wanted:
+            kept.append(replace(group, limits=wanted))
+    return kept
 
 
-def run_bench(arguments: str, left_s: float) -> Figures:
-    command = [sys.executable, "-P", "-c", "from pipeline.cli.app import app; app()", "bench"]
-    try:
-        done = subprocess.run(
-            [*command, *arguments.split(), "--json"],
-            capture_output=True,
-            text=True,
-            timeout=max(left_s, 1.0),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": "no time left"}
-    if done.returncode:
-        return {"error": done.stderr.strip()[-1000:]}
-    figures: Figures = json.loads(done.stdout)
-    return figures
-
-
-def measure_all_training(
-    device: torch.device,
-    work: Path,
-    photos: int,
-    left_s: Callable[[], float],
-    record: Callable[[str, str, Figures], None],
+def run_groups(
+    groups: Sequence[Group],
+    run: Run,
+    record: Callable[[str, Figures], None],
+    *,
+    side_by_side: bool,
+    limit_s: float,
 ) -> None:
-    """Run the benchmarks of training on a cache of COCO's size."""
-    cache = work / "train.h5"
-    write_synthetic_cache(cache, photos)
-    measures: dict[str, Callable[[Path, torch.device, Path], Figures]] = {
-        name: partial(measure_training, recipe) for name, recipe in TRAINING_BENCHES.items()
-    }
-    measures["train, two classic epochs from the prompt"] = measure_prompt_to_model
-    for name, measure in measures.items():
-        if left_s() <= 0:
-            record("benches", name, {"error": "no time left"})
-        else:
-            record("benches", name, run_check(partial(measure, cache, device, work)))
+    """Run the groups of one half, and record the figures of each step as it ends."""
+    started, stopped = time.perf_counter(), threading.Event()
+
+    def left_s() -> float:
+        return 0.0 if stopped.is_set() else limit_s - (time.perf_counter() - started)
+
+    def run_group(group: Group) -> None:
+        for name, figures in run_steps(group.module, group.limits, run, left_s):
+            record(name, figures)
+
+    with ThreadPoolExecutor(len(groups) if side_by_side else 1) as threads:
+        try:
+            for done in as_completed([threads.submit(run_group, group) for group in groups]):
+                done.result()
+        except BaseException:  # Ctrl-C, too
+            stopped.set()
+            raise
 
 
-def bench_commands() -> set[str]:
-    from pipeline.cli.bench import bench
+def compile_for_children(work: Path) -> None:
+    """Let children keep the modules that they compile, where that is switched off.
 
-    return {command.name or "" for command in bench.registered_commands}
+    Otherwise each of them would compile torch anew, and the start of every command would be timed
+    with that.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(work / "compiled"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("half", nargs="?", choices=tuple(HALVES), help="one half; both without")
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
-    parser.add_argument("--checks-only", action="store_true")
-    parser.add_argument("--only", choices=("train", "extract"), help="run one half")
-    parser.add_argument("--photos", type=int, default=PHOTOS, help="for the training benchmarks")
+    names = [name for groups in HALVES.values() for g in groups for name in g.limits]
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        choices=(_TRAIN, _EXTRACT, *names),
+        metavar="STEP",
+        help="one step, or train or extract for the steps of one part; may be repeated",
+    )
+    parser.add_argument("--photos", type=int, help="of the largest extraction")
     parser.add_argument("--device", default="cuda", help="cpu: only to try this script")
     parser.add_argument("--backbone", default="resnet152")
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         print("no CUDA GPU here: nothing was checked or measured", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children like Ctrl-C
     started = time.perf_counter()
-
-    def left_s() -> float:
-        return LIMIT_S - (time.perf_counter() - started)
-
     # With a number, as PyTorch names the device of a tensor.
     device = torch.empty(0, device=options.device).device
-    if device.type == "cuda":
-        faulthandler.dump_traceback_later(_HUNG_S, exit=True)
-    results: dict[str, Any] = {
-        "machine": describe_machine(device).summary(),
-        "checks": {},
-        "benches": {},
-    }
-
-    def record(kind: str, name: str, figures: Figures) -> None:
-        results[kind][name] = figures
-        results["seconds"] = round(time.perf_counter() - started, 1)
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        verdict = {True: "ok", False: "FAILED"}.get(figures.get("ok", ""), "")
-        print(f"{name}: {verdict} {json.dumps(figures)}", file=sys.stderr, flush=True)
-
+    results: dict[str, Any] = {"machine": describe_machine(device).summary()}
+    results |= {half: {} for half in HALVES}
+    lock = threading.Lock()
     print(results["machine"], file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="cap-check-") as name:
-        work = Path(name)
-        if options.only != "extract":
-            sizes = SMALL if device.type == "cpu" else FULL
-            training_setting = TrainingSetting(device, work, sizes)
-            for training_check in TRAINING_CHECKS:
-                figures = run_check(partial(training_check, training_setting))
-                record("checks", training_check.__name__, figures)
-        if options.only != "train":
-            # Imported only here, because training works without the packages that decode photos.
-            import gpu_check_extraction as extraction
+    with tempfile.TemporaryDirectory(prefix="cap-check-", ignore_cleanup_errors=True) as name:
+        small = device.type == "cpu"
+        photos = options.photos or (_SMALL_PHOTOS if small else PHOTOS)
+        run = Run(str(device), Path(name), options.backbone, photos, small)
+        compile_for_children(run.work)
+        if small:
+            os.environ["OMP_NUM_THREADS"] = "1"  # the small sizes gain nothing from more
+        for half in HALVES if options.half is None else (options.half,):
 
-            photos, batch_size = (32, 8) if device.type == "cpu" else (160, 32)
-            setting = extraction.make_setting(work, device, options.backbone, photos, batch_size)
-            for check in extraction.CHECKS:
-                record("checks", check.__name__, run_check(partial(check, setting)))
-        if options.only != "extract" and not options.checks_only:
-            measure_all_training(device, work, options.photos, left_s, record)
-    known = bench_commands()
-    for arguments in () if options.checks_only or options.only == "train" else BENCHES:
-        if arguments.split()[0] in known:
-            record("benches", arguments, run_bench(arguments, left_s()))
-    faulthandler.cancel_dump_traceback_later()
+            def record(name: str, figures: Figures, half: str = half) -> None:
+                with lock:
+                    results[half][name] = figures
+                    results["seconds"] = round(time.perf_counter() - started, 1)
+                    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                    verdict = "FAILED" if not figures["ok"] else "ok"
+                    verdict = "skipped" if "skipped" in figures else verdict
+                    print(f"{name}: {verdict} {json.dumps(figures)}", file=sys.stderr, flush=True)
+
+            more_time = _MORE_TIME if small else 1
+            groups = chosen(HALVES[half], options.only, more_time)
+            if groups:
+                # Checks measure no speed; beside others, more can go wrong with them.
+                run_groups(
+                    groups,
+                    run,
+                    record,
+                    side_by_side=half == "checks",
+                    limit_s=HALF_S * more_time,
+                )
     print(options.out.resolve())
-    done = results["checks"] | results["benches"]
-    failed = [name for name, figures in done.items() if figures.get("ok") is False]
+    done = results["checks"] | results["speeds"]
+    failed = [name for name, figures in done.items() if not figures["ok"]]
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: check that everything works there, then measure how fast it is.
-# Takes under 8 minutes, needs no network where torch is installed, and prints the path of the JSON
-# file with the results.
-# Arguments go to gpu_check.py: --out FILE, --checks-only, --only train, --device, --backbone.
+#
+#   scripts/gpu_check.sh [checks|speeds] [OPTIONS]
+#
+# Each half takes at most three minutes; without an argument both run. The speeds take 14 GB of disk
+# in the folder for temporary files (TMPDIR), and as much memory for the files to stay in. No network
+# is needed where torch is installed. Prints the path of the JSON file with the results.
+# Options go to gpu_check.py: --out FILE, --only train, --only STEP, --device, --backbone, --photos.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

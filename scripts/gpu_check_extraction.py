@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from gpu_check_steps import Figures, Run
 
+from cache.store import FeatureCache
 from pipeline.bench.jpegs import write_bench_photos
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
@@ -22,8 +26,6 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Progress
 from pipeline.photos.preprocessing import preprocess
 
-Figures = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -33,8 +35,12 @@ class Setting:
     backbone: Backbone  # random weights
     batch_size: int
     folder: Path  # of JPEGs
-    pixels: torch.Tensor  # (N, 3, 224, 224) uint8, of these JPEGs
+    pixels: torch.Tensor  # (N, 3, S, S) uint8, of these JPEGs
     work: Path  # for files
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
 
 
 def fast_features_agree_with_float32(setting: Setting) -> Figures:
@@ -43,7 +49,12 @@ def fast_features_agree_with_float32(setting: Setting) -> Figures:
     plain = encode_plain(setting.backbone, photos, setting.device)
     figures: Figures = {}
     for precision in fast_precisions(setting.device):
-        encoder = Encoder(setting.backbone, device=setting.device, precision=precision)
+        encoder = Encoder(
+            setting.backbone,
+            device=setting.device,
+            precision=precision,
+            image_size=setting.image_size,
+        )
         cosines = torch.cosine_similarity(encoder.encode(photos).float(), plain)
         figures[precision] = {"worst": float(cosines.min()), "mean": float(cosines.mean())}
         assert cosines.min() >= MIN_COSINE, figures
@@ -67,7 +78,12 @@ def graphs_compute_what_direct_calls_do(setting: Setting) -> Figures:
     batches = setting.pixels.split(setting.batch_size)
     direct = []
     for batch in batches:
-        encoder = Encoder(setting.backbone, device=setting.device, precision=precision)
+        encoder = Encoder(
+            setting.backbone,
+            device=setting.device,
+            precision=precision,
+            image_size=setting.image_size,
+        )
         direct.append(encoder.encode(batch).cpu())
     queued = [encoder.queue(batch) for batch in batches]  # the second call captures
     for features, expected in zip(queued, direct, strict=True):
@@ -85,9 +101,10 @@ def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
             images=setting.folder,
             out=setting.work / name,
             backbone=setting.backbone.name,
-            weights="random",
+            weights=setting.backbone.weights,
             device=str(setting.device),
             batch_size=batch_size,
+            image_size=setting.image_size,
         )
 
     for _ in extract(config("whole.h5")):
@@ -110,6 +127,8 @@ def resumed_extraction_has_the_same_bytes(setting: Setting) -> Figures:
 
 def gpu_tests_pass(setting: Setting) -> Figures:
     """Runs the test suite's own GPU tests."""
+    if setting.device.type == "cpu":
+        return {"skipped": "the device is cpu"}
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "no pytest"}
     # The other files may import packages that this machine lacks.
@@ -133,12 +152,50 @@ CHECKS: tuple[Callable[[Setting], Figures], ...] = (
 )
 
 
-def make_setting(
-    work: Path, device: torch.device, backbone: str, photos: int, batch_size: int
-) -> Setting:
-    folder = work / "photos"
-    folder.mkdir()
-    write_bench_photos(folder, photos, 320, 240)
-    pixels = [preprocess(path.read_bytes(), 224) for path in sorted(folder.iterdir())]
-    network = load_backbone(backbone, "random")
-    return Setting(device, network, batch_size, folder, torch.cat(pixels), work)
+def differing_rows(first: FeatureCache, second: FeatureCache) -> list[str]:
+    """What differs in each row of two caches of the same photos, one line per row."""
+    if list(first.paths) != list(second.paths):
+        return ["the paths"]
+    reasons = dict(first.errors()), dict(second.errors())
+    lines = []
+    for row, path in enumerate(first.paths):
+        found = []
+        for name in ("status", "digests"):
+            one, other = (getattr(cache, name)[row] for cache in (first, second))
+            if not np.array_equal(one, other):
+                found.append(f"{name} {one} and {other}")
+        if reasons[0].get(path) != reasons[1].get(path):
+            found.append(f"{reasons[0].get(path)!r} and {reasons[1].get(path)!r}")
+        bits = [cache.features[row].view(np.uint16) for cache in (first, second)]
+        if not np.array_equal(*bits):
+            found.append("features")
+        if found:
+            lines.append(f"{path}: {', '.join(found)}")
+    return lines
+
+
+def random_weights(backbone: str, folder: Path) -> Path:
+    """A file of random weights: reading it is much faster than drawing and scaling them."""
+    path = folder / "weights.pth"
+    torch.save(load_backbone(backbone, "random").network.state_dict(), path)
+    return path
+
+
+@functools.cache
+def _setting(run: Run) -> Setting:
+    photos, batch_size, size = (24, 8, 64) if run.small else (160, 32, 224)
+    folder = Path(tempfile.mkdtemp(dir=run.work))
+    (folder / "photos").mkdir()
+    write_bench_photos(folder / "photos", photos, 320, 240)
+    paths = sorted((folder / "photos").iterdir())
+    pixels = torch.cat([preprocess(path.read_bytes(), size) for path in paths])
+    network = load_backbone(run.backbone, str(random_weights(run.backbone, folder)))
+    device = torch.device(run.device)
+    return Setting(device, network, batch_size, folder / "photos", pixels, folder)
+
+
+def _step(check: Callable[[Setting], Figures]) -> Callable[[Run], Figures]:
+    return lambda run: check(_setting(run))
+
+
+STEPS = {check.__name__: _step(check) for check in CHECKS}

@@ -1,24 +1,22 @@
-"""The checks and benchmarks of training that `gpu_check.py` runs."""
+"""The checks of training that `gpu_check.py` runs."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_check_steps import Figures, Run
 
 from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import open_cache
 from cache.writer import open_writer
-from pipeline.bench.train import bench_train
 from train.captions.caption_set import Batch, CaptionSet, caption_set
 from train.captions.tokenizer import build_caption_table
 from train.captions.vocabulary import END, PAD, Vocabulary, build_vocabulary
@@ -36,7 +34,6 @@ from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import pack
 from train.step.torch_kernels import TorchKernels
 
-Figures = dict[str, Any]
 CPU = torch.device("cpu")
 
 # Bounds of the relative difference between gradients, which are compared per parameter as vectors,
@@ -57,11 +54,16 @@ class Sizes:
     curve_steps: int  # a multiple of ten
     curve_batch_size: int
     reports_before_break: int  # fewer than a run of three epochs has
+    all_options: bool  # of a step; otherwise two combinations
 
 
-FULL = Sizes(photos=1536, curve_steps=300, curve_batch_size=128, reports_before_break=40)
+FULL = Sizes(
+    photos=1536, curve_steps=300, curve_batch_size=128, reports_before_break=40, all_options=True
+)
 # To try the checks on a CPU.
-SMALL = Sizes(photos=256, curve_steps=120, curve_batch_size=32, reports_before_break=10)
+SMALL = Sizes(
+    photos=256, curve_steps=120, curve_batch_size=32, reports_before_break=10, all_options=False
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def steps_compute_the_plain_loss_and_gradients(setting: TrainingSetting) -> Figu
     """
     device = setting.device
     worst: Figures = {}
-    for dtype, batch, options in itertools.product(_dtypes(device), _batches(), _options()):
+    for dtype, batch, options in itertools.product(
+        _dtypes(device), _batches(), _options(setting.sizes.all_options)
+    ):
         name = str(dtype).removeprefix("torch.")
         smoothing = 0.1 if options["tie_embeddings"] else 0.0
         torch.manual_seed(1)
@@ -281,7 +285,7 @@ def resumed_training_reaches_what_an_unbroken_run_does(setting: TrainingSetting)
     return {"difference_of_weights": difference, "same_bits": torch.equal(whole, broken)}
 
 
-TRAINING_CHECKS: tuple[Callable[[TrainingSetting], Figures], ...] = (
+CHECKS: tuple[Callable[[TrainingSetting], Figures], ...] = (
     kernels_compile_and_pass_their_check,
     steps_compute_the_plain_loss_and_gradients,
     graphs_train_as_direct_steps_do,
@@ -289,45 +293,16 @@ TRAINING_CHECKS: tuple[Callable[[TrainingSetting], Figures], ...] = (
     resumed_training_reaches_what_an_unbroken_run_does,
 )
 
-TRAINING_BENCHES: dict[str, Recipe] = {
-    "train classic": CLASSIC,
-    "train best": BEST,
-    "train classic, hidden 1024 x 2 layers": replace(CLASSIC, hidden_size=1024, num_layers=2),
-    "train classic, batch 512": replace(CLASSIC, batch_size=512),
-    "train best, batch 512": replace(BEST, batch_size=512),
-}
+
+def _step(check: Callable[[TrainingSetting], Figures]) -> Callable[[Run], Figures]:
+    def step(run: Run) -> Figures:
+        sizes = SMALL if run.small else FULL
+        return check(TrainingSetting(torch.device(run.device), run.work, sizes))
+
+    return step
 
 
-def measure_training(recipe: Recipe, cache: Path, device: torch.device, work: Path) -> Figures:
-    result = bench_train(recipe, device=str(device), cache=cache)
-    torch.cuda.empty_cache()
-    derived = {
-        "ratio": result.ratio,
-        "epoch_s": result.epoch_s,
-        "limit_epoch_s": result.limit_epoch_s,
-        "share_of_limit": result.limit_step_ms / result.fast_step_ms,
-        "captions_per_s": result.captions_per_s,
-    }
-    return asdict(result) | derived
-
-
-def measure_prompt_to_model(cache: Path, device: torch.device, work: Path) -> Figures:
-    """Times two epochs, as in CNN-LSTM tutorials, from the shell's prompt to the saved model."""
-    command = [sys.executable, "-P", "-c", "from pipeline.cli.app import app; app()", "train"]
-    command += ["--from-cache", str(cache), "--out", str(work / "prompt"), "--recipe", "classic"]
-    started = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--device", str(device)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    seconds = time.perf_counter() - started
-    assert done.returncode == 0, done.stderr[-1000:]
-    assert (work / "prompt" / "best.cap").exists()
-    epochs = [line for line in done.stderr.splitlines() if "done in" in line]
-    return {"prompt_to_model_s": seconds, "epochs": epochs, "said": done.stdout.strip()}
+STEPS = {check.__name__: _step(check) for check in CHECKS}
 
 
 def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
@@ -335,8 +310,9 @@ def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if native else (torch.float32,)
 
 
-def _options() -> Iterator[dict[str, Any]]:
-    for layers, tied, every in itertools.product((1, 2), (False, True), (False, True)):
+def _options(all_of_them: bool) -> Iterator[dict[str, Any]]:
+    combinations = list(itertools.product((1, 2), (False, True), (False, True)))
+    for layers, tied, every in combinations if all_of_them else (combinations[0], combinations[-1]):
         yield {"num_layers": layers, "tie_embeddings": tied, "photo_every_step": every}
 
 

@@ -1,8 +1,9 @@
-// Just enough of CUDA to run train/step/cuda/kernels.cu on a CPU, one thread after the other. The
-// threads of a kernel with barriers are coroutines, which take turns at every barrier. Once started
-// they are switched by _setjmp and _longjmp: swapcontext makes a system call at every switch. The
-// functions at the end stand in for the driver's, so that a library built from this file can be
-// loaded as `libcuda.so.1`.
+// Just enough of CUDA to run kernels on a CPU, one thread after the other. SOURCE is their file in
+// quotes, LAUNCHES a LAUNCH(name, with_barriers) for each; tests/cuda_on_cpu.py builds a library.
+// The threads of a kernel with barriers are coroutines, which take turns at every barrier. Once
+// started they are switched by _setjmp and _longjmp: swapcontext makes a system call at every
+// switch. The functions at the end stand in for the driver's, so that a library built from this
+// file can be loaded as `libcuda.so.1`.
 #undef _FORTIFY_SOURCE  // it forbids _longjmp to another stack
 #include <math.h>
 #include <setjmp.h>
@@ -21,7 +22,7 @@
 
 struct uint2 { unsigned x, y; };
 struct float4 { float x, y, z, w; };
-struct Index { int x; };
+struct Index { int x, y, z; };
 static Index threadIdx, blockIdx, blockDim;
 
 static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -104,39 +105,36 @@ static void one_block(int threads)
 
 template <class... Arguments, size_t... Places>
 static void run(
-    void (*kernel)(Arguments...), int blocks, int threads, void** given,
+    void (*kernel)(Arguments...), Index blocks, int threads, void** given,
     std::index_sequence<Places...>)
 {
     blockDim.x = threads;
     body = [=] { kernel(*(Arguments*)given[Places]...); };
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) one_block(threads);
+    for (blockIdx.z = 0; blockIdx.z < blocks.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < blocks.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x) one_block(threads);
 }
 
 template <class... Arguments>
-static void run(void (*kernel)(Arguments...), int blocks, int threads, void** given)
+static void run(void (*kernel)(Arguments...), Index blocks, int threads, void** given)
 {
     run(kernel, blocks, threads, given, std::index_sequence_for<Arguments...>());
 }
 
-#include "kernels.cu"
+#include SOURCE
 
 #define LAUNCH(name, with_barriers) \
     if (!strcmp(function, #name)) { \
         in_coroutines = with_barriers; \
-        run(name, blocks, threads, given); \
+        run(name, {(int)x, (int)y, (int)z}, threads, given); \
         return 0; \
     }
 
 extern "C" int cuLaunchKernel(
-    const char* function, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned,
+    const char* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
     unsigned, void*, void** given, void**)
 {
-    LAUNCH(gather_words, false)
-    LAUNCH(read_inputs, false)
-    LAUNCH(cell_forward, false)
-    LAUNCH(cell_backward, false)
-    LAUNCH(cross_entropy, true)
-    LAUNCH(adamw, false)
+    LAUNCHES
     return 1;
 }
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 # Parameters of mallopt(3) and their defaults.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 << 10, 65536
 _NEVER_TRIM = 2**31 - 1  # bytes of free memory at the heap's end: the largest int
+_SMALL_BYTES = 32 << 20  # the largest M_MMAP_THRESHOLD
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -22,15 +24,34 @@ def keep_freed_memory(keep: bool = True) -> bool:
     Only the main thread's blocks are kept. The peak memory stays about the same. Returns whether
     the setting took effect; without glibc it does not.
     """
-    if sys.platform != "linux":
-        return False
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):  # musl has no mallopt
+    mallopt = _mallopt()
+    if mallopt is None:
         return False
     mmap_max, trim = (0, _NEVER_TRIM) if keep else (_DEFAULT_MMAP_MAX, _DEFAULT_TRIM_THRESHOLD)
     done = bool(mallopt(_M_MMAP_MAX, mmap_max)) and bool(mallopt(_M_TRIM_THRESHOLD, trim))
     if not keep:
-        malloc_trim(ctypes.c_size_t(0))  # returns what has been kept so far
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))  # returns what has been kept so far
     return done
+
+
+def keep_small_blocks() -> bool:
+    """Let this process keep freed blocks of up to 32 MB, as those of a photo, for the next one.
+
+    Larger ones go back to the system, so that one huge photo does not make it large for ever.
+    Returns whether the setting took effect, as `keep_freed_memory` does.
+    """
+    mallopt = _mallopt()
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)) and bool(
+        mallopt(_M_TRIM_THRESHOLD, 2 * _SMALL_BYTES)
+    )
+
+
+def _mallopt() -> Callable[[int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has none
+        return None

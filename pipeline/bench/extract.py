@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from cache.record import EncoderRecord
+from cache.create import size_text
 from cache.store import open_cache
-from pipeline.bench.jpegs import write_bench_photos
-from pipeline.bench.machine import peak_rss_mb
-from pipeline.encoder.encoder import Encoder, normalizer
+from pipeline.bench.extract_parts import Parts
+from pipeline.bench.fresh_process import start_cap
+from pipeline.bench.jpegs import (
+    BYTES_PER_PIXEL,
+    MEAN_BYTES,
+    BenchError,
+    write_bench_photos,
+    write_coco_like_photos,
+)
+from pipeline.bench.peak_memory import PeakMemory
 from pipeline.encoder.weights import load_backbone
-from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.extract import extract
-from pipeline.extraction.fill import Notice, decoding_threads
-from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
-from pipeline.photos.preprocessing import preprocess
-from train.allocator import keep_freed_memory
+from pipeline.photos.folder import list_photos
 from train.device import resolve_device
 
-_DEFAULT_PHOTOS = {"cpu": 192, "cuda": 16_384}
-_PLAIN_BATCH = 32
-_PART_S = 3.0  # how long each part is measured in each round
+_DEFAULT_PHOTOS = {"cpu": 192, "cuda": 8192}
+PART_S = 2.0  # how long each part is measured in each round
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,27 @@ class ExtractBench:
     precision: str  # of the fast backbone, as chosen by the whole extraction
     device: str
     photos: int
-    width: int
-    height: int
-    photo_kb: float  # mean size of a JPEG, 10^3 bytes
+    source: str  # of the photos
+    photo_kb: float  # mean size of a file, 10^3 bytes
     batch_rows: int
-    threads: int  # for decoding
-    decode_per_s: float  # reading, digesting, decoding and resizing, on all cores
+    cores: int
+    read_per_s: float  # reading files and digesting their bytes, on all cores
+    # Reading, digesting, decoding and resizing: by one thread, by threads and by processes on all
+    # cores.
+    decode_one_thread_per_s: float
+    decode_threads_per_s: float
+    decode_processes_per_s: float
+    decode_gpu_per_s: float | None  # decoding and resizing, from bytes in memory
+    decode_gpu_note: str  # why there is none, or which photos it takes
+    resize_per_s: float  # on all cores
     plain_loop_per_s: float  # decoding by Pillow, then encoding in eager float32, in turns
     plain_backbone_per_s: float  # eager float32, with pixels that are on the device already
     backbone_per_s: float  # fused, in `precision`, with pixels that are on the device already
-    end_to_end_per_s: float  # `extract`: files to a cache, from the first photo on
-    start_s: float  # until the first photo: listing photos, making weights, choosing the precision
-    first_batch_s: float  # from the start until the first batch is written
-    peak_rss_mb: float  # of the process after the first whole extraction
-    peak_gpu_mb: float | None  # likewise, held by torch on the GPU
+    # `cap extract-features` in a fresh process: files to a cache.
+    end_to_end_per_s: float  # from the first photo on
+    start_s: float  # the rest of the time: from the prompt to the first photo, and the end
+    peak_memory_mb: float  # of all its processes, 10^6 bytes
+    peak_gpu_mb: float | None  # likewise, of the GPU
 
     @property
     def backbone_ratio(self) -> float:
@@ -64,8 +74,14 @@ class ExtractBench:
         return self.end_to_end_per_s / self.plain_loop_per_s
 
     @property
+    def decode_per_s(self) -> float:
+        """The fastest way to decode."""
+        ways = (self.decode_threads_per_s, self.decode_processes_per_s, self.decode_gpu_per_s or 0)
+        return max(ways)
+
+    @property
     def slowest_part(self) -> str:
-        return "decode" if self.decode_per_s < self.backbone_per_s else "backbone"
+        return "decoding" if self.decode_per_s < self.backbone_per_s else "backbone"
 
     @property
     def slowest_share(self) -> float:
@@ -73,91 +89,167 @@ class ExtractBench:
         return self.end_to_end_per_s / min(self.decode_per_s, self.backbone_per_s)
 
     def as_dict(self) -> dict[str, object]:
-        ratios = ("backbone_ratio", "end_to_end_ratio", "slowest_part", "slowest_share")
+        ratios = (
+            *("backbone_ratio", "end_to_end_ratio"),
+            *("decode_per_s", "slowest_part", "slowest_share"),
+        )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in ratios}
 
     def table(self) -> str:
+        threads = "1 thread" if self.cores == 1 else f"{self.cores} threads"
+        processes = "1 process" if self.cores == 1 else f"{self.cores} processes"
         gpu = "" if self.peak_gpu_mb is None else f", {self.peak_gpu_mb:,.0f} MB on the GPU"
-        return "\n".join(
+        rows: list[tuple[str, float | None, str]] = [
+            ("read and digest", self.read_per_s, threads),
+            ("decode on the CPU", self.decode_one_thread_per_s, "1 thread"),
+            ("", self.decode_threads_per_s, threads),
+            ("", self.decode_processes_per_s, processes),
+            ("decode on the GPU", self.decode_gpu_per_s, self.decode_gpu_note),
+            ("resize on the CPU", self.resize_per_s, threads),
+            ("plain backbone", self.plain_backbone_per_s, ""),
             (
-                f"{self.photos:,} JPEGs of {self.width}×{self.height}, {self.photo_kb:.0f} kB each;"
-                f" {self.backbone} in {self.precision}, batches of {self.batch_rows}",
-                f"plain loop              {self.plain_loop_per_s:>10,.1f} photos/s",
-                f"plain backbone alone    {self.plain_backbone_per_s:>10,.1f} photos/s",
-                f"fast backbone alone     {self.backbone_per_s:>10,.1f} photos/s"
-                f"  {self.backbone_ratio:.1f} times the plain one",
-                f"decode alone            {self.decode_per_s:>10,.1f} photos/s"
-                f"  with {self.threads} threads",
-                f"end to end              {self.end_to_end_per_s:>10,.1f} photos/s"
-                f"  {self.end_to_end_ratio:.1f} times the plain loop,"
+                "fast backbone",
+                self.backbone_per_s,
+                f"{self.backbone_ratio:.1f} times the plain one",
+            ),
+            ("plain loop", self.plain_loop_per_s, ""),
+            (
+                "end to end",
+                self.end_to_end_per_s,
+                f"{self.end_to_end_ratio:.1f} times the plain loop,"
                 f" {self.slowest_share:.0%} of the {self.slowest_part} alone",
-                f"start                   {self.start_s:>10,.1f} s"
-                f"         first batch written after {self.first_batch_s:.1f} s",
-                f"peak memory             {self.peak_rss_mb:>10,.0f} MB{gpu}",
-            )
-        )
+            ),
+        ]
+        lines = [
+            f"{self.photos:,} photos, {self.source}, {self.photo_kb:.0f} kB each;"
+            f" {self.backbone} in {self.precision}, batches of {self.batch_rows}"
+        ]
+        for name, rate, note in rows:
+            rated = "none here         " if rate is None else f"{rate:>9,.1f} photos/s"
+            lines.append(f"{name:<19}{rated}  {note}".rstrip())
+        lines.append(f"{'start':<19}{self.start_s:>9,.1f} s")
+        lines.append(f"{'peak memory':<19}{self.peak_memory_mb:>9,.0f} MB{gpu}")
+        return "\n".join(lines)
 
 
 def bench_extract(
     backbone: str = "resnet152",
     photos: int | None = None,
     *,
-    size: tuple[int, int] = (640, 480),
+    size: tuple[int, int] | None = None,
+    images: Path | None = None,
     device: str = "auto",
     rounds: int = 3,
+    part_s: float | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> ExtractBench:
-    """Measure on JPEGs made in a temporary folder, with random weights.
+    """Measure with random weights; on JPEGs made in a temporary folder, or on photos of one's own.
 
-    photos: of the whole extraction; None for enough to take some seconds. size: (width, height) of
-    a photo. The files are read from the page cache.
+    photos: how many; None for enough to take a second or more. size: (width, height) of all photos;
+    None for COCO's mix. images: a folder; so many of its photos are drawn, and read where they are.
+    rounds: of which the best counts. part_s: how long each part is measured. say: is told what
+    comes next. Files are read from the page cache. Raises BenchError, EncoderError, DeviceError or
+    FolderError.
     """
     chosen = resolve_device(device)
     count = photos or _DEFAULT_PHOTOS[chosen.type]
-    with tempfile.TemporaryDirectory(prefix="cap-bench-") as name:
-        folder = Path(name) / "photos"
-        folder.mkdir()
-        mean_bytes = write_bench_photos(folder, count, *size)
-        config = ExtractConfig(
-            images=folder,
-            out=Path(name) / "cache.h5",
-            backbone=backbone,
-            weights="random",
-            device=str(chosen),
-            overwrite=True,
-        )
-        whole = [_end_to_end(config)]  # before the parts, so that the peak of memory is its own
-        peak = peak_rss_mb()
-        peak_gpu = torch.cuda.max_memory_reserved() / 1e6 if chosen.type == "cuda" else None
-        cache = open_cache(config.out)
-        parts = _Parts(sorted(folder.iterdir()), cache.encoder, cache.batch_rows, chosen)
-        rates: list[list[float]] = []
+    asked_s = PART_S if part_s is None else part_s
+    whole, found = list[_EndToEnd](), list[dict[str, float | None]]()
+    parts: Parts | None = None
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cap-bench-")))
+        files = _files(work, count, size, images, say)
+        # From a file, so that a start includes loading weights, as usual, and not drawing them.
+        weights = load_backbone(backbone, "random").network.state_dict()
+        torch.save(weights, work / "weights.pth")
         for number in range(rounds):
-            if number:
-                whole.append(_end_to_end(config))
-            rates.append([_rate(part, chosen, _PART_S) for part in parts.all()])
-        decode, plain_loop, plain_backbone, fast_backbone = (
-            max(r) for r in zip(*rates, strict=True)
-        )
+            say(f"round {number + 1} of {rounds}: extracting, then part by part")
+            whole.append(_end_to_end(files, work, backbone, chosen))
+            if parts is None:
+                cache = open_cache(work / "cache.h5")
+                parts = stack.enter_context(
+                    Parts(files.paths, cache.encoder, cache.batch_rows, chosen, asked_s)
+                )
+            found.append(_rates(parts))
+        assert parts is not None
         return ExtractBench(
             backbone=backbone,
             precision=cache.encoder.precision,
             device=str(chosen),
-            photos=count,
-            width=size[0],
-            height=size[1],
-            photo_kb=mean_bytes / 1e3,
+            photos=len(files.paths),
+            source=files.source,
+            photo_kb=files.mean_bytes / 1e3,
             batch_rows=cache.batch_rows,
-            threads=decoding_threads(None),
-            decode_per_s=decode,
-            plain_loop_per_s=plain_loop,
-            plain_backbone_per_s=plain_backbone,
-            backbone_per_s=fast_backbone,
+            cores=parts.cores,
+            decode_gpu_note=parts.gpu_decoder_note,
             end_to_end_per_s=max(run.photos_per_s for run in whole),
             start_s=min(run.start_s for run in whole),
-            first_batch_s=min(run.first_batch_s for run in whole),
-            peak_rss_mb=peak,
-            peak_gpu_mb=peak_gpu,
+            peak_memory_mb=max(run.host_mb for run in whole),
+            peak_gpu_mb=whole[0].gpu_mb and max(run.gpu_mb or 0.0 for run in whole),
+            **_best(found),
         )
+
+
+def _rates(parts: Parts) -> dict[str, float | None]:
+    return {
+        "read_per_s": parts.read(),
+        "decode_one_thread_per_s": parts.decode_by_threads(1),
+        "decode_threads_per_s": parts.decode_by_threads(parts.cores),
+        "decode_processes_per_s": parts.decode_by_processes(),
+        "decode_gpu_per_s": parts.decode_on_gpu(),
+        "resize_per_s": parts.resize(),
+        "plain_loop_per_s": parts.plain_loop(),
+        "plain_backbone_per_s": parts.plain_backbone(),
+        "backbone_per_s": parts.fast_backbone(),
+    }
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The photos to measure on."""
+
+    folder: Path
+    names: list[str] | None  # below the folder; None for all
+    paths: list[Path]
+    source: str
+    mean_bytes: float
+
+
+def _files(
+    work: Path,
+    count: int,
+    size: tuple[int, int] | None,
+    images: Path | None,
+    say: Callable[[str], object],
+) -> _Files:
+    if images is not None:
+        return _drawn(images, count)
+    folder = work / "photos"
+    folder.mkdir()
+    source = "a mix like COCO's" if size is None else f"{size[0]}×{size[1]}"
+    each = MEAN_BYTES if size is None else BYTES_PER_PIXEL * size[0] * size[1]
+    say(f"writing {count:,} photos, {source}, about {size_text(round(count * each))}, to {folder}")
+    if size is None:
+        mean_bytes = write_coco_like_photos(folder, count)
+    else:
+        mean_bytes = write_bench_photos(folder, count, *size)
+    return _Files(folder, None, sorted(folder.iterdir()), source, mean_bytes)
+
+
+def _drawn(images: Path, count: int) -> _Files:
+    """Photos of a folder, drawn with a fixed seed."""
+    names = [name for name in list_photos(images).paths if _fits_a_line(name)]
+    if not names:
+        raise BenchError(f"{images}: no photos")
+    drawn = sorted(random.Random(0).sample(names, min(count, len(names))))
+    paths = [images / name for name in drawn]
+    mean_bytes = sum(path.stat().st_size for path in paths) / len(paths)
+    return _Files(images, drawn, paths, f"of {len(names):,} in {images}", mean_bytes)
+
+
+def _fits_a_line(name: str) -> bool:
+    """Whether a list of photos can name this one: UTF-8, without breaks and blanks at its ends."""
+    return name.isprintable() and name == name.strip()
 
 
 @dataclass(frozen=True)
@@ -166,92 +258,34 @@ class _EndToEnd:
 
     photos_per_s: float
     start_s: float
-    first_batch_s: float
+    host_mb: float
+    gpu_mb: float | None
 
 
-def _end_to_end(config: ExtractConfig) -> _EndToEnd:
-    begun = time.perf_counter()
-    start_s = first_batch_s = 0.0
-    photos_per_s = 0.0
-    for report in extract(config):
-        if isinstance(report, Notice):
-            continue
-        photos_per_s = report.photos_per_s
-        if not report.new:
-            start_s = time.perf_counter() - begun
-        elif not first_batch_s:
-            first_batch_s = time.perf_counter() - begun
-    return _EndToEnd(photos_per_s, start_s, first_batch_s)
+def _end_to_end(files: _Files, work: Path, backbone: str, device: torch.device) -> _EndToEnd:
+    """Extract in a fresh process. Raises BenchError if it fails."""
+    arguments = ["--images", files.folder, "--out", work / "cache.h5", "--backbone", backbone]
+    arguments += ["--weights", work / "weights.pth"]
+    arguments += ["--device", device, "--overwrite", "--json"]
+    if files.names is not None:
+        (work / "names.txt").write_text("\n".join(files.names), encoding="utf-8")
+        arguments += ["--only", work / "names.txt"]
+    with PeakMemory(device) as peak:
+        started = time.perf_counter()
+        with start_cap("extract-features", *arguments) as process:
+            peak.watch(process.pid)
+            out, err = process.communicate()
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        reason = (err.strip().splitlines() or ["it wrote nothing"])[-1]
+        raise BenchError(f"`cap extract-features` failed ({reason})")
+    report = json.loads(out)
+    return _EndToEnd(report["photos_per_s"], seconds - report["seconds"], peak.host_mb, peak.gpu_mb)
 
 
-class _Parts:
-    """The parts of an extraction, each to be run alone. A call returns its number of photos."""
-
-    def __init__(
-        self, paths: Sequence[Path], record: EncoderRecord, batch_rows: int, device: torch.device
-    ) -> None:
-        self._paths, self._batch_rows, self._device = paths, batch_rows, device
-        backbone = load_backbone(record.backbone, record.weights)
-        self._encoder = Encoder(backbone, device=device, precision=record.precision)
-        self._plain = backbone.network.to(device)
-        self._normalize = normalizer(device, torch.float32)
-        self._size = record.image_size
-        photos = [preprocess(path.read_bytes(), self._size) for path in paths[:batch_rows]]
-        self._pixels = torch.cat(photos).to(device, memory_format=torch.channels_last)
-        self.plain_backbone()
-        for _ in range(3):  # a GPU captures its graph at the second call
-            self.fast_backbone()
-
-    def all(self) -> tuple[Callable[[], int], ...]:
-        return self.decode, self.plain_loop, self.plain_backbone, self.fast_backbone
-
-    def decode(self) -> int:
-        """Load photos as an extraction does, without encoding them."""
-        rows = range(len(self._paths))
-        batches = [rows[i : i + self._batch_rows] for i in rows[:: self._batch_rows]]
-        with PhotoLoader(
-            [BatchRequest(batch[0], batch) for batch in batches],
-            self._paths.__getitem__,
-            batch_rows=self._batch_rows,
-            image_size=self._size,
-            views=("full",),
-            threads=decoding_threads(None),
-            pin_memory=self._device.type == "cuda",
-        ) as loader:
-            for batch in loader:
-                loader.release(batch)
-        return len(rows)
-
-    @torch.no_grad()
-    def plain_loop(self) -> int:
-        """Decode a batch, then encode it, as in the tutorials and with torch's defaults."""
-        photos = []
-        keep_freed_memory(False)  # torch's default
-        for path in self._paths[:_PLAIN_BATCH]:
-            with Image.open(path) as image:
-                small = image.convert("RGB").resize((self._size,) * 2, Image.Resampling.BILINEAR)
-            photos.append(torch.from_numpy(np.array(small)).permute(2, 0, 1))
-        images = self._normalize(torch.stack(photos).to(self._device)).contiguous()
-        self._plain(images).cpu()
-        return len(photos)
-
-    @torch.no_grad()
-    def plain_backbone(self) -> int:
-        keep_freed_memory(False)
-        self._plain(self._normalize(self._pixels[:_PLAIN_BATCH]).contiguous())
-        return min(_PLAIN_BATCH, len(self._pixels))
-
-    def fast_backbone(self) -> int:
-        keep_freed_memory()
-        self._encoder.encode(self._pixels)
-        return len(self._pixels)
-
-
-def _rate(part: Callable[[], int], device: torch.device, at_least_s: float) -> float:
-    """Photos per second over as many calls as take `at_least_s` seconds."""
-    photos, started = 0, time.perf_counter()
-    while not photos or time.perf_counter() - started < at_least_s:
-        photos += part()
-        if device.type == "cuda":  # else only queueing the work is measured
-            torch.cuda.synchronize(device)
-    return photos / (time.perf_counter() - started)
+def _best(rounds: list[dict[str, float | None]]) -> dict[str, Any]:
+    best: dict[str, float | None] = {}
+    for name in rounds[0]:
+        rates = [rate for each in rounds if (rate := each[name]) is not None]
+        best[name] = max(rates, default=None)
+    return best

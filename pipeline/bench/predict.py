@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,22 +87,29 @@ def bench_predict(
     photos: int = 64,
     cold_runs: int = 5,
     device: str = "auto",
+    progress: Callable[[int, int, float, str], None] = lambda *_: None,
 ) -> PredictBench:
     """Make a model and photos in a temporary folder and caption them.
 
-    The beam sizes take turns, both in fresh processes and with the loaded model. Raises
+    The beam sizes take turns, both in fresh processes and with the loaded model. progress: is told
+    how many steps are done and how many there are, 0 for the rate, and what is being done. Raises
     EncoderError, DeviceError, or CapError if a fresh process fails.
     """
     chosen = resolve_device(device)
+    starts = cold_runs * len(BEAM_SIZES)
+    steps = starts + 2
+    progress(0, steps, 0, "making a model")
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
         names = _write_photos(Path(folder) / "photos", photos)
         model, precision = _write_model(Path(folder), backbone, weights, names, chosen)
         cold: dict[int, list[float]] = {beam_size: [] for beam_size in BEAM_SIZES}
         for run in range(cold_runs):
-            for beam_size in BEAM_SIZES:
+            for place, beam_size in enumerate(BEAM_SIZES, run * len(BEAM_SIZES) + 1):
+                progress(place, steps, 0, f"cold start {place} of {starts}")
                 started = time.perf_counter()
                 _caption_afresh(model, names[run % len(names)], beam_size, device)
                 cold[beam_size].append(time.perf_counter() - started)
+        progress(starts + 1, steps, 0, "captioning with the loaded model")
         captioners = {
             beam_size: Captioner.load(
                 model,
@@ -112,6 +120,7 @@ def bench_predict(
         }
         warm = _time_singly(captioners, names)
         rates = {b: _folder_rate(captioner, names) for b, captioner in captioners.items()}
+    progress(steps, steps, 0, "")
     return PredictBench(
         backbone=backbone,
         precision=precision,

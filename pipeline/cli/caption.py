@@ -28,6 +28,7 @@ from pipeline.cli.terminal import ProgressLine, complain, one_field, one_line, p
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SearchConfig, SearchError, check_search, with_enough_beams
+from train.torch_import import start_torch
 
 _STDIN = "-"
 _SOON_S = 3.0  # what takes longer shows how far it is
@@ -111,6 +112,7 @@ def evaluate(
         searches=searches,
     )
     with errors():
+        start_torch(device if model is not None else "cpu")
         from pipeline.evaluation import evaluate as stage
 
         if model is not None and cache is not None:
@@ -244,6 +246,7 @@ def predict(
         raise WrongArguments("--null has no effect without - for paths on standard input")
     search = _searched(dataclasses.replace(search, captions=captions))
     with errors():
+        start_torch(device)
         from pipeline.captioner import Captioner, find_photos
 
         left_out: list[str] = []
@@ -282,6 +285,7 @@ def demo(*, config: DemoConfig, as_json: Json = False) -> None:
     Example: cap demo --out demo
     """
     with errors(f"start again with `cap demo --out {config.out}`"):
+        start_torch(config.device)
         from pipeline.demo.run import run_demo
 
         for report in run_demo(config):

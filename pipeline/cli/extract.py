@@ -11,6 +11,7 @@ from pipeline.cli.options import Json, options
 from pipeline.cli.terminal import ProgressLine, duration, mention, one_line, print_json, say
 from pipeline.encoder.known_backbones import KNOWN_BACKBONES, backbones_table
 from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
+from train.torch_import import start_torch
 
 if TYPE_CHECKING:
     from cache.store import FeatureCache
@@ -34,11 +35,19 @@ def extract_features(*, asked: ExtractOptions, as_json: Json = False) -> None:
         if taken is not None:
             say(taken)
         if config.dry_run:
+            start_torch(config.device)
             _say_plan(config, as_json)
             return
+        from pipeline.photos.readers.start import end_spare_readers, start_early
+
+        start_early(config.workers, config.device)  # they import torch at the same time
+        try:
+            start_torch(config.device)
+            last = _extract(config)
+        finally:
+            end_spare_readers()
         from cache.store import open_cache
 
-        last = _extract(config)
         cache = open_cache(config.out)
         _list_unreadable(cache)
         if as_json:

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 from pipeline.cli.process import OutputError, abandon_stdout, leave_at_once, open_streams
-from train.openmp import spin_briefly
+from train.torch_import import spin_briefly
 
 
 def main() -> None:

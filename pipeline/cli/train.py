@@ -15,6 +15,7 @@ from pipeline.cli.options import CaptionColumn, ImageColumn, Json, choice, optio
 from pipeline.cli.terminal import complain, print_json, say
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SweepConfig, TrainConfig
+from train.torch_import import start_torch
 
 
 def build_vocab(
@@ -79,6 +80,7 @@ def train(*, config: TrainConfig, as_json: Json = False) -> None:
         return "no checkpoint was saved; start again with --overwrite"
 
     with errors(kept):
+        start_torch(config.device)
         from train.fit.reports import (
             Advice,
             EpochLog,

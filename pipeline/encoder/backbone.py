@@ -6,8 +6,8 @@ with its convolutions fused (`fused_convolutions`), channels last in memory, in 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from cache.errors import CapError
 from pipeline.encoder.batchnorm import fold_batchnorm
 from pipeline.encoder.fused_convolutions import fuse_convolutions
 from pipeline.encoder.known_backbones import BACKBONE_NAMES
+from pipeline.encoder.shapes import run_on_meta
 from pipeline.encoder.torchvision_models import classifiers
+from train.device import is_out_of_memory
 from train.option import nearest, or_list
 
 # The batch size for which the weights are laid out in memory. Any other size works, too.
@@ -49,25 +51,24 @@ class Backbone:
     _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(
         default_factory=dict, compare=False, repr=False
     )
+    # Features (1, D) of the plain network that a thread computes, by its pixels: see `precision`.
+    plain: dict[bytes, Future[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    # The image sizes that are known to give one vector each.
+    _sizes: set[int] = field(default_factory=set, compare=False, repr=False)
 
     def fast_network(self, device: torch.device, dtype: torch.dtype, image_size: int) -> nn.Module:
         """The network with fused convolutions, on `device` in `dtype`; see `fused_convolutions`.
 
-        Raises EncoderError unless images of this size give one vector each, and PrecisionError if
-        the weights are beyond `dtype`.
+        It is meant for images of this size, but `run` tells whether they are possible. Raises
+        PrecisionError if the weights are beyond `dtype`.
         """
         key = (device, dtype, image_size)
         if key not in self._fast:
-            if device.type != "cpu":
-                self.check_image_size(image_size)
             self._fast.clear()  # frees the old network's memory before the new one needs it
             network = fold_batchnorm(self.network)
             if dtype is torch.float16:
                 self._check_range(network)
             network = fuse_convolutions(network, device, dtype, typical_batch=_TYPICAL_BATCH)
-            if device.type == "cpu":  # encoding one photo takes less time than `check_image_size`
-                photo = torch.zeros(1, 3, image_size, image_size, dtype=dtype)
-                self._check_output(network, photo.to(memory_format=torch.channels_last))
             self._fast[key] = network
         return self._fast[key]
 
@@ -84,28 +85,44 @@ class Backbone:
     def check_image_size(self, image_size: int) -> None:
         """Raise EncoderError unless images of this size give one vector each.
 
-        Computes shapes only.
+        Computes shapes only, and nothing if the network has run on such images.
         """
-        pixels = torch.empty(2, 3, image_size, image_size, device="meta")
-        self._check_output(_meta_twin(self.network), pixels)
-
-    @torch.inference_mode()
-    def _check_output(self, network: nn.Module, pixels: Tensor) -> None:
-        """Run `network` on pixels (B, 3, S, S). Raises EncoderError unless it returns (B, D)."""
-        image_size = pixels.shape[-1]
+        if image_size in self._sizes:
+            return
         try:
-            shape = tuple(network(pixels).shape)
+            features = run_on_meta(self.network, (2, 3, image_size, image_size))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise EncoderError(
                 f"{self.name} cannot take {image_size}×{image_size} pixels ({reason})"
             ) from None
-        except AttributeError:  # the output is no tensor
-            shape = ()
-        if shape != (len(pixels), self.feature_dim):
-            raise EncoderError(
-                f"{self.name} has no pooled vector before its last layer; choose another backbone"
-            )
+        self._check_output(features, 2)
+        self._sizes.add(image_size)
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        """The features (B, D) that `network`, a form of this backbone, computes.
+
+        images: (B, 3, S, S), normalized, on the network's device. Raises EncoderError if images of
+        this size do not give one vector each, and otherwise what the network raises.
+        """
+        size = int(images.shape[-1])
+        try:
+            features = network(images)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if not is_out_of_memory(error):
+                self.check_image_size(size)  # raises if that is the reason
+            raise
+        checked = self._check_output(features, len(images))
+        self._sizes.add(size)
+        return checked
+
+    def _check_output(self, features: object, count: int) -> Tensor:
+        """The features (count, D). Raises EncoderError if they are something else."""
+        if isinstance(features, Tensor) and features.shape == (count, self.feature_dim):
+            return features
+        raise EncoderError(
+            f"{self.name} has no pooled vector before its last layer; choose another backbone"
+        )
 
 
 def is_within(tensor: Tensor, largest: float) -> bool:
@@ -114,13 +131,6 @@ def is_within(tensor: Tensor, largest: float) -> bool:
         return True
     least, most = torch.aminmax(tensor)  # one pass; both are NaN if any number is
     return bool(least >= -largest) and bool(most <= largest)
-
-
-def _meta_twin(network: nn.Module) -> nn.Module:
-    """A copy on the meta device: shapes without numbers. The weights are not copied."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in network.parameters()}
-    memo.update((id(buffer), buffer.to("meta")) for buffer in network.buffers())
-    return copy.deepcopy(network, memo)
 
 
 def headless_network(name: str, device: str) -> tuple[nn.Module, int]:

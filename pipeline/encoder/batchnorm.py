@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from train.private_torch import copy_module
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -21,7 +23,7 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     What is not folded shares its memory with `network`, until it is moved or converted. A network
     that torch.fx cannot trace is copied as it is: it runs, only slower.
     """
-    copied = _sharing_copy(network)
+    copied = copy_with(network, lambda tensor: tensor)  # the same memory
     try:
         traced = fx.symbolic_trace(copied)
     except Exception:  # whatever the network's code raises when it is given symbols
@@ -37,7 +39,7 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
         if not batchnorm.track_running_stats:
             continue
         before.target = f"folded_{before.name}"
-        modules[before.target] = fuse_conv_bn_eval(convolution, batchnorm)
+        modules[before.target] = _folded(convolution, batchnorm)
         traced.add_module(before.target, modules[before.target])
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
@@ -51,8 +53,28 @@ def called_module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | N
     return modules[str(node.target)] if node.op == "call_module" else None
 
 
-def _sharing_copy(network: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are its own, but share the memory of the originals."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in network.parameters()}
-    memo.update((id(buffer), buffer.detach()) for buffer in network.buffers())
-    return copy.deepcopy(network, memo)
+def copy_with(network: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy whose parameters and buffers are `change` of the originals. It is frozen."""
+    tensors: dict[int, Any] = {
+        id(p): nn.Parameter(change(p.detach()), False) for p in network.parameters()
+    }
+    tensors.update((id(buffer), change(buffer.detach())) for buffer in network.buffers())
+    return copy_module(network, tensors)
+
+
+def _folded(convolution: nn.Conv2d, batchnorm: nn.BatchNorm2d) -> nn.Module:
+    """A convolution that computes what both compute one after the other, in eval mode."""
+    assert batchnorm.running_mean is not None
+    assert batchnorm.running_var is not None
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight,
+        convolution.bias,
+        batchnorm.running_mean,
+        batchnorm.running_var,
+        batchnorm.eps,
+        batchnorm.weight,
+        batchnorm.bias,
+    )
+    folded = copy_module(convolution, {id(p): p for p in convolution.parameters()})
+    folded.weight, folded.bias = weight, bias
+    return folded

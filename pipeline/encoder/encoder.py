@@ -89,6 +89,8 @@ class Encoder:
         if device.type == "cpu":
             keep_freed_memory()  # the next batch needs blocks of the same sizes
         self._network = backbone.fast_network(device, dtype, image_size)
+        # Until it has run once. Then the plain network's memory is no longer needed.
+        self._backbone: Backbone | None = backbone
         self._normalize = normalizer(device, dtype)
         self._graphs = CapturedGraphs(self._forward, device) if device.type == "cuda" else None
         self._failure_told = False
@@ -128,7 +130,7 @@ class Encoder:
         pixels: (B, 3, S, S) uint8 RGB, any device. Returns (B, D) float16 on the encoder's device;
         on a GPU the work is only queued when this returns. If the device runs out of memory, the
         batch is halved until it fits, and a notice is added to `notices`. Raises EncoderError if
-        not even one photo fits.
+        not even one photo fits, or if the backbone does not make one vector of each such image.
         """
         while True:
             try:
@@ -173,7 +175,12 @@ class Encoder:
             return features
 
     def _forward(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self._network(self._normalize(pixels))
+        images = self._normalize(pixels)
+        if self._backbone is None:
+            features: Tensor = self._network(images)
+        else:
+            features = self._backbone.run(self._network, images)
+            self._backbone = None
         return features.to(torch.float16)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.encoder.backbone import FLOAT16_MAX, Backbone, EncoderError, PrecisionError
+from pipeline.encoder.batchnorm import copy_with
 from pipeline.encoder.encoder import Encoder, normalizer, reproducible_kernels
 from train.device import has_fast_bfloat16
 
@@ -16,19 +17,20 @@ MIN_COSINE = 0.999  # of each photo
 MEAN_COSINE = 0.9999  # on average
 # Below this, features are wrong and not just rounded, in a precision that the user has chosen.
 _WRONG_COSINE = 0.9
+_CPU = torch.device("cpu")
 
 
 def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Tensor:
     """The reference: features of the network as torchvision builds it, float32, eager.
 
-    pixels: (B, 3, S, S) uint8. Returns (B, D) float32 on `device`.
+    pixels: (B, 3, S, S) uint8. Returns (B, D) float32 on `device`. Raises EncoderError if the
+    backbone cannot take such images.
     """
     network = backbone.network
     if device.type != "cpu":
-        network = copy.deepcopy(network).to(device)
+        network = copy_with(network, lambda tensor: tensor.to(device))
     with torch.inference_mode(), reproducible_kernels(device):
-        features: Tensor = network(normalizer(device, torch.float32)(pixels.to(device)))
-    return features
+        return backbone.run(network, normalizer(device, torch.float32)(pixels.to(device)))
 
 
 def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precision: str) -> None:
@@ -38,9 +40,9 @@ def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precisi
     pixels: (1, 3, S, S) uint8. features: (D,) float16 of the fast network, on the CPU. NaN that
     arose on the way may not be visible in them, because a fused ReLU makes 0 of it. PyTorch's own
     ReLU keeps it. If all features of both networks are zero, they are the same. The plain network
-    runs on the CPU, because a GPU's memory may be full.
+    runs on the CPU, because a GPU's memory may be full; `choose_precision` has begun with that.
     """
-    plain = encode_plain(backbone, pixels, torch.device("cpu"))[0]
+    plain = _plain_on_cpu(backbone, pixels)[0]
     features = features.float()
     _check_plain(backbone, plain)
     if torch.equal(features, plain):
@@ -52,6 +54,18 @@ def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precisi
             f"{backbone.name} in {precision} gives wrong features (cosine {cosine:.2f} to those of "
             f"the plain network in float32){advice}"
         )
+
+
+def _begin_plain_on_cpu(backbone: Backbone, pixels: Tensor) -> None:
+    """Let a thread compute what `check_features` will ask for: a GPU is made ready meanwhile."""
+    executor = ThreadPoolExecutor(1)
+    backbone.plain[pixels.numpy().tobytes()] = executor.submit(encode_plain, backbone, pixels, _CPU)
+    executor.shutdown(wait=False)
+
+
+def _plain_on_cpu(backbone: Backbone, pixels: Tensor) -> Tensor:
+    begun = backbone.plain.pop(pixels.numpy().tobytes(), None)
+    return encode_plain(backbone, pixels, _CPU) if begun is None else begun.result()
 
 
 def _check_plain(backbone: Backbone, features: Tensor) -> None:
@@ -110,7 +124,8 @@ def choose_precision(
     notices: list[str] = []
     if candidates[0] == "float32":
         return "float32", notices
-    backbone.check_image_size(int(pixels.shape[-1]))  # before the plain network, which cannot tell
+    if device.type != "cpu":
+        _begin_plain_on_cpu(backbone, pixels[:1].clone())
     reference = encode_plain(backbone, pixels, device)
     _check_plain(backbone, reference)
     for precision in candidates:

@@ -7,7 +7,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from train.private_torch import without_compiler
+from train.torch_import import without_compiler
 
 
 def classifiers() -> ModuleType:

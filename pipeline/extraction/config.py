@@ -14,6 +14,7 @@ from train.option import SettingError, about, option
 
 # Of the network's arithmetic; `auto` is the fastest that agrees with float32.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+DECODERS = ("auto", "cpu", "gpu")
 
 CAPTIONS_HELP = (
     "A captions file: a table or JSON of any layout; several if given several times. "
@@ -78,7 +79,14 @@ class ExtractOptions:
     batch_size: int | None = option(
         None, "Photos per batch.  [default: 16 on a CPU, 256 on a GPU]", min=1
     )
-    workers: int | None = option(None, "Decoding threads.  [default: one per core]", min=1)
+    workers: int | None = option(
+        None, "Readers, which read and decode photos.  [default: one per core]", min=1
+    )
+    decoder: str = option(
+        "auto",
+        "What decodes JPEGs: auto (the GPU, where its decoder gives the same pixels), cpu or gpu.",
+        choices=DECODERS,
+    )
     device: str = option("auto", "auto, cpu, cuda (every GPU), cuda:N, or several: cuda:0,cuda:1.")
     precision: str = option(
         "auto",

@@ -52,7 +52,8 @@ class _WorkerTask:
     images: Path
     weights: str
     device: str
-    threads: int  # for decoding
+    readers: int
+    decoder: str
     compute_threads: int  # of torch, on a CPU
 
 
@@ -64,12 +65,13 @@ def encode_on_devices(
     *,
     images: Path,
     weights: str,
-    threads: int,
+    readers: int,
+    decoder: str = "auto",
 ) -> Iterator[EncodedBatch | str]:
     """`encode_batches` on several devices side by side. Batches come in the order they are ready.
 
-    threads: decoding threads of all workers together. Raises WorkerError. Closing the iterator ends
-    the processes.
+    readers: of all devices together. decoder: as for `encode_batches`. Raises WorkerError. Closing
+    the iterator ends the processes.
     """
     count = min(len(devices), len(batches))
     tasks = [
@@ -80,7 +82,8 @@ def encode_on_devices(
             images=images,
             weights=weights,
             device=str(devices[number]),
-            threads=max(1, threads // count),
+            readers=max(1, readers // count),
+            decoder=decoder,
             compute_threads=max(1, torch.get_num_threads() // count),
         )
         for number in range(count)
@@ -185,5 +188,6 @@ def _encode(task: _WorkerTask) -> Iterator[EncodedBatch | str]:
         images=task.images,
         paths=cache.paths,
         batch_rows=cache.batch_rows,
-        threads=task.threads,
+        readers=task.readers,
+        decoder=task.decoder,
     )

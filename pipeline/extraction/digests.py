@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from cache.record import Strings
 from cache.store import DONE, FeatureCache
 from pipeline.photos.decoding import ImageError
+from pipeline.photos.drive.shortages import check_shortage
+from pipeline.photos.drive.silence import STALL_S, Silence, StalledError
 from pipeline.photos.photo_file import file_digest, read_file
-from pipeline.photos.photo_loader import STALL_S, Silence, StalledError
-from pipeline.photos.shortages import check_shortage
 
 _SAMPLE_PHOTOS = 64  # of a cache that is continued; of fewer photos, all
 _LATER_PHOTOS = 1000  # of those that a date says were written later

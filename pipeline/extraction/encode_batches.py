@@ -7,6 +7,7 @@ interrupted computes the same bytes as an unbroken one, and several devices the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from cache.record import Strings
-from cache.store import DIGEST_BYTES, PENDING
+from cache.store import PENDING
 from pipeline.encoder.backbone import Backbone, EncoderError
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
 from pipeline.encoder.precision import check_features
+from pipeline.extraction.gpu_batches import GpuBatches, gpu_decoder
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
+from pipeline.photos.readers.start import uses_processes
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,45 @@ def encode_batches(
     images: Path,
     paths: Strings,
     batch_rows: int,
-    threads: int,
+    readers: int,
+    decoder: str = "auto",
 ) -> Iterator[EncodedBatch | str]:
     """Encode `pending_batches` one after the other. A str is a notice for the user.
 
-    backbone: of the encoder. paths: of each row's photo below `images`. threads: that load photos.
-    A GPU computes one batch while the next one is copied to it. Raises StalledError or
-    EncoderError, the latter also for wrong features: those of the first photo, and all that are
-    zero or not finite, are compared with the plain network's.
+    backbone: of the encoder. paths: of each row's photo below `images`. readers: how many load
+    photos. decoder: `auto`, `cpu` or `gpu`, which decodes them.
+
+    A GPU computes one batch while the next one is copied to it or decoded on it. Raises
+    DecoderError, StalledError, VanishedError, ShortageError, ReaderError or EncoderError, the
+    latter also for wrong features: those of the first photo, and all that are zero or not finite,
+    are compared with the plain network's.
     """
+    record, device = encoder.record, encoder.device
+    make_decoder = gpu_decoder(decoder, device, record.image_size, record.views)
+    on_gpu = make_decoder is not None
     loader = PhotoLoader(
         batches,
-        lambda position: images / paths[int(order[position])],
+        lambda position: os.path.join(images, paths[int(order[position])]),
         batch_rows=batch_rows,
-        image_size=encoder.record.image_size,
-        views=encoder.record.views,
-        threads=threads,
-        pin_memory=encoder.device.type == "cuda",
+        image_size=record.image_size,
+        views=record.views,
+        readers=readers,
+        processes=on_gpu or uses_processes(readers, device.type),
+        files=on_gpu,
+        both=1 if on_gpu else 0,
+        pin_memory=device.type == "cuda",
     )
+    source: PhotoLoader | GpuBatches = loader
+    if make_decoder is not None:
+        source = GpuBatches(
+            loader,
+            make_decoder,
+            device=device,
+            batch_rows=batch_rows,
+            image_size=record.image_size,
+            views=record.views,
+            required=decoder == "gpu",
+        )
     running: tuple[QueuedFeatures | None, LoadedBatch] | None = None  # on the device
     first = True
 
@@ -86,7 +110,7 @@ def encode_batches(
             try:
                 check_features(
                     backbone,
-                    batch.pixels[place, view : view + 1],
+                    batch.pixels[place, view : view + 1].cpu(),
                     torch.from_numpy(encoded.features[number, view]),
                     encoder.record.precision,
                 )
@@ -95,15 +119,16 @@ def encode_batches(
         first = first and not len(encoded.rows)
         return encoded
 
-    with loader:
-        for batch in loader:
+    with source:
+        for batch in source:
             queued = _encode(encoder, batch), batch
             if running is not None:
                 yield finished(*running)
-                loader.release(running[1])
+                source.release(running[1])
             running = queued
-            while encoder.notices:
-                yield encoder.notices.pop(0)
+            for notices in (encoder.notices, source.notices):
+                while notices:
+                    yield notices.pop(0)
         if running is not None:
             yield finished(*running)
 
@@ -132,18 +157,17 @@ def _encoded_batch(
     features: QueuedFeatures | None, batch: LoadedBatch, order: NDArray[np.int64]
 ) -> EncodedBatch:
     positions = np.array(sorted(batch.decoded), np.int64)
-    digests = [batch.reads[position].digest for position in positions.tolist()]
+    places = positions - batch.first
     return EncodedBatch(
         rows=order[positions],
         features=(
             np.zeros((0, 0, 0), np.float16)
             if features is None
-            else features.wait().reshape(*batch.pixels.shape[:2], -1)[positions - batch.first]
+            else features.wait().reshape(*batch.pixels.shape[:2], -1)[places]
         ),
-        digests=np.array(digests, np.uint8).reshape(-1, DIGEST_BYTES),
+        digests=batch.digests[places],
         unreadable=[
-            (int(order[position]), read.error, read.digest)
-            for position, read in sorted(batch.reads.items())
-            if read.error
+            (int(order[position]), reason, batch.digests[position - batch.first])
+            for position, reason in sorted(batch.errors.items())
         ],
     )

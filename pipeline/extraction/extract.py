@@ -6,6 +6,7 @@ come.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -19,10 +20,12 @@ from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sh
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.captions.dataset import read_photos
+from pipeline.captions.image_ids import NumberId
 from pipeline.captions.records import Photo
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import encoder_record
 from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
+from pipeline.encoder.warm_up import begin_warm_up
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import other_photos
@@ -31,13 +34,12 @@ from pipeline.extraction.fill import (
     ExtractError,
     Notice,
     Progress,
-    decoding_threads,
 )
 from pipeline.extraction.reuse import KnownPhotos, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
-from pipeline.photos.image_ids import NumberId
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
+from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
@@ -123,6 +125,7 @@ def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
 def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     """Check what is asked for. Writes nothing. Raises as `extract` does."""
     devices = resolve_devices(config.device)
+    begin_warm_up(devices[0])
     backbone = load_backbone(config.backbone, config.weights)
     precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
     record = encoder_record(backbone, config.image_size, config.views, precision)
@@ -164,7 +167,7 @@ def _keeps_old_rows(config: ExtractConfig) -> bool:
 def _update(job: Job) -> Generator[Notice | Progress, None, None]:
     config = job.config
     total, start = len(job.skeleton.paths), time.perf_counter()
-    threads = decoding_threads(config.workers)
+    threads = reader_count(config.workers)
     for item in bring_up_to_date(config.out, job.skeleton, config.images, threads):
         if isinstance(item, Update):
             yield Notice(f"{config.out}: {item}")
@@ -205,7 +208,7 @@ def _open(job: Job) -> CacheWriter:
     else:
         writer = opened(overwrite=False)
     try:
-        problem = other_photos(writer.cache, config.images, decoding_threads(config.workers))
+        problem = other_photos(writer.cache, config.images, reader_count(config.workers))
     except BaseException:
         writer.close()
         raise
@@ -299,11 +302,11 @@ def _fastest_precision(
             BatchRequest(row, first[row : row + _PRECISION_CHECK_PHOTOS])
             for row in first[::_PRECISION_CHECK_PHOTOS]
         ],
-        lambda row: config.images / photos[row].path,
+        lambda row: os.path.join(config.images, photos[row].path),
         batch_rows=_PRECISION_CHECK_PHOTOS,
         image_size=config.image_size,
         views=("full",),
-        threads=decoding_threads(config.workers),
+        readers=min(MOST_THREADS, reader_count(config.workers)),
     )
     with loader:
         for batch in loader:

@@ -22,6 +22,7 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import encode_on_devices
 from pipeline.extraction.encode_batches import EncodedBatch, encode_batches, pending_batches
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows
+from pipeline.photos.readers.start import reader_count
 
 _FLUSH_INTERVAL_S = 2.0
 
@@ -55,17 +56,12 @@ class Progress:
     stage: Stage = "extracting"
 
 
-def decoding_threads(workers: int | None) -> int:
-    """`workers`, or else one thread per core that this process may use."""
-    return workers or len(os.sched_getaffinity(0))
-
-
 class CacheFiller:
     """Fills the pending rows of a cache, and counts and times this run."""
 
     def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
         self._writer, self._config = writer, config
-        self._threads = decoding_threads(config.workers)
+        self._threads = reader_count(config.workers)
         self._done = self._unreadable = self._new = self._copied = 0
         self._start = self._last_flush = time.perf_counter()
         self._begin("extracting")
@@ -130,6 +126,7 @@ class CacheFiller:
         if not batches:
             return iter(())
         check_device(cache.encoder.precision, devices[0])
+        readers = reader_count(config.workers, devices[0].type)
         if min(len(devices), len(batches)) > 1:
             return encode_on_devices(
                 cache,
@@ -138,7 +135,8 @@ class CacheFiller:
                 devices,
                 images=config.images,
                 weights=config.weights,
-                threads=self._threads,
+                readers=readers,
+                decoder=config.decoder,
             )
         encoder = Encoder(
             backbone,
@@ -155,7 +153,8 @@ class CacheFiller:
             images=config.images,
             paths=cache.paths,
             batch_rows=cache.batch_rows,
-            threads=self._threads,
+            readers=readers,
+            decoder=config.decoder,
         )
 
     def _store(self, encoded: EncodedBatch) -> None:

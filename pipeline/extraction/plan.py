@@ -21,9 +21,10 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import other_photos
 from pipeline.extraction.encode_batches import EncodedBatch, encode_batches
 from pipeline.extraction.extract import Job, is_unfinished, library_versions, prepare, read_asked
-from pipeline.extraction.fill import ExtractError, decoding_threads
+from pipeline.extraction.fill import ExtractError
 from pipeline.extraction.update import check_encoder
 from pipeline.photos.photo_loader import BatchRequest
+from pipeline.photos.readers.start import reader_count
 
 _MEASURED_BATCHES = 3  # the first of them is not timed
 
@@ -105,7 +106,7 @@ def _status(job: Job) -> NDArray[np.uint8] | None:
     config = job.config
     try:
         with open_writer(config.out, job.skeleton, library_versions=library_versions()) as writer:
-            threads = decoding_threads(config.workers)
+            threads = reader_count(config.workers)
             problem = other_photos(writer.cache, config.images, threads)
             if problem is not None:
                 raise ExtractError(problem)
@@ -150,7 +151,8 @@ def _rate(job: Job, rows: NDArray[np.int64]) -> float | None:
         images=config.images,
         paths=job.skeleton.paths,
         batch_rows=batch_rows,
-        threads=decoding_threads(config.workers),
+        readers=reader_count(config.workers, job.devices[0].type),
+        decoder=config.decoder,
     ):
         if isinstance(item, EncodedBatch):
             arrived.append(time.perf_counter())

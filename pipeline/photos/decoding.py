@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -14,8 +13,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.photos.drive.shortages import is_shortage
+from pipeline.photos.jpeg_header import JpegHeader, read_header
 from pipeline.photos.memory_budget import MemoryBudget, Reservation
-from pipeline.photos.shortages import is_shortage
 
 # Pillow's own threshold for a decompression bomb. Such an image takes 0.7 to 4 GB to decode.
 MAX_PIXELS = 178_956_970
@@ -27,7 +27,6 @@ _JPEG_BYTES, _PROGRESSIVE_BYTES, _PILLOW_BYTES, _PILLOW_MOST_BYTES = 4, 10, 12, 
 _WITH_OWN_COPY = frozenset(("AVIF", "HEIF", "JPEG2000", "WEBP"))
 
 _ORIENTATION_TAG = 0x0112
-_APP1, _PROGRESSIVE, _PIXELS = b"\xe1", b"\xc2", b"\xda"  # markers of a JPEG's segments
 
 # What Pillow opens besides pictures: data of many kinds, videos, and programs that draw.
 _NO_PICTURES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
@@ -94,8 +93,9 @@ def decode(data: bytes, reservation: Reservation | None = None) -> NDArray[np.ui
         raise ImageError("the file is empty")
     if reservation is None:
         reservation = MemoryBudget(sys.maxsize).reservation()
-    if not _needs_pillow(data):
-        pixels = _decode_plain_jpeg(data, reservation)
+    header = read_header(data)
+    if header is not None and header.orientation == 1:
+        pixels = _decode_plain_jpeg(data, header, reservation)
         if pixels is not None:
             return pixels
     try:
@@ -104,7 +104,7 @@ def decode(data: bytes, reservation: Reservation | None = None) -> NDArray[np.ui
                 raise ImageError(f"too large ({image.width}×{image.height} pixels)")
             upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
             if upright and image.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = _decode_plain_jpeg(data, reservation)
+                pixels = _decode_plain_jpeg(data, header, reservation)
                 if pixels is not None:
                     return pixels
             reservation.change(image.width * image.height * _bytes_per_pixel(image))
@@ -123,36 +123,9 @@ def decode(data: bytes, reservation: Reservation | None = None) -> NDArray[np.ui
         raise ImageError(f"cannot decode ({str(error) or type(error).__name__})") from None
 
 
-def _needs_pillow(data: bytes) -> bool:
-    """Whether this is no JPEG, or one whose metadata (an APP1 segment) may tell its orientation.
-
-    Reads only the few segments before the pixels. Pillow would take five times as long for them
-    and hold Python's lock, which all decoding threads share.
-    """
-    for marker in _jpeg_markers(data):
-        if marker == _PIXELS:
-            return False
-        if marker == _APP1:
-            return True
-    return True
-
-
-def _is_progressive(data: bytes) -> bool:
-    return _PROGRESSIVE in _jpeg_markers(data)
-
-
-def _jpeg_markers(data: bytes) -> Iterator[bytes]:
-    """The markers of a JPEG's segments, up to where its pixels start. None for other files."""
-    position = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1 : position + 2]
-        yield marker
-        if marker == _PIXELS:
-            return
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-
-
-def _decode_plain_jpeg(data: bytes, reservation: Reservation) -> NDArray[np.uint8] | None:
+def _decode_plain_jpeg(
+    data: bytes, header: JpegHeader | None, reservation: Reservation
+) -> NDArray[np.uint8] | None:
     """Decode by libjpeg-turbo without Pillow's copies, to the same pixels.
 
     Releases Python's lock, so several threads decode side by side. None if Pillow has to decode the
@@ -162,7 +135,8 @@ def _decode_plain_jpeg(data: bytes, reservation: Reservation) -> NDArray[np.uint
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             return None
-        bytes_per_pixel = _PROGRESSIVE_BYTES if _is_progressive(data) else _JPEG_BYTES
+        plain = header is not None and not header.progressive
+        bytes_per_pixel = _JPEG_BYTES if plain else _PROGRESSIVE_BYTES
         reservation.change(height * width * bytes_per_pixel)
         return simplejpeg.decode_jpeg(data, "RGB")  # type: ignore[no-any-return]
     except ValueError:  # damaged, or of an unusual kind

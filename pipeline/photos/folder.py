@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cache.errors import CapError
-from pipeline.photos.shortages import check_shortage
+from pipeline.photos.drive.shortages import check_shortage
 
 IMAGE_SUFFIXES = frozenset(
     (

@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from cache.store import DIGEST_BYTES
 from pipeline.photos.decoding import ImageError
+from pipeline.photos.drive.shortages import check_shortage
 from pipeline.photos.memory_budget import Reservation, file_budget, pixel_budget
 from pipeline.photos.preprocessing import preprocess
-from pipeline.photos.shortages import check_shortage
 
 # A larger file is not a photo, and reading it would only take memory.
 MAX_FILE_BYTES = 1 << 29
@@ -41,26 +42,48 @@ def read_photo(
     """Read, digest and decode one file. An error with the file is returned, not raised.
 
     out: where the pixels go; see `preprocess`. Its content is undefined if there is an error. Waits
-    while other threads decode so much that the memory for this photo is not to be had. Raises
+    while other readers decode so much that the memory for this photo is not to be had. Raises
     ShortageError if files, memory or the drive fall short.
     """
-    digest = np.zeros(DIGEST_BYTES, np.uint8)
     try:
-        with file_budget().reservation() as of_file, pixel_budget().reservation() as of_pixels:
-            data = read_file(path, of_file)
-            digest = file_digest(data)
+        with file_budget().reservation() as of_file:
+            return photo_of(path, read_file(path, of_file), size, views, out)
+    except Exception as error:
+        return reading_fails(path, error)
+
+
+def photo_of(
+    path: Path, data: bytes, size: int, views: tuple[str, ...], out: Tensor | None = None
+) -> ReadPhoto:
+    """`read_photo` of a file whose bytes are known."""
+    digest = file_digest(data)
+    try:
+        with pixel_budget().reservation() as of_pixels:
             return ReadPhoto(preprocess(data, size, views, out, of_pixels), digest)
-    except ImageError as error:
+    except Exception as error:
+        return reading_fails(path, error, digest)
+
+
+def reading_fails(
+    path: Path, error: Exception, digest: NDArray[np.uint8] | None = None
+) -> ReadPhoto:
+    """The photo of a file that cannot be read or decoded, with the reason.
+
+    Raises ShortageError, and the error itself if it is neither the file's nor the machine's fault.
+    """
+    if digest is None:
+        digest = np.zeros(DIGEST_BYTES, np.uint8)
+    if isinstance(error, ImageError):
         return ReadPhoto(None, digest, str(error))
-    except IsADirectoryError:
+    if isinstance(error, IsADirectoryError):
         return ReadPhoto(None, digest, "not a regular file")
-    except FileNotFoundError:
+    if isinstance(error, FileNotFoundError):
         return ReadPhoto(None, digest, "file not found", missing=True)
-    except (OSError, MemoryError, RuntimeError) as error:
+    if isinstance(error, (OSError, MemoryError, RuntimeError)):
         check_shortage(path, error)
-        if not isinstance(error, OSError):
-            raise
-        return ReadPhoto(None, digest, f"cannot read ({error.strerror or error})")
+    if not isinstance(error, OSError):
+        raise error
+    return ReadPhoto(None, digest, f"cannot read ({error.strerror or error})")
 
 
 def read_file(path: Path, reservation: Reservation | None = None) -> bytes:
@@ -68,18 +91,41 @@ def read_file(path: Path, reservation: Reservation | None = None) -> bytes:
 
     reservation: of the memory for them; it is made once their number is known.
     """
+    with open_file(path) as file:
+        if reservation is not None:
+            reservation.change(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def open_file(path: Path) -> FileIO:
+    """A file. Raises OSError, or ImageError if it is no regular file or too large."""
     # O_NONBLOCK, because opening a named pipe would otherwise wait until somebody writes into it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise ImageError(f"too large ({status.st_size / 1e6:.0f} MB)")
-        if reservation is not None:
-            reservation.change(status.st_size)
-        return file.read()
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def file_digest(data: bytes) -> NDArray[np.uint8]:
+def fill_from_file(file: FileIO, memory: memoryview) -> int | None:
+    """Read a whole file into `memory`: how many bytes it has; None if there is no room for it and
+    one more. Raises OSError.
+    """
+    filled = 0
+    while filled < len(memory):
+        count = file.readinto(memory[filled:])
+        if not count:
+            return filled
+        filled += count
+    return None
+
+
+def file_digest(data: bytes | memoryview) -> NDArray[np.uint8]:
     """BLAKE2b-128 of a file's bytes, (16,) uint8. It tells which file a row was made from."""
     return np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), np.uint8)

@@ -57,7 +57,7 @@ def preprocess(
         full = _resize(photo, size, size, out[place : place + 1])
     elif "flip" in views:
         full = _resize(photo, size, size)
-    thin = max(photo.shape[2:]) > _THIN * min(photo.shape[2:])
+    thin = is_thin(photo.shape[2], photo.shape[3])
     if any(view not in ("full", "flip") for view in views) and not thin:
         scaled = _resize_for_crops(photo, size)
     if views == ("full",):
@@ -72,9 +72,12 @@ def preprocess(
     return out
 
 
-def empty_pixels(count: int, size: int, *, pin_memory: bool = False) -> Tensor:
+def empty_pixels(
+    count: int, size: int, *, pin_memory: bool = False, device: torch.device | None = None
+) -> Tensor:
     """(count, 3, size, size) uint8, channels last in memory, not initialized."""
-    pixels = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=pin_memory)
+    shape = count, size, size, 3
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory, device=device)
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -82,12 +85,17 @@ def _view(name: str, full: Tensor, scaled: Tensor, size: int) -> Tensor:
     """One view (1, 3, size, size), cut out of `scaled` (1, 3, H, W) or made of `full`."""
     if name == "flip":
         return full.flip(3)
-    top, left = _corner(name, scaled.shape[2], scaled.shape[3], size)
+    top, left = corner(name, scaled.shape[2], scaled.shape[3], size)
     crop = scaled[:, :, top : top + size, left : left + size]
     return crop.flip(3) if name == "center-flip" else crop
 
 
-def _corner(name: str, height: int, width: int, size: int) -> tuple[int, int]:
+def is_thin(height: int, width: int) -> bool:
+    """Whether crops are cut out of the photo before it is resized."""
+    return max(height, width) > _THIN * min(height, width)
+
+
+def corner(name: str, height: int, width: int, size: int) -> tuple[int, int]:
     """(top, left) of a crop of size×size."""
     if name.startswith("center"):
         return (height - size) // 2, (width - size) // 2
@@ -98,11 +106,12 @@ def _corner(name: str, height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def _resize_for_crops(photo: Tensor, size: int) -> Tensor:
-    return _resize(photo, *_size_for_crops(photo, size))
-
-
-def _size_for_crops(photo: Tensor, size: int) -> tuple[int, int]:
     height, width = photo.shape[2:]
+    return _resize(photo, *size_for_crops(height, width, size))
+
+
+def size_for_crops(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) of the resized photo that crops of size×size are cut from."""
     scale = round(size * _CROP_MARGIN) / min(height, width)
     return max(size, round(height * scale)), max(size, round(width * scale))
 
@@ -111,13 +120,14 @@ def _thin_crop(name: str, photo: Tensor, size: int) -> NDArray[np.uint8]:
     """The crop (size, size, 3) that `_view` would cut, of a photo (1, 3, H, W) that is resized only
     where the crop lies; to one level.
     """
-    corner = _corner(name, *_size_for_crops(photo, size), size)
+    height, width = photo.shape[2:]
+    scaled = size_for_crops(height, width, size)
     box: list[float] = []  # of the crop in the part: top, bottom, left, right
     cut: list[slice] = []  # the part of the photo that the crop's filter reads
-    for start, scaled, whole in zip(
-        corner, _size_for_crops(photo, size), photo.shape[2:], strict=True
+    for start, length, whole in zip(
+        corner(name, *scaled, size), scaled, (height, width), strict=True
     ):
-        step = whole / scaled
+        step = whole / length
         reach = math.ceil(max(1.0, step)) + 1
         first = max(0, math.floor(start * step) - reach)
         last = min(whole, math.ceil((start + size) * step) + reach)

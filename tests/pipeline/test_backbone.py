@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pipeline.encoder.backbone import EncoderError, _meta_twin, headless_network
+from pipeline.encoder.backbone import EncoderError, headless_network
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.weights import load_backbone
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -56,16 +56,12 @@ def test_backbones_that_do_not_fit_are_one_line() -> None:
         load_backbone("resnet15", "random")
     with pytest.raises(EncoderError, match="does not end in a linear layer"):
         load_backbone("squeezenet1_0", "random")
+    backbone = load_backbone("vit_b_32", "random")
     with pytest.raises(EncoderError, match="cannot take 64×64"):
-        Encoder(load_backbone("vit_b_32", "random"), device=CPU, precision="float32", image_size=64)
-
-
-def test_a_twin_has_shapes_and_no_numbers() -> None:
-    network = load_backbone("resnet18", "random").network
-    twin = _meta_twin(network)
-    assert {p.device.type for p in twin.parameters()} == {"meta"}
-    assert twin(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 512)
-    assert {p.device.type for p in network.parameters()} == {"cpu"}
+        backbone.check_image_size(64)
+    encoder = Encoder(backbone, device=CPU, precision="float32", image_size=64)
+    with pytest.raises(EncoderError, match="cannot take 64×64"):
+        encoder.encode(random_pixels(1, 64))
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "resnet18"])

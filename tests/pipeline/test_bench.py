@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
-from pipeline.bench.jpegs import write_bench_photos
+from pipeline.bench import predict
+from pipeline.bench.jpegs import (
+    MEAN_BYTES,
+    PERIOD,
+    BenchError,
+    write_bench_photos,
+    write_coco_like_photos,
+)
+from pipeline.bench.peak_memory import tree_memory_mb
+from pipeline.bench.reading import ReaderProcesses
+from pipeline.photos.decoding import decode
+from pipeline.photos.photo_file import read_photo
 from tests.pipeline.test_cli import cap
 
 
@@ -55,6 +72,32 @@ def test_bench_predict_times_fresh_and_loaded_models() -> None:
     assert result["precision"] in ("float32", "bfloat16")
     assert "cores" in result["machine"]
     assert result["machine"] in err
+    assert "captioning: 0/4 steps, making a model" in err
+    assert "captioning: 4/4 steps" in err
+
+
+def test_bench_predict_tells_what_it_is_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, int, str]] = []
+
+    def stop_at_the_third(*arguments: object) -> None:
+        if len(said) > 3:
+            raise InterruptedError
+
+    monkeypatch.setattr(predict, "_write_model", lambda *_: (Path("m.cap"), "float32"))
+    monkeypatch.setattr(predict, "_caption_afresh", stop_at_the_third)
+    with pytest.raises(InterruptedError):
+        predict.bench_predict(
+            photos=1,
+            cold_runs=2,
+            device="cpu",
+            progress=lambda done, total, _, note: said.append((done, total, note)),
+        )
+    assert said == [
+        (0, 6, "making a model"),
+        (1, 6, "cold start 1 of 4"),
+        (2, 6, "cold start 2 of 4"),
+        (3, 6, "cold start 3 of 4"),
+    ]
 
 
 def test_bench_predict_names_what_a_fresh_process_could_not_do(
@@ -65,35 +108,160 @@ def test_bench_predict_names_what_a_fresh_process_could_not_do(
     assert "a fresh `cap predict` failed (it wrote no caption)" in err
 
 
-def test_bench_extract_measures_every_part_and_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.bench.extract._PART_S", 0.0)  # each once
-    arguments = ("bench", "extract", "--backbone", "resnet18", "--photos", 20, "--rounds", 1)
-    out, err = cap(*arguments, "--size", "96x64", "--device", "cpu", "--json")
+SMALL_EXTRACT = (
+    *("bench", "extract", "--backbone", "shufflenet_v2_x0_5"),
+    *("--rounds", 1, "--device", "cpu"),
+)
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.bench.extract.PART_S", 0.0)  # each once
+
+
+@pytest.mark.usefixtures("briefly")
+def test_bench_extract_measures_every_part_and_the_whole() -> None:
+    out, err = cap(*SMALL_EXTRACT, "--photos", 20, "--size", "96x64", "--json")
     result = json.loads(out)
-    assert (result["photos"], result["width"], result["height"]) == (20, 96, 64)
-    assert result["batch_rows"] == 16
+    assert (result["photos"], result["source"], result["batch_rows"]) == (20, "96×64", 16)
+    for part in (
+        "read", "decode_one_thread", "decode_threads", "decode_processes", "resize",
+        "plain_loop", "plain_backbone", "backbone", "end_to_end",
+    ):  # fmt: skip
+        assert result[f"{part}_per_s"] > 0
+    assert result["decode_gpu_per_s"] is None
+    assert result["decode_gpu_note"] == "the device is cpu"
+    fastest = max(result["decode_threads_per_s"], result["decode_processes_per_s"])
+    assert result["decode_per_s"] == fastest
     assert result["backbone_ratio"] == result["backbone_per_s"] / result["plain_backbone_per_s"]
     slowest = min(result["decode_per_s"], result["backbone_per_s"])
     assert result["slowest_share"] == result["end_to_end_per_s"] / slowest
     assert result["end_to_end_ratio"] == result["end_to_end_per_s"] / result["plain_loop_per_s"]
-    assert 0 < result["start_s"] < result["first_batch_s"]
+    assert result["start_s"] > 0.3  # a fresh process imports torch
+    assert result["peak_memory_mb"] > 200
     assert result["peak_gpu_mb"] is None
     assert "cores" in err
+    assert "writing 20 photos, 96×64, about 65.1 kB" in err
 
 
-def test_bench_extract_refuses_a_size_that_is_none() -> None:
+@pytest.mark.usefixtures("briefly")
+def test_bench_extract_measures_on_photos_of_ones_own_and_leaves_them_alone(
+    tmp_path: Path,
+) -> None:
+    images = tmp_path / "mine"
+    images.mkdir()
+    write_bench_photos(images, 6, 60, 40)
+    (images / "note.jpg").write_text("no photo")
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    out, _ = cap(*SMALL_EXTRACT, "--photos", 5, "--images", images)
+    assert out.startswith(f"5 photos, of 7 in {images}, ")
+    assert "decode on the GPU  none here           the device is cpu" in out.splitlines()
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+def test_bench_extract_names_what_it_cannot_measure(tmp_path: Path) -> None:
     _, err = cap("bench", "extract", "--size", "640", code=2)
     assert "640x480" in err
+    _, err = cap("bench", "extract", "--size", "640x480", "--images", tmp_path, code=2)
+    assert "sizes of their own" in err
+    _, err = cap("bench", "extract", "--images", tmp_path, "--device", "cpu", code=1)
+    assert err.splitlines()[-1] == f"error: {tmp_path}: no photos"
 
 
-def test_bench_photos_have_cocos_bytes_and_differ(tmp_path: Path) -> None:
+def test_bench_extract_says_when_the_disk_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3_000_000))
+    _, err = cap("bench", "extract", "--photos", 20, "--device", "cpu", code=1)
+    line = err.splitlines()[-1]
+    assert "MB, but 3.00 MB are free; ask for fewer" in line
+    assert "set TMPDIR" in line
+
+
+def test_a_reader_process_that_cannot_go_on_is_one_error(tmp_path: Path) -> None:
+    write_bench_photos(tmp_path, 2, 60, 40)
+    with ReaderProcesses(sorted(tmp_path.iterdir()), 32, 2) as readers:
+        assert readers.rate(0.0) > 0
+        for child in multiprocessing.active_children():
+            child.kill()
+        with pytest.raises(BenchError, match="a reader process ended"):
+            readers.rate(0.0)
+    assert not multiprocessing.active_children()
+
+
+def test_the_memory_of_children_counts() -> None:
+    code = "import time; block = bytearray(50_000_000); print(flush=True); time.sleep(60)"
+    before = tree_memory_mb(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        alone, together = tree_memory_mb(child.pid), tree_memory_mb(os.getpid())
+        child.kill()
+    assert 50 < alone < 150
+    assert together - before > 49
+    assert tree_memory_mb(child.pid) == 0
+
+
+def test_photos_of_one_size_have_cocos_bytes_and_differ(tmp_path: Path) -> None:
     mean_bytes = write_bench_photos(tmp_path, 70, 640, 480)
     assert 0.9 < mean_bytes / 163_000 < 1.1
-    files = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
-    assert len(files) == 70
-    assert len(set(files)) == 64
-    assert files[64:] == files[:6]
+    paths = sorted(tmp_path.iterdir())
+    assert all(path.stat().st_nlink == 1 for path in paths)
+    files = [path.read_bytes() for path in paths]
+    assert len(set(files)) == 70
+    assert mean_bytes == sum(map(len, files)) / 70
     with Image.open(io.BytesIO(files[0])) as image:
         assert (image.size, image.mode) == ((640, 480), "RGB")
-        fine = np.abs(np.diff(np.asarray(image).astype(int), axis=1)).mean()
+        pixels = np.asarray(image)
+    fine = np.abs(np.diff(pixels.astype(int), axis=1)).mean()
     assert 1 < fine < 40  # neither flat nor white noise, whose neighbours differ by 85
+    assert (decode(files[64]) == pixels).all()  # the same picture in another file
+    assert (decode(files[1]) != pixels).any()
+
+
+def counted(folder: Path) -> tuple[Counter[str], Counter[tuple[int, int]]]:
+    """How many photos of a folder are of each kind, and of each size."""
+    found: Counter[str] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            assert isinstance(image, JpegImagePlugin.JpegImageFile)
+            sizes[image.size] += 1
+            found[image.mode] += 1
+            found["icc"] += "icc_profile" in image.info
+            found["app1"] += any(name == "APP1" for name, _ in image.applist)
+            found["turned"] += image.getexif().get(0x0112, 1) != 1
+            found["progressive"] += "progressive" in image.info
+            subsampling = JpegImagePlugin.get_sampling(image) if image.mode == "RGB" else 0
+            found["4:2:0"] += subsampling == 2
+    return found, sizes
+
+
+def test_the_mix_has_cocos_sizes_bytes_and_metadata(tmp_path: Path) -> None:
+    mean_bytes = write_coco_like_photos(tmp_path, PERIOD)
+    assert 0.97 < mean_bytes / MEAN_BYTES < 1.03
+    found, sizes = counted(tmp_path)
+    assert found == {
+        "RGB": 198, "L": 1, "icc": 86, "app1": 23, "turned": 2, "progressive": 4, "4:2:0": 10,
+    }  # fmt: skip
+    assert sizes.most_common(2) == [((640, 480), 49), ((640, 427), 16)]
+    assert len(sizes) == 79
+    for path in tmp_path.iterdir():
+        assert not read_photo(path, 32, ("full",)).error
+
+
+def test_real_photos_have_what_the_mix_has(sample_data: Path, tmp_path: Path) -> None:
+    coco = sample_data / "coco/val2017"
+    write_coco_like_photos(tmp_path, PERIOD)
+    real, real_sizes = counted(coco)
+    made, made_sizes = counted(tmp_path)
+    assert {kind: made[kind] - real[kind] for kind in made} == {
+        "RGB": 0,
+        "L": 0,
+        "icc": 0,
+        "app1": 0,
+        "turned": 2,
+        "progressive": 4,
+        "4:2:0": 10,  # not COCO's
+    }
+    assert len(made_sizes) == len(real_sizes)
+    common = {size: count for size, count in real_sizes.items() if count > 1}
+    assert {size: made_sizes[size] for size in common} == common

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.photos.decoding import ImageError, _needs_pillow, decode
+from pipeline.photos import decoding
+from pipeline.photos.decoding import ImageError, decode
 from pipeline.photos.preprocessing import preprocess
 
 QUADRANTS = np.zeros((40, 60, 3), np.uint8)  # red | green over blue | white
@@ -187,14 +188,17 @@ def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.Monke
     assert decode(saved(Image.new("RGB", (8, 8), "red"), "PNG")).shape == (8, 8, 3)
 
 
-def test_a_jpeg_says_by_its_segments_whether_pillow_must_look() -> None:
+@pytest.mark.parametrize("orientation", [None, 1])
+def test_pillow_sees_only_jpegs_whose_orientation_is_not_plain(
+    orientation: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     picture = Image.fromarray(QUADRANTS)
-    plain = saved(picture, "JPEG", comment=b"\xff\xe1 in a comment is no segment")
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert not _needs_pillow(plain)
-    assert _needs_pillow(saved(picture, "JPEG", exif=exif))
-    assert _needs_pillow(saved(picture, "PNG"))
-    for length in range(600):  # cut anywhere, it ends, and Pillow has the word or the decoder fails
-        _needs_pillow(plain[:length])
-    assert _needs_pillow(plain[:200])
+    exif[0x0112] = orientation or 6
+    data = saved(picture, "JPEG", exif=exif, comment=b"\xff\xe1 in a comment is no segment")
+    monkeypatch.setattr(decoding, "open_picture", None)
+    if orientation == 1:
+        assert decode(data).shape == (40, 60, 3)
+    else:
+        with pytest.raises(ImageError, match="NoneType"):
+            decode(data)

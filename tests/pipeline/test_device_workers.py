@@ -84,7 +84,7 @@ def test_a_worker_that_dies_at_its_start_is_one_line(
         list(
             encode_on_devices(
                 make_cache([["a"]]), order, batches, [torch.device("cpu")] * 2,
-                images=tmp_path, weights="random", threads=2,
+                images=tmp_path, weights="random", readers=2,
             )
         )  # fmt: skip
     assert events == ["start", "start", "send"]

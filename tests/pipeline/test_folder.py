@@ -9,8 +9,8 @@ from PIL import Image
 
 from pipeline.captioner import find_photos
 from pipeline.captions.dataset import read_photos
+from pipeline.photos.drive.shortages import ShortageError
 from pipeline.photos.folder import FolderError, list_photos
-from pipeline.photos.shortages import ShortageError
 from tests.pipeline.test_decoding import saved
 
 PICTURE = Image.new("RGB", (8, 6), "red")

@@ -28,7 +28,7 @@ class Watched(MemoryBudget):
     def take(self, size: int) -> None:
         self.asked.append(size)
         super().take(size)
-        self.most = max(self.most, self._used)
+        self.most = max(self.most, self.used_bytes)
 
 
 def in_threads(*work: object) -> None:
@@ -57,7 +57,7 @@ def test_threads_never_hold_more_than_the_budget() -> None:
 
     in_threads(*[work] * 6)
     assert most[0] <= 100
-    assert budget._used == 0
+    assert budget.used_bytes == 0
 
 
 def test_more_than_the_budget_is_had_alone_and_blocks_nobody() -> None:
@@ -70,7 +70,7 @@ def test_more_than_the_budget_is_had_alone_and_blocks_nobody() -> None:
 
     in_threads(*[work] * 6)
     assert budget.most == 2_000  # nothing beside it
-    assert budget._used == 0
+    assert budget.used_bytes == 0
 
 
 def test_a_large_reservation_is_not_overtaken_for_ever() -> None:
@@ -90,11 +90,11 @@ def test_a_large_reservation_is_not_overtaken_for_ever() -> None:
 
     first = threading.Thread(target=take_large, daemon=True)
     first.start()
-    while not budget._waiting:
+    while not budget.waiting:
         first.join(0.001)
     second = threading.Thread(target=take_late, daemon=True)
     second.start()
-    while len(budget._waiting) < 2:
+    while budget.waiting < 2:
         second.join(0.001)
     small.change(0)
     first.join(20)
@@ -108,7 +108,7 @@ def test_an_error_gives_the_bytes_back() -> None:
     reservation.change(70)
     with pytest.raises(KeyError), reservation:
         raise KeyError
-    assert budget._used == 0
+    assert budget.used_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_photos_reserve_by_their_pixels(
     assert not read_photo(tmp_path / "a", 32, ("full",)).error
     assert pixels.asked == [40 * 30 * per_pixel]
     assert files.asked == [len(data)]
-    assert pixels._used == files._used == 0
+    assert pixels.used_bytes == files.used_bytes == 0
 
 
 def test_a_turned_jpeg_reserves_for_pillow() -> None:
@@ -188,4 +188,4 @@ def test_a_process_has_one_budget_of_at_least_two_gigabytes(tmp_path: Path) -> N
     assert pixel_budget().size_bytes >= 2 << 30
     write_photo(tmp_path / "a.jpg", 0)
     read_photo(tmp_path / "a.jpg", 32, ("full",))
-    assert pixel_budget()._used == file_budget()._used == 0
+    assert pixel_budget().used_bytes == file_budget().used_bytes == 0

@@ -14,8 +14,8 @@ from pipeline.extraction import digests
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import ExtractError, Progress
+from pipeline.photos.drive.shortages import ShortageError
 from pipeline.photos.photo_file import MAX_FILE_BYTES
-from pipeline.photos.shortages import ShortageError
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
 

@@ -166,3 +166,23 @@ def test_weights_beyond_float16_are_not_computed_in_float16() -> None:
     )
     assert precision == "float32"
     assert "beyond float16's 65,504" in notices[0]
+
+
+def test_the_check_of_the_first_photo_is_begun_while_precisions_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU. The meta device stands for it here, which is refused after that beginning."""
+    backbone = load_backbone("resnet18", "random")
+    pixels = random_pixels(2)
+    features = Encoder(backbone, device=CPU, precision="float32", image_size=64).encode(pixels)
+    gpu = torch.device("meta")
+    with pytest.raises(ValueError, match="Expected a cuda device"):
+        choose_precision(backbone, pixels, device=gpu, candidates=("float16", "float32"))
+    plain_runs = []
+    monkeypatch.setattr(precision_module, "encode_plain", lambda *_: plain_runs.append(1))
+    with pytest.raises(EncoderError, match="gives wrong features"):
+        check_features(backbone, pixels[:1], features[0].flip(0), "float16")
+    assert plain_runs == []
+    with pytest.raises(TypeError, match="NoneType"):  # it was begun once, and for that photo alone
+        check_features(backbone, pixels[:1], features[0], "float16")
+    assert plain_runs == [1]

@@ -18,10 +18,11 @@ import torch
 
 from pipeline import captioner
 from pipeline.captioner import Captioner
-from pipeline.photos import photo_loader
-from pipeline.photos.answers import prompt_answer_of
+from pipeline.photos.drive.answers import prompt_answer_of
+from pipeline.photos.drive.silence import StalledError
 from pipeline.photos.photo_file import ReadPhoto, read_photo
-from pipeline.photos.photo_loader import PhotoLoader, StalledError
+from pipeline.photos.photo_loader import PhotoLoader
+from pipeline.photos.readers import threads
 from tests.conftest import ROOT, write_photo
 from tests.pipeline.test_captioner import trained
 from tests.pipeline.test_cli import cap
@@ -30,7 +31,7 @@ from train.model.bundle import load_bundle
 # A system call that waits for a dead drive cannot be interrupted. Ctrl-C comes while it waits.
 HANGING = """
 import os, signal, threading
-from pipeline.photos import photo_loader
+from pipeline.photos.readers import threads
 pressed = threading.Lock()
 def hang(*arguments, **options):
     while True:
@@ -72,8 +73,8 @@ def test_every_name_is_one_line(run_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "letters"),
     [
-        ("photo_loader.read_photo", "a"),
-        ("photo_loader.read_photo", "abc"),
+        ("threads.read_photo", "a"),
+        ("threads.read_photo", "abc"),
         ("os.path.isdir", "a"),
     ],
 )
@@ -97,7 +98,7 @@ def test_a_drive_that_gives_no_photo_ends_the_run_after_what_came_before(
             never.wait()
         return read_photo(path, *arguments, **options)
 
-    monkeypatch.setattr(photo_loader, "read_photo", read)
+    monkeypatch.setattr(threads, "read_photo", read)
     monkeypatch.setattr(captioner, "PhotoLoader", functools.partial(PhotoLoader, stall_s=0.1))
     monkeypatch.setattr(captioner, "_BATCH_PHOTOS", 2)
     found = Captioner.load(run_folder, device="cpu").stream(sorted(photos.glob("*.jpg")))

@@ -26,11 +26,13 @@ from pipeline.extraction import digests, encode_batches, reuse
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import ExtractError, Progress
-from pipeline.photos import photo_file, photo_loader
+from pipeline.photos import photo_file
 from pipeline.photos.decoding import MAX_PIXELS
+from pipeline.photos.drive.silence import StalledError
+from pipeline.photos.drive.witnesses import VanishedError, Witnesses
 from pipeline.photos.photo_file import ReadPhoto, file_digest, read_file
-from pipeline.photos.photo_loader import PhotoLoader, StalledError
-from pipeline.photos.witnesses import VanishedError, Witnesses
+from pipeline.photos.photo_loader import PhotoLoader
+from pipeline.photos.readers import threads
 from tests.cache.test_place import leave_a_draft
 from tests.conftest import ROOT, MakeCache, skeleton, write_photo
 from tests.pipeline.test_extract import config, run
@@ -228,7 +230,7 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
             back.wait()
         return real(path, size, views, out)
 
-    monkeypatch.setattr(photo_loader, "read_photo", read_photo)
+    monkeypatch.setattr(threads, "read_photo", read_photo)
     monkeypatch.setattr(encode_batches, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))
     started = time.monotonic()
     with pytest.raises(StalledError, match=r"2\d\.jpg: nothing came from the disk for \d s; what"):
@@ -253,7 +255,7 @@ def test_a_drive_that_stalls_from_the_start_leaves_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
-    monkeypatch.setattr(photo_loader, "read_photo", lambda *_, **__: [None, back.wait()][0])
+    monkeypatch.setattr(threads, "read_photo", lambda *_, **__: [None, back.wait()][0])
     monkeypatch.setattr(extraction, "PhotoLoader", partial(PhotoLoader, stall_s=0.2))
     monkeypatch.setattr(extraction, "fast_precisions", lambda device: ("bfloat16", "float32"))
     with pytest.raises(StalledError, match=r"a\.jpg: nothing came from the disk for"):
@@ -284,7 +286,7 @@ def test_decompression_bombs_are_refused_before_they_take_memory(tmp_path: Path)
     code = """
 import resource, sys
 from pathlib import Path
-from pipeline.photos import photo_file, photo_loader
+from pipeline.photos import photo_file
 from pipeline.photos.photo_file import read_photo
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 100_000_000

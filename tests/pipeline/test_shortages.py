@@ -15,8 +15,8 @@ from PIL import Image
 from cache.store import open_cache
 from pipeline.photos import decoding, photo_file, preprocessing
 from pipeline.photos.decoding import ImageError, decode
+from pipeline.photos.drive.shortages import ShortageError, is_shortage
 from pipeline.photos.photo_file import read_photo
-from pipeline.photos.shortages import ShortageError, is_shortage
 from tests.conftest import write_photo
 from tests.pipeline.test_decoding import saved
 from tests.pipeline.test_extract import run

@@ -10,7 +10,7 @@ from cache.record import CacheError
 from cache.store import open_cache
 from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
-from train.captions.caption_set import TrainingSetError, _upload, caption_set
+from train.captions.caption_set import TrainingSetError, _upload, begin_upload, caption_set
 from train.captions.views import view_features
 from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 
@@ -52,6 +52,13 @@ def test_two_sets_of_one_cache_can_share_its_features_on_the_device(
     assert second._device_features is first._device_features
     assert first._device_features is not None
     assert first._device_features.shape == cache.features.shape
+    begun = begin_upload(cache, device)
+    assert begun is not None
+    third = caption_set(
+        cache, vocabulary, rows=np.array([0]), device=device, max_length=50, features_from=begun
+    )
+    assert third._device_features is begun.result()
+    assert begin_upload(cache, CPU) is None
 
 
 def test_features_are_uploaded_in_parts_without_loss(

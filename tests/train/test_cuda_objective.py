@@ -5,11 +5,9 @@ operations in place of the kernels, and by the kernels' source where there is a 
 from __future__ import annotations
 
 import copy
-import ctypes
 import dataclasses
 import itertools
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import ROOT, MakeCache
+from tests.conftest import MakeCache
+from tests.cuda_on_cpu import CpuDriver, build_for_the_cpu
 from tests.train.test_cpu_objective import (
     BATCHES,
     BFLOAT16_BOUND,
@@ -42,7 +41,7 @@ from train.step.cpu.objective import CpuObjective
 from train.step.cuda.compiled_kernels import NAMES, SOURCE, CompiledKernels
 from train.step.cuda.graphs import GraphedSteps
 from train.step.cuda.kernel_check import check_kernels
-from train.step.cuda.kernel_choice import kernels_for
+from train.step.cuda.kernel_choice import begin_kernels, kernels_for
 from train.step.cuda.launch import Function, KernelError
 from train.step.cuda.objective import CudaObjective
 from train.step.dropout import Masks, draw_masks
@@ -57,26 +56,9 @@ LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def library_for_the_cpu(dtype: torch.dtype, folder: Path) -> Path:
-    """Build `kernels.cu` for the CPU, where its threads run one after the other."""
-    library = folder / f"{str(dtype)[6:]}.so"
     options = ["-DBFLOAT16"] if dtype is torch.bfloat16 else []
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options]
-    source = ROOT / "tests" / "cuda_on_cpu.h"
-    subprocess.run([*command, f"-I{SOURCE.parent}", str(source), "-o", str(library)], check=True)
-    return library
-
-
-class CpuDriver:
-    """Takes launches as `cuda.bindings.driver` does and runs them on the CPU."""
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-
-    def cuLaunchKernel(self, function: bytes, *rest: Any) -> tuple[int]:
-        *sizes, _stream, (values, types), _extra = rest
-        arguments = [c_type(value) for value, c_type in zip(values, types, strict=True)]
-        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        return (self._library.cuLaunchKernel(function, *sizes, None, addresses, None),)
+    kernels = {name: name == "cross_entropy" for name in NAMES}  # it has barriers
+    return build_for_the_cpu(SOURCE, kernels, folder / f"{str(dtype)[6:]}.so", options)
 
 
 def built_for_the_cpu(dtype: torch.dtype, folder: Path) -> CompiledKernels:
@@ -388,7 +370,9 @@ def test_kernels_that_do_not_compile_are_reported_and_replaced(
         raise KernelError("no compiler")
 
     monkeypatch.setattr("train.step.cuda.kernel_choice.compile_kernels", compile_kernels)
-    assert kernels_for.__wrapped__(torch.device("cuda", 99), torch.float32).name == "torch"
+    asked = torch.device("cuda", 99), torch.float32
+    begin_kernels(*asked)
+    assert kernels_for(*asked).name == "torch"
     assert caplog.messages == [
         "cuda:99: training with PyTorch's operations, slower than compiled kernels (no compiler)"
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
 
@@ -44,6 +42,7 @@ def test_every_private_operation_is_there_in_this_pytorch(way: str) -> None:
         *("_fused_adamw_", "Tensor._version"),
         *("ops.aten.native_batch_norm_backward", "ops.aten._thnn_fused_lstm_cell"),
         *("ops.aten._thnn_fused_lstm_cell_backward_impl", "_foreach_copy_"),
+        "nn.Module._replicate_for_data_parallel",
     ]
     source = (ROOT / "train" / "private_torch.py").read_text(encoding="utf-8")
     for name in names:
@@ -294,23 +293,20 @@ def test_copy_all() -> None:
     torch.testing.assert_close(targets, sources)
 
 
-def test_torchvision_is_imported_without_the_compiler(way: str) -> None:
-    """In a fresh process, because modules stay imported. See also `tests/pipeline`."""
-    if way == "public":
-        pytest.skip("there is no other way")
-    code = (
-        "import sys\n"
-        "from train.private_torch import without_compiler\n"
-        "with without_compiler():\n"
-        "    from torch._dynamo.utils import is_compile_supported\n"
-        "    try: from torch._dynamo import anything_else\n"
-        "    except ImportError: print('refused')\n"
-        "print('torch._dynamo' in sys.modules, is_compile_supported('cpu') in (True, False))\n"
-        "compiler = sys.modules['torch._dynamo']\n"
-        "with without_compiler():\n"
-        "    print(sys.modules['torch._dynamo'] is compiler)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert result.stdout.split() == ["refused", "False", "True", "True"]
+def test_copy_module() -> None:
+    shared = nn.Linear(2, 2)
+    module = nn.Sequential(nn.BatchNorm1d(2), shared, nn.Sequential(shared, nn.ReLU())).eval()
+    module.register_buffer("absent", None)
+    tensors = {id(t): t + 1 for t in (*module.parameters(), *module.buffers())}
+    tensors = {key: nn.Parameter(t) if t.is_floating_point() else t for key, t in tensors.items()}
+    copied = private_torch.copy_module(module, tensors)
+    assert [type(part) for part in copied.modules()] == [type(part) for part in module.modules()]
+    assert copied.get_submodule("1") is copied.get_submodule("2.0") is not shared
+    old, new = module.state_dict(), copied.state_dict()
+    assert list(old) == list(new)
+    assert all(torch.equal(new[key], old[key] + 1) for key in old)
+    assert not any(part.training for part in copied.modules())
+    copied.set_submodule("2.1", nn.Identity())
+    copied.train()
+    assert isinstance(module.get_submodule("2.1"), nn.ReLU)
+    assert not module.training

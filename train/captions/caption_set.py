@@ -6,6 +6,7 @@ gathers each of them from a flat array, so the training loop needs no worker pro
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,12 +54,12 @@ class CaptionSet:
         offsets: NDArray[np.int64],
         full_view: int,
         device: torch.device,
-        features_from: CaptionSet | None = None,
+        features_from: CaptionSet | Future[Tensor] | None = None,
     ) -> None:
         """caption_rows: (M,) the row in `cache` of each caption. words: of all captions in turn;
         caption m is words[offsets[m] : offsets[m + 1]]. full_view: index of the view that
         evaluation uses. features_from: a set with the same features, whose copy of them on the
-        device is used.
+        device is used, or what `begin_upload` returned.
         """
         self.device = device
         self.views, self.feature_dim = cache.features.shape[1:]
@@ -73,8 +74,10 @@ class CaptionSet:
         self._cache = cache
         # A GPU holds all features (COCO: 0.34 GB). On a CPU the file stays memory-mapped.
         self._device_features: Tensor | None = None
-        if features_from is not None:
+        if isinstance(features_from, CaptionSet):
             self._device_features = features_from._device_features
+        elif features_from is not None:
+            self._device_features = features_from.result()
         elif device.type != "cpu":
             self._device_features = _upload(cache, device)
 
@@ -134,13 +137,14 @@ def caption_set(
     rows: NDArray[np.int64] | None = None,
     device: torch.device,
     max_length: int,
-    features_from: CaptionSet | None = None,
+    features_from: CaptionSet | Future[Tensor] | None = None,
 ) -> CaptionSet:
     """The captions of a cache's extracted photos, or of those among `rows`.
 
     Captions are cut after `max_length` words. Captions without a word and photos that are pending
     or unreadable are left out. features_from: another set from this cache on this device, with
-    which this one shares the features there. Raises TrainingSetError if nothing is left.
+    which this one shares the features there, or a copy of them from `begin_upload`. Raises
+    TrainingSetError if nothing is left.
     """
     table = cache.captions
     usable = cache.status == DONE
@@ -170,6 +174,16 @@ def caption_set(
         device=device,
         features_from=features_from,
     )
+
+
+def begin_upload(cache: FeatureCache, device: torch.device) -> Future[Tensor] | None:
+    """Let a thread copy the features of a cache to a GPU. None on a CPU, which maps the file."""
+    if device.type == "cpu":
+        return None
+    executor = ThreadPoolExecutor(1)
+    begun = executor.submit(_upload, cache, device)
+    executor.shutdown(wait=False)
+    return begun
 
 
 def _upload(cache: FeatureCache, device: torch.device) -> Tensor:

@@ -69,8 +69,8 @@ def _may_have_capitals(texts: Strings) -> NDArray[np.bool_]:
     """(M,) false for a text whose letters are all ASCII, and lower-case but for the first byte."""
     capital = (texts.text >= ord("A")) & (texts.text <= ord("Z")) | (texts.text >= 0x80)
     capital[texts.offsets[:-1][np.diff(texts.offsets) > 0]] = False
-    counts = np.concatenate([[0], np.cumsum(capital)])
-    found: NDArray[np.bool_] = counts[texts.offsets[1:]] > counts[texts.offsets[:-1]]
+    before = np.searchsorted(np.flatnonzero(capital), texts.offsets)  # how many there are
+    found: NDArray[np.bool_] = before[1:] > before[:-1]
     return found
 
 

@@ -65,7 +65,8 @@ def split_photos(
     all photos are copies of one, none. split_copies: ignore copies and equal ids, as 0.1.0 did.
     """
     rows = _rows_with_captions(cache)
-    ids = [cache.image_ids[row] for row in rows.tolist()]
+    all_ids = list(cache.image_ids)
+    ids = [all_ids[row] for row in rows.tolist()]
     groups = list(range(len(rows))) if split_copies else _groups(ids, cache.digests[rows])
     # The lowest id decides a group's rank, so that large groups are not held out more often.
     names: dict[int, str] = {}

@@ -47,6 +47,8 @@ from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle, read_training
 from train.model.start_model import load_start_model, new_decoder
+from train.step.cuda.kernel_choice import begin_kernels
+from train.step.objective import product_dtype
 
 
 def train(
@@ -116,6 +118,7 @@ class _Run:
         if self.device.index is not None:
             # Seeds and graphs belong to the current device.
             torch.cuda.set_device(self.device)
+        begin_kernels(self.device, product_dtype(self.device, config.precision))
         cache = open_cache(config.from_cache)
         self.cache = cache
         checkpoint = folder.read_checkpoint() if config.resume else None

@@ -10,7 +10,12 @@ import torch
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
 from cache.verify import check_rows
-from train.captions.caption_set import CaptionSet, TrainingSetError, caption_set
+from train.captions.caption_set import (
+    CaptionSet,
+    TrainingSetError,
+    begin_upload,
+    caption_set,
+)
 from train.captions.photo_split import (
     count_copies,
     count_copies_of,
@@ -52,7 +57,7 @@ def load_run_data(
     that training starts from, whose words are kept. Raises CacheError, TrainError,
     TrainingSetError, SplitError or VocabularyError.
     """
-    copies = 0
+    copies, features = 0, begin_upload(cache, device)
     if config.val_cache is not None:
         val_cache = open_cache(config.val_cache)
         _check_val_cache(val_cache, cache, may_be_the_same=rules == 1)
@@ -91,7 +96,12 @@ def load_run_data(
         vocabulary = start.vocabulary(vocabulary)
     try:
         training = caption_set(
-            cache, vocabulary, rows=training_rows, device=device, max_length=length
+            cache,
+            vocabulary,
+            rows=training_rows,
+            device=device,
+            max_length=length,
+            features_from=features,
         )
         validation = caption_set(
             val_cache,
@@ -106,8 +116,11 @@ def load_run_data(
         raise TrainError(
             f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
         ) from None
-    check_rows(cache, training.feature_rows)
-    check_rows(val_cache, validation.feature_rows)
+    if val_cache is cache:  # together, because neighbouring rows are read at once
+        check_rows(cache, np.concatenate([training.feature_rows, validation.feature_rows]))
+    else:
+        check_rows(cache, training.feature_rows)
+        check_rows(val_cache, validation.feature_rows)
     validation_photos = ValidationPhotos(val_cache, rows=validation_rows)
     trained_on = cache.digests[np.unique(training.feature_rows)]
     return RunData(

@@ -87,9 +87,11 @@ class Trainer:
         self.average: WeightAverage | None = None
         if recipe.average_decay:
             self.average = WeightAverage(self.parameters, recipe.average_decay, numbers[2])
-        dtype = product_dtype(device) if precision == "auto" else getattr(torch, precision)
         self.objective = objective_for(
-            decoder, self.parameters, dtype=dtype, label_smoothing=recipe.label_smoothing
+            decoder,
+            self.parameters,
+            dtype=product_dtype(device, precision),
+            label_smoothing=recipe.label_smoothing,
         )
         self.optimizer = self._make_optimizer(numbers[1])
         self._vocabulary = vocabulary

@@ -6,9 +6,11 @@ of milliseconds for the scores, which equal those of `train.scores.metrics.score
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ from train.scores.scoring_tokens import scoring_line
 from train.search.hypotheses import search
 
 _CHUNK_ROWS = 4096  # photos whose features are in memory at a time
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 _GPU_BATCH, _CPU_BATCH = 1024, 128  # photos captioned at a time
 
 
@@ -92,15 +95,19 @@ class ValidationPhotos:
 
         Raises TrainingSetError if no extracted photo has captions.
         """
-        texts = cache.captions.by_row(len(cache))
         usable = cache.rows_with(DONE) if rows is None else rows[cache.status[rows] == DONE]
-        self.rows = np.array([row for row in usable.tolist() if texts[row]], np.int64)
+        self.rows = usable[np.isin(usable, cache.captions.rows)].astype(np.int64)
         if not len(self.rows):
             raise TrainingSetError(f"{cache.path}: no captions of extracted photos to validate on")
         self._cache, self._view = cache, view
-        self._scorer = ValidationScorer(
-            [texts[row] for row in self.rows.tolist()], cache.captions.tokenizer
-        )
+
+    @functools.cached_property
+    def _scorer(self) -> ValidationScorer:
+        """Made for the first scores, so that training begins without it."""
+        table = self._cache.captions
+        starts, stops = (np.searchsorted(table.rows, self.rows, side) for side in _SIDES)
+        texts = [table.texts[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        return ValidationScorer(texts, table.tokenizer)
 
     @property
     def identity(self) -> str:

@@ -13,8 +13,12 @@ from train.step.cuda.objective import CudaObjective
 Objective = CpuObjective | CudaObjective
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: bfloat16 where the device multiplies it faster than float32."""
+def product_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """The dtype of matrix products: `float32` or `bfloat16` by name; with `auto`, bfloat16 where
+    the device multiplies it faster than float32.
+    """
+    if precision != "auto":
+        return torch.float32 if precision == "float32" else torch.bfloat16
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32

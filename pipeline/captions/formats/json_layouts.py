@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.captions.image_ids import image_id_of
 from pipeline.captions.mark import MARK
 from pipeline.captions.records import (
     Choice,
@@ -17,7 +18,6 @@ from pipeline.captions.records import (
     no_splits,
     unknown_splits,
 )
-from pipeline.photos.image_ids import image_id_of
 
 _HELP = "is it a captions file as COCO or Karpathy publish them?"
 # VizWiz's marks of captions that are not to be trained on.

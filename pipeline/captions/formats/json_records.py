@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.captions.formats.columns import Columns, ColumnsUnknown, choose_columns, name_key
 from pipeline.captions.formats.tables import FLAGS, TRUE
+from pipeline.captions.image_ids import image_id_of
 from pipeline.captions.mark import MARK
 from pipeline.captions.photo_index import PhotoIndex, looks_like_photo, without_number
 from pipeline.captions.records import (
@@ -25,7 +26,6 @@ from pipeline.captions.records import (
     shortened,
     unknown_splits,
 )
-from pipeline.photos.image_ids import image_id_of
 
 _JUDGED_RECORDS = 500
 _DEEPEST = 12

@@ -35,34 +35,41 @@ class Function:
 
     def for_each(self, count: int, *arguments: Tensor | int | float) -> None:
         """Launch one thread per item; the last block may have more threads than items."""
-        self._launch(-(-count // _THREADS), arguments)
+        self._launch((-(-count // _THREADS), 1, 1), arguments)
 
     def for_each_row(self, rows: int, *arguments: Tensor | int | float) -> None:
         """Launch one block per row."""
-        self._launch(rows, arguments)
+        self._launch((rows, 1, 1), arguments)
 
-    def _launch(self, blocks: int, arguments: Sequence[Tensor | int | float]) -> None:
-        """Launch on the current stream, so that CUDA graphs can capture it.
+    def for_each_block(
+        self, blocks: tuple[int, int, int], *arguments: Tensor | int | float
+    ) -> None:
+        """Launch this many blocks of 256 threads along x, y and z."""
+        self._launch(blocks, arguments)
 
-        An int becomes a C int, a float a C float, a tensor the address of its first number. Tensors
-        must be contiguous and on the device. Raises KernelError.
-        """
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        types = tuple(_c_type(argument) for argument in arguments)
+    def _launch(
+        self, blocks: tuple[int, int, int], arguments: Sequence[Tensor | int | float]
+    ) -> None:
+        """Launch on the current stream, so that CUDA graphs can capture it. Raises KernelError."""
         stream = torch.cuda.current_stream(self._device).cuda_stream
         _call(
             self._driver.cuLaunchKernel, self._function,
-            blocks, 1, 1,  # the grid
+            *blocks,  # the grid
             _THREADS, 1, 1,  # a block
             0,  # bytes of dynamic shared memory
-            stream, (values, types), 0,
+            stream, c_arguments(arguments), 0,
         )  # fmt: skip
 
 
-def compile_source(source: str, architecture: str, options: Sequence[str] = ()) -> bytes:
-    """Compile to machine code for GPUs of one architecture, such as `sm_90`. Raises KernelError."""
+def compile_source(
+    source: str, architecture: str, options: Sequence[str] = (), name: str = "kernels.cu"
+) -> bytes:
+    """Compile to machine code for GPUs of one architecture, such as `sm_90`.
+
+    name: of the file, for messages. Raises KernelError.
+    """
     _, nvrtc = _bindings()
-    program = _call(nvrtc.nvrtcCreateProgram, source.encode(), b"kernels.cu", 0, None, None)
+    program = _call(nvrtc.nvrtcCreateProgram, source.encode(), name.encode(), 0, None, None)
     try:
         given = [f"--gpu-architecture={architecture}".encode(), *(o.encode() for o in options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
@@ -96,6 +103,18 @@ def load_functions(code: bytes, names: Sequence[str], device: torch.device) -> d
 def architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def c_arguments(
+    arguments: Sequence[Tensor | int | float],
+) -> tuple[tuple[int | float, ...], tuple[type[Any], ...]]:
+    """What a kernel is given: values, and their C types.
+
+    An int becomes a C int, a float a C float, a tensor the address of its first number. Tensors
+    must be contiguous and on the device.
+    """
+    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    return values, tuple(_c_type(argument) for argument in arguments)
 
 
 def _c_type(argument: Tensor | int | float) -> type[Any]:

@@ -11,7 +11,6 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from pathlib import Path
 
 from cache.errors import CapError
 
@@ -27,7 +26,7 @@ class VanishedError(CapError):
 class Witnesses:
     """Photos, evenly spread over a run, that were there when it began."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], path_of: Callable[[int], Path]) -> None:
+    def __init__(self, rows: Sequence[Sequence[int]], path_of: Callable[[int], str]) -> None:
         """rows: of the run, ascending, in parts. path_of: the photo of a row."""
         every = max(1, sum(map(len, rows)) // _WITNESSES)
         self._rows = list(islice(chain.from_iterable(rows), 0, None, every))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from pipeline.photos.photo_loader import STALL_S, StalledError
+from pipeline.photos.drive.silence import STALL_S, StalledError
 
 T = TypeVar("T")
 

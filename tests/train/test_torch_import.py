@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from train.openmp import spin_briefly
+from train.torch_import import spin_briefly
 
 
 @pytest.fixture
@@ -52,3 +52,23 @@ def test_the_command_line_sets_the_spin_before_torch_is_imported() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert result.stdout.splitlines()[-1] == "1000 False"
+
+
+def test_torchvision_is_imported_without_the_compiler() -> None:
+    """In a fresh process, because modules stay imported. See also `tests/pipeline`."""
+    code = (
+        "import sys\n"
+        "from train.torch_import import without_compiler\n"
+        "with without_compiler():\n"
+        "    from torch._dynamo.utils import is_compile_supported\n"
+        "    try: from torch._dynamo import anything_else\n"
+        "    except ImportError: print('refused')\n"
+        "print('torch._dynamo' in sys.modules, is_compile_supported('cpu') in (True, False))\n"
+        "compiler = sys.modules['torch._dynamo']\n"
+        "with without_compiler():\n"
+        "    print(sys.modules['torch._dynamo'] is compiler)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.split() == ["refused", "False", "True", "True"]

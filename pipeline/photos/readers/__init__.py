@@ -1,0 +1,1 @@
+"""Readers: threads or processes that read, digest and decode photo files for `PhotoLoader`."""
