@@ -34,8 +34,9 @@ def build_vocab(
 ) -> None:
     """Count words and show the vocabulary that a minimum count gives.
 
-    All captions in a cache or a captions file are counted. `cap train` counts only those that it
-    trains on, without the held-out photos and those that could not be read.
+    It helps to choose the --min-count of `cap train`, which makes its vocabulary itself. All
+    captions in a cache or a captions file are counted. `cap train` counts only those that it trains
+    on, without the held-out photos and those that could not be read.
 
     Example: cap build-vocab --from train.h5 --min-count 4
     """

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from pipeline.cli.app import app
-from pipeline.cli.arguments.files import wanted_by
+from pipeline.cli.arguments.files import wanted_by, wrong_file
 from pipeline.inspection.kinds import Kind, kind_of
 from tests.conftest import ROOT, write_photo
 from tests.pipeline.test_cli import cap
@@ -99,6 +99,14 @@ def test_a_folder_of_photos_may_hold_a_run(files: Path, tmp_path: Path) -> None:
     shutil.copytree(files / "run", tmp_path / "both")
     write_photo(tmp_path / "both" / "a.jpg", 0)
     assert kind_of(tmp_path / "both") is Kind.FOLDER
+
+
+def test_photos_may_lie_below_a_run(files: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(files / "run", tmp_path / "run")
+    write_photo(run / "photos" / "a.jpg", 0)
+    for name in ("images", "paths"):
+        assert wrong_file("predict", {}, {name: [str(run)]}) is None
+        assert wrong_file("predict", {}, {name: [str(files / "run")]}) is not None
 
 
 def test_every_option_for_a_file_is_looked_at() -> None:

@@ -95,6 +95,8 @@ def wrong_file(command: str, flags: Mapping[str, str], values: Mapping[str, Any]
             own = wanted is NEW_FOLDER and command in _OWN_FOLDER and not values.get("overwrite")
             if own and (others := foreign_entries(path, kind)):
                 return f"{path}: holds {others} other files; name a folder of its own with --out"
+            if kind is Kind.RUN and wanted in (PHOTOS, PICTURES) and _has_folders(path):
+                continue  # photos may be below
             if kind in wanted.refuses:
                 return f"{path}: is {kind.value}, not {wanted.text}; " + _advice(
                     path, kind, command, flags, name
@@ -130,6 +132,11 @@ def _kind_of(path: str) -> Kind:
         return answers.get(timeout=_SOON_S)
     except queue.Empty:
         return Kind.OTHER
+
+
+def _has_folders(path: str) -> bool:
+    with os.scandir(path) as entries:
+        return any(entry.is_dir() for entry in entries)
 
 
 def _nothing_below(out: Path) -> str | None:
