@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -256,16 +257,20 @@ def predict(
             raise CapError(f"{' '.join(paths)}: no photos found")
         captioner = Captioner.load(model, device=device, weights=weights, search_config=search)
         failed = 0
-        for prediction in captioner.stream(names):
-            failed += bool(prediction.error)
-            if as_json:
-                print_json(prediction.as_dict(log_probs=log_probs), indent=None)
-            elif prediction.error:
-                complain(one_line(f"error: {prediction.path}: {prediction.error}"))
-            else:
-                for caption in prediction.captions:
-                    text = " ".join(caption.words) if words else caption.caption
-                    print(f"{one_field(prediction.path)}\t{text}", flush=True)
+        # On a terminal, the captions themselves are the progress.
+        after_s = math.inf if sys.stdout.isatty() else _SOON_S
+        with ProgressLine("captioning", "photos", after_s=after_s) as line:
+            for done, prediction in enumerate(captioner.stream(names), 1):
+                failed += bool(prediction.error)
+                if as_json:
+                    print_json(prediction.as_dict(log_probs=log_probs), indent=None)
+                elif prediction.error:
+                    line.say(one_line(f"error: {prediction.path}: {prediction.error}"), complain)
+                else:
+                    for caption in prediction.captions:
+                        text = " ".join(caption.words) if words else caption.caption
+                        print(f"{one_field(prediction.path)}\t{text}", flush=True)
+                line.update_timed(done, len(names))
         if (doubt := captioner.doubt()) is not None:
             say(
                 f"{model}: its captions mean little ({doubt}); train it on more photos or more "

@@ -231,6 +231,18 @@ def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Pa
     assert "'--temperature'" in err
 
 
+def test_captioning_that_takes_long_shows_how_far_it_is(
+    work: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["predict", photos, "--model", work / "run", "--device", "cpu"]
+    assert "captioning" not in cap(*told, code=1)[1]
+    monkeypatch.setattr("pipeline.cli.caption._SOON_S", 0.0)
+    out, err = cap(*told, code=1)
+    assert out.count("\n") == 11
+    assert re.search(r"^captioning: 12/12 photos, [\d.,]+ photos/s$", err, re.MULTILINE)
+    assert f"error: {photos}/e.jpg: not an image" in err
+
+
 @pytest.mark.parametrize("end", ["\n", "\0"], ids=["lines", "null"])
 def test_paths_come_from_standard_input(work: Path, photos: Path, end: str) -> None:
     names = [str(photos / "b.jpg"), str(photos / "a.jpg")]
