@@ -21,8 +21,9 @@ def lock_existing(path: Path) -> int | None:
     process is writing it.
     """
     # Functions of `os.path`, which raise no error where a folder above may not be read.
-    if not os.path.isdir(path.parent):
-        raise CacheError(f"{path.parent}: no such folder")
+    folder = folder_above(path)
+    if not os.path.isdir(folder):
+        raise CacheError(f"{folder}: is no folder, so nothing can be written below it")
     if os.path.isdir(path):
         raise CacheError(f"{path}: is a folder; name a file")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -32,6 +33,17 @@ def lock_existing(path: Path) -> int | None:
         os.close(fd)
         raise CacheError(f"{path}: not a feature cache, so it is not replaced; name another --out")
     return fd
+
+
+def folder_above(path: Path) -> Path:
+    """The folder of `path`, or the nearest one above it that is there: `new_file` makes the rest.
+
+    It may be no folder, but another file.
+    """
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def lock_new(fd: int, path: Path) -> None:
@@ -72,12 +84,14 @@ def _lock(path: Path) -> int | None:
 def new_file(path: Path) -> Iterator[Path]:
     """The path of a draft of `path`; see `draft`. Error messages name `path` instead of it.
 
-    Raises CacheError if another process is making the same file, or if the disk fails.
+    Folders that are missing are made. Raises CacheError if another process is making the same file,
+    or if the disk fails.
     """
     if remove_leftovers(path):
         raise CacheError(f"{path}: another process is writing it")
     temporary = path
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with draft(path) as temporary:
             yield temporary
     except CacheError as error:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cache.atomic import follow_link, remove_leftovers
 from cache.create import create_file
-from cache.place import lock_existing, new_file, publish
+from cache.place import folder_above, lock_existing, new_file, publish
 from cache.record import (
     CacheError,
     Shard,
@@ -254,7 +254,7 @@ def open_writer(
     Raises CacheError if another process is writing it, if the file there is no cache, or differs
     (naming the field) and `overwrite` is off, or if the folder cannot be written to.
     """
-    path = follow_link(Path(path))
+    path = _followed(Path(path))
     while True:
         existing = lock_existing(path)
         try:
@@ -284,7 +284,7 @@ def new_cache(
 
     Raises CacheError as `open_writer` does, and if a file is there and `overwrite` is off.
     """
-    path = follow_link(path)
+    path = _followed(path)
     existing = lock_existing(path)
     there = CacheError(f"{path}: already exists; name another --out, or --overwrite it")
     try:
@@ -306,13 +306,25 @@ def new_cache(
             os.close(existing)
 
 
+def _followed(path: Path) -> Path:
+    """The file that `path` leads to.
+
+    Raises CacheError if it is a link into a folder that is missing. That may be a disk that is not
+    there now, so the folder is not made.
+    """
+    target = follow_link(path)
+    if target != path and not os.path.isdir(target.parent):
+        raise CacheError(f"{target.parent}: no such folder, where the link {path} leads")
+    return target
+
+
 def check_place(path: Path) -> None:
     """Raise CacheError before any work is done if `open_writer` could not start at `path`."""
-    path = follow_link(path)
+    path = _followed(path)
     fd = lock_existing(path)
     if fd is not None:
         os.close(fd)
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(folder_above(path), os.W_OK):
         raise CacheError(f"{path}: cannot write (the folder is read-only)")
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cache.errors import CapError
 from cache.store import DONE, FeatureCache
@@ -36,7 +38,7 @@ from train.scores.degenerate import degenerate
 from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
-_CACHE_ROWS = 1024  # how many rows of a cache are captioned at once
+_CACHE_ROWS = 256  # how many rows of a cache are captioned at once
 _JUDGED_CAPTIONS = 1000
 
 
@@ -53,13 +55,16 @@ class Caption:
     log_probs: tuple[float, ...] = ()  # of each of the words, then of the caption's end
     words: tuple[str, ...] = ()  # as the model knows them: in lower case, punctuation among them
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
+    def as_dict(self, *, log_probs: bool = False) -> dict[str, Any]:
+        """The fields for JSON. log_probs: with the log-probabilities of the words."""
+        found: dict[str, Any] = {
             "caption": self.caption,
             "words": list(self.words),
             "score": round(self.score, 4),
-            "log_probs": [round(value, 4) for value in self.log_probs],
         }
+        if log_probs:
+            found["log_probs"] = [round(value, 4) for value in self.log_probs]
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,17 @@ class Prediction:
         """The words of `caption` as the model knows them: in lower case, punctuation among them."""
         return self.captions[0].words if self.captions else ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields for JSON. `captions` is present only if there are several."""
+    def as_dict(self, *, log_probs: bool = False) -> dict[str, Any]:
+        """The fields for JSON. `captions` is present only if there are several.
+
+        log_probs: with the log-probabilities of the words.
+        """
         if self.error:
             return {"path": self.path, "error": self.error}
-        found: dict[str, Any] = {"path": self.path, **self.captions[0].as_dict()}
-        if len(self.captions) > 1:
-            found["captions"] = [caption.as_dict() for caption in self.captions]
+        dicts = [caption.as_dict(log_probs=log_probs) for caption in self.captions]
+        found: dict[str, Any] = {"path": self.path, **dicts[0]}
+        if len(dicts) > 1:
+            found["captions"] = dicts
         return found
 
 
@@ -209,26 +218,33 @@ def _caption(vocabulary: Vocabulary, hypothesis: Hypothesis) -> Caption:
 
 
 def caption_cache(
-    bundle: Bundle, cache: FeatureCache, search_config: SearchConfig
+    bundle: Bundle,
+    cache: FeatureCache,
+    search_config: SearchConfig,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> dict[str, Prediction]:
-    """Captions for every extracted photo of a cache, by image id. Reads no photo file.
+    """Captions for photos of a cache, by image id. Reads no photo file.
 
-    Raises SearchError, ViewError or CaptionError (a photo gets no caption).
+    rows: of the photos, ascending; None for all that were extracted. report: is told how many
+    photos of how many are done. Raises SearchError, ViewError or CaptionError (a photo gets no
+    caption).
     """
     search_config = search_config.up_to(bundle.vocabulary.longest)
     view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
     device = next(bundle.decoder.parameters()).device
     predictions = {}
-    done = cache.rows_with(DONE)
-    for start in range(0, len(done), _CACHE_ROWS):
-        rows = done[start : start + _CACHE_ROWS]
+    wanted = cache.rows_with(DONE) if rows is None else rows
+    for start in range(0, len(wanted), _CACHE_ROWS):
+        chosen = wanted[start : start + _CACHE_ROWS]
         found = search_several(
             bundle.decoder,
-            view_features(cache, rows, view).to(device),
+            view_features(cache, chosen, view).to(device),
             search_config,
-            numbers=rows.tolist(),
+            numbers=chosen.tolist(),
         )
-        for row, hypotheses in zip(rows.tolist(), found, strict=True):
+        for row, hypotheses in zip(chosen.tolist(), found, strict=True):
             prediction = _prediction(cache.paths[row], bundle.vocabulary, hypotheses)
             if prediction.error:
                 raise CaptionError(
@@ -236,6 +252,8 @@ def caption_cache(
                     "use another model"
                 )
             predictions[cache.image_ids[row]] = prediction
+        if report is not None:
+            report(len(predictions), len(wanted))
     return predictions
 
 

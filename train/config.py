@@ -359,6 +359,20 @@ class SearchError(CapError):
     """Raised when the settings of a search contradict each other. The message is one line."""
 
 
+def with_enough_beams(config: SearchConfig) -> tuple[SearchConfig, str | None]:
+    """(the settings with as many beams as the captions and groups ask for, one line if those are
+    more than were asked for).
+    """
+    beams = max(config.beam_size, config.captions)
+    beams = -(-beams // config.groups) * config.groups
+    if config.sample or beams == config.beam_size:
+        return config, None
+    why = f"{config.captions} captions" if config.captions > config.beam_size else ""
+    if beams % max(config.beam_size, config.captions):
+        why += f"{' in ' if why else ''}{config.groups} groups"
+    return replace(config, beam_size=beams), f"searching with {beams} beams, for {why}"
+
+
 def check_search(config: SearchConfig) -> None:
     """Raise SearchError if the settings contradict each other."""
     if config.beam_size % config.groups:

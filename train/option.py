@@ -10,8 +10,9 @@ command. Imports nothing heavy.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -44,6 +45,8 @@ class Option:
     presets: Mapping[str, Any] | None = None
     # The type of each value of an option that may be given several times, which makes a tuple.
     many: type | None = None
+    # Values that a shell completes, although others are accepted too.
+    usual: tuple[str, ...] = ()
 
 
 def about(help: str) -> dict[str, Option]:
@@ -61,9 +64,10 @@ def option(
     parse: Callable[[str], Any] | None = None,
     presets: Mapping[str, Any] | None = None,
     many: type | None = None,
+    usual: tuple[str, ...] = (),
 ) -> T:
     """A field with a default that is an option."""
-    metadata = {_KEY: Option(help, min, max, choices, parse, presets, many)}
+    metadata = {_KEY: Option(help, min, max, choices, parse, presets, many, usual)}
     return field(default=default, metadata=metadata)
 
 
@@ -84,10 +88,25 @@ def check_bounds(config: Any) -> None:
             raise SettingError(f"{each.name.replace('_', ' ')} {problem}")
 
 
+def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
+    """The words that are most like a misspelt or incomplete one, the most alike first."""
+    known = {each.lower(): each for each in words}
+    word = word.lower()
+    alike = difflib.get_close_matches(word, known, count, 0.7)
+    # `vit` is unlike `vit_b_16` by its letters alone.
+    begins = sorted(name for name in known if len(word) > 1 and name.startswith(word))
+    return [known[name] for name in dict.fromkeys([*alike, *begins])][:count]
+
+
+def or_list(words: Iterable[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _problem(value: Any, option: Option) -> str | None:
     if option.choices and value not in option.choices:
-        *words, last = option.choices
-        return f"{value!r} is not {', '.join(words)} or {last}"
+        return f"{value!r} is not {or_list(option.choices)}"
     low, high = option.min, option.max
     if isinstance(value, float) and math.isnan(value):
         return "nan is not a number"

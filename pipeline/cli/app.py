@@ -5,16 +5,35 @@ Heavy imports happen inside the commands, so that help appears at once.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from pipeline.cli.arguments.command import Command, Group
+from pipeline.cli.arguments.verbosity import with_verbosity
 from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
-from pipeline.cli.extract import extract_features
-from pipeline.cli.sweep import runs, sweep
-from pipeline.cli.train import build_vocab, train
+from pipeline.cli.extract import backbones, extract_features
+from pipeline.cli.train import build_vocab, runs, sweep, train
+
+
+def show_version(wanted: bool) -> None:
+    """Print the versions that a report of a bug needs, and end the command."""
+    if wanted:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            ours = version("cap")
+        except PackageNotFoundError:  # run from a copy of the source
+            ours = "(not installed)"
+        print(f"cap {ours} (Python {platform.python_version()}, torch {version('torch')})")
+        raise typer.Exit
+
 
 app = typer.Typer(
+    cls=Group,
     help="Turn photos and captions into a captioning model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -22,7 +41,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+@app.callback()
+def cap(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=show_version),
+    ] = False,
+) -> None:
+    """Turn photos and captions into a captioning model."""
+
+
 app.command("extract-features")(extract_features)
+app.command()(backbones)
 app.command()(merge)
 app.command()(info)
 app.command()(verify)
@@ -33,4 +64,10 @@ app.command()(runs)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(demo)
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", cls=Group)
+
+for group in (app, bench):
+    for registered in group.registered_commands:
+        registered.cls = Command
+        assert registered.callback is not None
+        registered.callback = with_verbosity(registered.callback)

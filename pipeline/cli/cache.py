@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pipeline.cli.errors import errors
+from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import CaptionColumn, Device, ImageColumn, Json, MovedWeights
-from pipeline.cli.terminal import one_field, one_line, print_json, say
+from pipeline.cli.terminal import complain, one_field, one_line, print_json
 
 
 def merge(
@@ -54,7 +54,7 @@ def merge(
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A feature cache or a captions file.")],
+    file: Annotated[Path, typer.Argument(help="A cache, model, run, captions file, …")],
     images: Annotated[
         Path | None, typer.Option(help="Folder of the photos that a captions file names.")
     ] = None,
@@ -65,54 +65,51 @@ def info(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what is inside a cache and how it was made, or how a captions file is understood.
+    """Show what a file or a folder is, and what is inside.
+
+    A cache and how it was made, a model with its encoder, words and scores, a run, a checkpoint,
+    weights, a folder of photos; or how a captions file is understood.
 
     Example: cap info val.h5
     """
     with errors():
-        from cache.seal import is_cache
         from pipeline.captions.dataset import WITHOUT_FILE
+        from pipeline.inspection.contents import facts_of, facts_table, json_facts
+        from pipeline.inspection.kinds import Kind, kind_of
 
-        is_text = file.is_file() and file.suffix.lower() not in (".h5", ".hdf5")
-        if str(file) in WITHOUT_FILE or (is_text and not is_cache(file)):
-            if unreadable:
-                raise typer.BadParameter("--unreadable is for caches")
-            _show_captions(file, images, image_column, caption_column, as_json)
+        kind = Kind.TEXT if str(file) in WITHOUT_FILE else kind_of(file)
+        if unreadable and kind is not Kind.CACHE:
+            raise WrongArguments("--unreadable is for caches")
+        of_captions = images or image_column or caption_column
+        if kind is Kind.TEXT:
+            facts = None if of_captions else json_facts(file)
+            if facts is None:
+                _show_captions(file, images, image_column, caption_column, as_json)
+                return
+        else:
+            if of_captions and kind is not Kind.ABSENT:
+                raise WrongArguments("--images and the columns are for captions files")
+            if unreadable and not as_json:
+                _list_unreadable(file)
+                return
+            facts = facts_of(file)
+        if not as_json:
+            print(facts_table(facts))
             return
-        if images or image_column or caption_column:
-            raise typer.BadParameter("--images and the columns are for captions files")
-        from cache.store import DONE, PENDING, open_cache
+        if unreadable:
+            facts["errors"] = [{"path": p, "reason": r} for p, r in _unreadable(file)]
+        print_json(facts)
 
-        opened = open_cache(file, allow_pending=True)
-        if unreadable and not as_json:
-            for path, reason in opened.errors():
-                print(f"{one_field(path)}\t{one_line(reason)}")
-            return
-        facts: dict[str, Any] = {
-            "photos": len(opened),
-            "done": len(opened.rows_with(DONE)),
-            "pending": len(opened.rows_with(PENDING)),
-            "unreadable": len(opened.errors()),
-            "captions": len(opened.captions),
-            "distinct_words": len(opened.captions.words),
-            "tokenizer": opened.captions.tokenizer,
-            "size_bytes": file.stat().st_size,
-            **dataclasses.asdict(opened.encoder),
-            "batch_rows": opened.batch_rows,
-            **({"shard": str(opened.shard)} if opened.shard else {}),
-            "library_versions": opened.library_versions,
-        }
-        if as_json:
-            if unreadable:
-                facts["errors"] = [{"path": p, "reason": r} for p, r in opened.errors()]
-            print_json(facts)
-            return
-        for name, value in facts.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{key} {item}" for key, item in value.items())
-            elif isinstance(value, tuple):
-                value = ",".join(value)
-            print(f"{name:<16} {value:,}" if isinstance(value, int) else f"{name:<16} {value}")
+
+def _unreadable(cache: Path) -> list[tuple[str, str]]:
+    from cache.store import open_cache
+
+    return open_cache(cache, allow_pending=True).errors()
+
+
+def _list_unreadable(cache: Path) -> None:
+    for path, reason in _unreadable(cache):
+        print(f"{one_field(path)}\t{one_line(reason)}")
 
 
 def _show_captions(
@@ -156,7 +153,7 @@ def verify(
 
         result = verify_cache(cache, images, sample=sample, weights=weights, device=device)
         for problem in result.problems:
-            say(problem)
+            complain(problem)
         if as_json:
             print_json({**dataclasses.asdict(result), "ok": result.ok})
         else:

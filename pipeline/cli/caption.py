@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -10,7 +14,8 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from cache.errors import CapError
-from pipeline.cli.errors import errors
+from pipeline.cli.arguments.scoring import check_what_is_scored
+from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import (
     CaptionColumn,
     Device,
@@ -20,11 +25,14 @@ from pipeline.cli.options import (
     choice,
     options,
 )
-from pipeline.cli.terminal import one_field, one_line, print_json, say
+from pipeline.cli.terminal import ProgressLine, complain, one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
-from train.config import SearchConfig, SearchError, check_search
+from train.config import SearchConfig, SearchError, check_search, with_enough_beams
 from train.torch_import import start_torch
+
+_STDIN = "-"
+_SOON_S = 3.0  # what takes longer shows how far it is
 
 
 @options
@@ -55,7 +63,7 @@ def evaluate(
     ] = None,
     only: Annotated[
         Path | None,
-        typer.Option(help="Score only the photos of --captions named in this file, one per line."),
+        typer.Option(help="Score only the photos named in this file, one per line."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -69,9 +77,16 @@ def evaluate(
     no_meteor: Annotated[
         bool, typer.Option("--no-meteor", help="Leave out METEOR, which takes most of the time.")
     ] = False,
-    no_spice: Annotated[
-        bool, typer.Option("--no-spice", help="Leave out SPICE, even if it could be computed.")
+    spice: Annotated[
+        bool, typer.Option("--spice", help="Compute SPICE, too; it needs Java 8 to 14 and jars.")
     ] = False,
+    no_spice: Annotated[
+        bool, typer.Option("--no-spice", hidden=True, help="The default; of earlier versions.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a model's scores and captions.  [default: the model's]"),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -81,84 +96,94 @@ def evaluate(
 
     Example: cap evaluate --model runs/base --cache val.h5
     """
-    _check_search(search)
-    part = split or only or image_column or caption_column
-    _check_what_is_scored(model, predictions, human, cache, captions, part)
-    if model is None and search != SearchConfig():
-        raise typer.BadParameter("the options of the search have no effect without --model")
-    if tokenizer is not None and captions is None:
-        raise typer.BadParameter("--tokenizer is for --captions; a cache and a model know theirs")
-    if predictions is None and all_photos:
-        raise typer.BadParameter("--all has no effect without --predictions")
+    searches = search != SearchConfig()
+    search = _searched(search)
+    if spice and no_spice:
+        raise WrongArguments("--spice and --no-spice contradict each other; give one of them")
+    check_what_is_scored(
+        model=model,
+        predictions=predictions,
+        human=human,
+        cache=cache,
+        captions=captions,
+        of_captions=split or image_column or caption_column,
+        tokenizer=tokenizer,
+        all_photos=all_photos,
+        out=out,
+        searches=searches,
+    )
     with errors():
         start_torch(device if model is not None else "cpu")
         from pipeline.evaluation import evaluate as stage
 
-        meteor, spice = not no_meteor, not no_spice
         if model is not None and cache is not None:
-            result = stage.evaluate(model, cache, search, device=device, meteor=meteor, spice=spice)
+            with ProgressLine("captioning", "photos", after_s=_SOON_S) as line:
+                result = stage.evaluate(
+                    model,
+                    cache,
+                    search,
+                    out=out,
+                    only=only,
+                    device=device,
+                    meteor=not no_meteor,
+                    spice=spice,
+                    report=line.update_timed,
+                )
             _say_all(result.scores.notices)
-            say(f"written to {result.scores_file} and {result.predictions_file}")
             _show(result, as_json)
-        elif predictions is not None:
+            if result.problem is not None:  # the scores are shown all the same
+                raise result.problem
+            say(f"written to {result.scores_file} and {result.predictions_file}")
+            return
+        references: dict[str, Any] = {
+            "cache": cache,
+            "captions": captions,
+            "split": split,
+            "only": only,
+            "tokenizer": tokenizer,
+            "image_column": image_column,
+            "caption_column": caption_column,
+        }
+        scoring: dict[str, Any] = {"meteor": not no_meteor, "spice": spice, "say": say}
+        if predictions is not None:
             scored = stage.evaluate_predictions(
-                predictions,
-                cache=cache,
-                captions=captions,
-                split=split,
-                only=only,
-                tokenizer=tokenizer,
-                image_column=image_column,
-                caption_column=caption_column,
-                all_photos=all_photos,
-                meteor=meteor,
-                spice=spice,
-                say=say,
+                predictions, all_photos=all_photos, **references, **scoring
             )
             _say_all(scored.scores.notices)
             _show(scored, as_json)
         else:
-            people = stage.evaluate_people(
-                cache=cache,
-                captions=captions,
-                split=split,
-                only=only,
-                tokenizer=tokenizer,
-                image_column=image_column,
-                caption_column=caption_column,
-                meteor=meteor,
-                spice=spice,
-                say=say,
-            )
+            people = stage.evaluate_people(**references, **scoring)
             _say_all(people.notices)
             _show(people, as_json)
 
 
-def _check_search(search: SearchConfig) -> None:
-    """Raise BadParameter if the settings contradict each other."""
+def _searched(search: SearchConfig) -> SearchConfig:
+    """The settings with enough beams. Raises WrongArguments if they contradict each other."""
+    search, notice = with_enough_beams(search)
     try:
         check_search(search)
     except SearchError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongArguments(str(error)) from None
+    if notice is not None:
+        say(notice)
+    return search
 
 
-def _check_what_is_scored(
-    model: Path | None,
-    predictions: Path | None,
-    human: bool,
-    cache: Path | None,
-    captions: Sequence[Path] | None,
-    part: object,
-) -> None:
-    """Raise BadParameter unless there is one source of captions and one of references."""
-    if (model is not None) + (predictions is not None) + human != 1:
-        raise typer.BadParameter("give one of --model, --predictions and --human")
-    if model is not None and (cache is None or captions):
-        raise typer.BadParameter("a model needs the photos of a --cache (and not --captions)")
-    if (cache is None) == (not captions):
-        raise typer.BadParameter("give the references: --cache or --captions, one of them")
-    if part is not None and not captions:
-        raise typer.BadParameter("--split, --only and the columns are those of --captions")
+def _named(paths: Sequence[str], null: bool) -> list[str]:
+    """The paths, with those on standard input in the place of `-`. Raises CapError."""
+    named: list[str] = []
+    for path in paths:
+        if path == _STDIN:
+            read = sys.stdin.buffer.read().split(b"\0" if null else b"\n")
+            named += [os.fsdecode(name) for name in read if name]
+        else:
+            named.append(path)
+    if not named:
+        raise CapError("standard input: no paths")
+    for name in named:
+        if re.match("https?://", name):
+            raise CapError(f"{name}: is an address; download the photo and name the file")
+    return named
 
 
 def _say_all(notices: Sequence[str]) -> None:
@@ -181,7 +206,9 @@ def _show(result: _Shown, as_json: bool) -> None:
 @options
 def predict(
     *,
-    paths: Annotated[list[str], typer.Argument(help="Photos, folders or globs.")],
+    paths: Annotated[
+        list[str], typer.Argument(help="Photos, folders or globs; - for paths on standard input.")
+    ],
     model: Annotated[Path, typer.Option(help="A run folder or a .cap file.")],
     captions: Annotated[
         int, typer.Option(min=1, help="Captions per photo, best first, one per line.")
@@ -190,14 +217,20 @@ def predict(
         bool,
         typer.Option("--words", help="Print the model's words, not the sentence made of them."),
     ] = False,
+    null: Annotated[
+        bool,
+        typer.Option(
+            "--null", "-0", help="Paths on standard input end in NUL, as of find -print0."
+        ),
+    ] = False,
     search: SearchConfig,
     weights: MovedWeights = None,
     device: Device = "auto",
     as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object per photo, with each word's log-probability."
-        ),
+        bool, typer.Option("--json", help="Print one JSON object per photo, one per line.")
+    ] = False,
+    log_probs: Annotated[
+        bool, typer.Option("--log-probs", help="Add each word's log-probability to --json.")
     ] = False,
 ) -> None:
     """Caption photos, one line each: path, tab and caption.
@@ -207,37 +240,44 @@ def predict(
     Example: cap predict dog.jpg holidays/ --model runs/base
     """
     if words and as_json:
-        raise typer.BadParameter("--json has the words besides the sentence; leave out --words")
-    search = dataclasses.replace(search, captions=captions)
-    _check_search(search)
+        raise WrongArguments("--json has the words besides the sentence; leave out --words")
+    if log_probs and not as_json:
+        raise WrongArguments("--log-probs has no effect without --json")
+    if null and _STDIN not in paths:
+        raise WrongArguments("--null has no effect without - for paths on standard input")
+    search = _searched(dataclasses.replace(search, captions=captions))
     with errors():
         start_torch(device)
         from pipeline.captioner import Captioner, find_photos
 
         left_out: list[str] = []
-        names = find_photos(paths, left_out)
+        names = find_photos(_named(paths, null), left_out)
         _say_all(left_out)
         if not names:
             raise CapError(f"{' '.join(paths)}: no photos found")
         captioner = Captioner.load(model, device=device, weights=weights, search_config=search)
         failed = 0
-        for prediction in captioner.stream(names):
-            failed += bool(prediction.error)
-            if as_json:
-                print_json(prediction.as_dict(), indent=None)
-            elif prediction.error:
-                say(one_line(f"error: {prediction.path}: {prediction.error}"))
-            else:
-                for caption in prediction.captions:
-                    text = " ".join(caption.words) if words else caption.caption
-                    print(f"{one_field(prediction.path)}\t{text}", flush=True)
+        # On a terminal, the captions themselves are the progress.
+        after_s = math.inf if sys.stdout.isatty() else _SOON_S
+        with ProgressLine("captioning", "photos", after_s=after_s) as line:
+            for done, prediction in enumerate(captioner.stream(names), 1):
+                failed += bool(prediction.error)
+                if as_json:
+                    print_json(prediction.as_dict(log_probs=log_probs), indent=None)
+                elif prediction.error:
+                    line.say(one_line(f"error: {prediction.path}: {prediction.error}"), complain)
+                else:
+                    for caption in prediction.captions:
+                        text = " ".join(caption.words) if words else caption.caption
+                        print(f"{one_field(prediction.path)}\t{text}", flush=True)
+                line.update_timed(done, len(names))
         if (doubt := captioner.doubt()) is not None:
             say(
                 f"{model}: its captions mean little ({doubt}); train it on more photos or more "
                 "captions of each, for more --epochs, or with a stronger --backbone"
             )
         if failed:
-            say(f"{failed:,} of {len(names):,} photos have no caption")
+            complain(f"{failed:,} of {len(names):,} photos have no caption")
             raise typer.Exit(1)
 
 

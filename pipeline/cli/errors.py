@@ -16,7 +16,18 @@ import typer
 
 from cache.errors import CapError
 from pipeline.cli.process import OutputError, abandon_stdout, command_begins
-from pipeline.cli.terminal import one_line, say
+from pipeline.cli.terminal import complain, one_line
+
+
+class WrongArguments(typer.BadParameter):
+    """Raised for arguments that do not go together: exit code 2.
+
+    A BadParameter says «Invalid value» first, which is right only for a value.
+    """
+
+    def format_message(self) -> str:
+        return self.message
+
 
 # torch and torchvision make 300,000 objects that stay. Python's default, to look for cycles after
 # every 700 new objects, walks through them over and over, and once more at the end: this took a
@@ -42,22 +53,22 @@ def errors(kept: str | Callable[[], str] = "") -> Iterator[None]:
         abandon_stdout(error)
         raise typer.Exit(1) from None
     except CapError as error:
-        say(f"error: {one_line(str(error))}")
+        complain(f"error: {one_line(str(error))}")
         raise typer.Exit(1) from None
     except OSError as error:
         if error.filename is None:
             raise  # of no file of the user's
-        say(f"error: {one_line(_of_a_file(error))}")
+        complain(f"error: {one_line(_of_a_file(error))}")
         raise typer.Exit(1) from None
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        say(f"error: {one_line(_of_memory(error))}")
+        complain(f"error: {one_line(_of_memory(error))}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         interrupted = True
         kept = kept() if callable(kept) else kept
-        say(f"interrupted{'; ' + kept if kept else ''}")
+        complain(f"interrupted{'; ' + kept if kept else ''}")
         raise typer.Exit(130) from None
     finally:
         gc.set_threshold(*thresholds)

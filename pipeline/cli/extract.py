@@ -1,4 +1,4 @@
-"""The command from photos to a cache: extract-features."""
+"""The command from photos to a cache, extract-features, and the networks that it can use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
-from pipeline.cli.terminal import ProgressLine, duration, one_line, print_json, say
-from pipeline.extraction.config import ExtractConfig
+from pipeline.cli.terminal import ProgressLine, duration, mention, one_line, print_json, say
+from pipeline.encoder.known_backbones import KNOWN_BACKBONES, backbones_table
+from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
 from train.torch_import import start_torch
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _LISTED_ERRORS = 20
 
 
 @options
-def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
+def extract_features(*, asked: ExtractOptions, as_json: Json = False) -> None:
     """Encode every photo once and store its features.
 
     Each photo passes through a frozen network. After an interruption, the same command continues
@@ -28,8 +29,11 @@ def extract_features(*, config: ExtractConfig, as_json: Json = False) -> None:
 
     Example: cap extract-features --images val2014 --captions captions_val2014.json --out val.h5
     """
-    before = _state(config.out)
-    with errors(lambda: _kept(config.out, before)):
+    before = _state(asked.out)
+    with errors(lambda: _kept(asked.out, before)):
+        config, taken = settled(asked)
+        if taken is not None:
+            say(taken)
         if config.dry_run:
             start_torch(config.device)
             _say_plan(config, as_json)
@@ -95,7 +99,8 @@ def _extract(config: ExtractConfig) -> Progress:
     with contextlib.ExitStack() as shown, contextlib.closing(extract(config)) as reports:
         for report in reports:
             if isinstance(report, Notice):
-                (say if line is None else line.say)(report.text)
+                told = mention if report.detail else say
+                told(report.text) if line is None else line.say(report.text, told)
                 continue
             if line is None or last is None or report.stage != last.stage:
                 shown.close()
@@ -141,3 +146,17 @@ def _list_unreadable(cache: FeatureCache) -> None:
             f"… and {len(unreadable) - _LISTED_ERRORS:,} more; "
             f"`cap info {cache.path} --unreadable` lists them all"
         )
+
+
+def backbones(as_json: Json = False) -> None:
+    """List the networks that `--backbone` takes.
+
+    For each: its features per photo, the size of the download and the accuracy on ImageNet of the
+    first of its published weights.
+
+    Example: cap backbones
+    """
+    if as_json:
+        print_json([backbone.as_dict() for backbone in KNOWN_BACKBONES])
+    else:
+        print(backbones_table())

@@ -18,13 +18,17 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from pipeline.cli.errors import WrongArguments
+from pipeline.encoder.known_backbones import BACKBONE_NAMES
 from pipeline.extraction.config import BACKBONE_HELP, CAPTION_COLUMN_HELP, IMAGE_COLUMN_HELP
 from train.config import DEVICE_HELP
-from train.option import Option, SettingError, described
+from train.option import Option, SettingError, described, or_list
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
-Backbone = Annotated[str, typer.Option(help=BACKBONE_HELP)]
+Backbone = Annotated[
+    str, typer.Option(help=BACKBONE_HELP, autocompletion=lambda: list(BACKBONE_NAMES))
+]
 ImageColumn = Annotated[str | None, typer.Option(help=IMAGE_COLUMN_HELP)]
 CaptionColumn = Annotated[str | None, typer.Option(help=CAPTION_COLUMN_HELP)]
 MovedWeights = Annotated[
@@ -106,6 +110,7 @@ def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Pa
 
 
 def _typer_option(option: Option, default: Any, *flags: str) -> Any:
+    words = option.choices or option.usual
     return typer.Option(
         default,
         *flags,
@@ -115,14 +120,14 @@ def _typer_option(option: Option, default: Any, *flags: str) -> Any:
         # Left to itself, typer would show the type of the whole list.
         metavar=f"<{option.many.__name__.lower()}>" if option.many is not None else None,
         callback=_reader(option),
-        autocompletion=(lambda: list(option.choices)) if option.choices else None,
+        autocompletion=(lambda: list(words)) if words else None,
     )
 
 
 def _from_options(config: type, given: dict[str, Any]) -> Any:
     """The settings, made of the values of their options, which are taken out of `given`.
 
-    Raises BadParameter if the settings refuse a value.
+    Raises WrongArguments if the settings refuse a value.
     """
     values = {}
     try:
@@ -137,7 +142,7 @@ def _from_options(config: type, given: dict[str, Any]) -> Any:
             values[field.name] = tuple(value) if option.many and value else value
         return config(**values)
     except SettingError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongArguments(str(error)) from None
 
 
 def _reader(option: Option) -> Callable[[str | None], Any] | None:
@@ -157,5 +162,5 @@ def _reader(option: Option) -> Callable[[str | None], Any] | None:
 
 def _one_of(words: tuple[str, ...], word: str) -> str:
     if word not in words:
-        raise ValueError(f"{word!r} is not {', '.join(words[:-1])} or {words[-1]}")
+        raise ValueError(f"{word!r} is not {or_list(words)}")
     return word

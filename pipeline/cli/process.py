@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 
 from cache.errors import CapError
-from pipeline.cli.terminal import say
+from pipeline.cli.terminal import complain
 
 _AS_BYTES = "cap-as-bytes"  # the error handler below
 
@@ -68,7 +68,7 @@ def open_streams() -> None:
 def abandon_stdout(error: OutputError) -> None:
     """After stdout has failed: say so, and send to nowhere what is still to be written to it."""
     if str(error):
-        say(f"error: {error}")
+        complain(f"error: {error}")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

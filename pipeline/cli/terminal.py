@@ -7,6 +7,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
+from enum import IntEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -30,8 +32,37 @@ def print_json(value: object, indent: int | None = 1) -> None:
     print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
 
 
+class Verbosity(IntEnum):
+    """What is written to stderr: errors, notices and progress, also what asks for nothing."""
+
+    QUIET = 0
+    USUAL = 1
+    VERBOSE = 2
+
+
+_verbosity = Verbosity.USUAL  # of this process, which has one stderr
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """From now on write this much to stderr."""
+    global _verbosity
+    _verbosity = verbosity
+
+
 def say(text: str) -> None:
-    """Write a line to stderr.
+    """Write a notice, one line, to stderr, unless that is to be quiet."""
+    if _verbosity >= Verbosity.USUAL:
+        complain(text)
+
+
+def mention(text: str) -> None:
+    """Write a line that asks for nothing to stderr, if that is to be verbose."""
+    if _verbosity >= Verbosity.VERBOSE:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """Write an error, one line, to stderr.
 
     Nothing happens if that fails, as when the terminal is closed or a log's disk is full: the work
     goes on.
@@ -72,21 +103,29 @@ class ProgressLine:
     """Progress with rate and time left: a bar on a terminal, elsewhere a line every 5 seconds.
 
     The rate is the caller's. It should be that of this run alone, so that a resumed job is not
-    flattered by what an earlier run did.
+    flattered by what an earlier run did. after_s: nothing is shown before, and nothing at all of
+    work that is done by then.
     """
 
-    def __init__(self, label: str, unit: str) -> None:
+    def __init__(self, label: str, unit: str, after_s: float = 0.0) -> None:
         self._label, self._unit = label, unit
-        self._bar = _bar(label) if sys.stderr.isatty() else None
+        self._start, self._after_s = time.monotonic(), after_s
+        self._done = False  # the last line is written
+        shown = _verbosity >= Verbosity.USUAL and sys.stderr.isatty()
+        self._bar = _bar(label) if shown else None
         self._last = 0.0
 
     def update(self, done: int, total: int, per_s: float, note: str = "") -> None:
         """Show how far the work is; too soon after the last time, show nothing."""
         now = time.monotonic()
+        self._done = self._done and done >= total
+        written = self._bar is None and self._done
+        if now - self._start < self._after_s or written:
+            return
         interval = _LINE_INTERVAL_S if self._bar is None else _BAR_INTERVAL_S
         if done < total and now - self._last < interval:
             return
-        self._last = now
+        self._last, self._done = now, done >= total
         parts = [f"{done:,}/{total:,} {self._unit}"]
         if per_s > 0:
             # A bar needs the room, and has the unit on the same line.
@@ -106,10 +145,15 @@ class ProgressLine:
                 self._bar.start()
                 self._bar.console.show_cursor()  # rich hides it, and a kill would leave it hidden
 
-    def say(self, text: str) -> None:
-        """Write a line to stderr, above the bar."""
-        if self._bar is None:
-            say(text)
+    def update_timed(self, done: int, total: int) -> None:
+        """`update` with the rate since the start."""
+        elapsed_s = time.monotonic() - self._start
+        self.update(done, total, done / elapsed_s if elapsed_s > 0 else 0.0)
+
+    def say(self, text: str, write: Callable[[str], None] = say) -> None:
+        """Write a line to stderr, above the bar. write: `say`, or `mention` for a detail."""
+        if self._bar is None or (write is mention and _verbosity < Verbosity.VERBOSE):
+            write(text)
         else:
             with contextlib.suppress(OSError):
                 self._bar.console.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The commands from a cache to a model: build-vocab, train."""
+"""The commands from a cache to models: build-vocab, train, sweep, runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import CaptionColumn, ImageColumn, Json, choice, options
-from pipeline.cli.terminal import print_json, say
+from pipeline.cli.terminal import complain, print_json, say
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
-from train.config import TrainConfig
+from train.config import SweepConfig, TrainConfig
 from train.torch_import import start_torch
 
 
@@ -34,13 +34,14 @@ def build_vocab(
 ) -> None:
     """Count words and show the vocabulary that a minimum count gives.
 
-    All captions in a cache or a captions file are counted. `cap train` counts only those that it
-    trains on, without the held-out photos and those that could not be read.
+    It helps to choose the --min-count of `cap train`, which makes its vocabulary itself. All
+    captions in a cache or a captions file are counted. `cap train` counts only those that it trains
+    on, without the held-out photos and those that could not be read.
 
     Example: cap build-vocab --from train.h5 --min-count 4
     """
     with errors():
-        from pipeline.vocabulary_report import vocabulary_report
+        from pipeline.inspection.vocabulary_report import vocabulary_report
 
         report = vocabulary_report(
             source,
@@ -62,7 +63,7 @@ def build_vocab(
 
 
 @options
-def train(*, config: TrainConfig) -> None:
+def train(*, config: TrainConfig, as_json: Json = False) -> None:
     """Train a captioning model on cached features.
 
     Example: cap train --from-cache train.h5 --out runs/base
@@ -114,8 +115,18 @@ def train(*, config: TrainConfig) -> None:
         if stopped:
             saved = True
             raise KeyboardInterrupt
+        if as_json:
+            print_json(
+                {
+                    "model": str(config.out / "best.cap"),
+                    "epoch": None if best is None else best.epoch + 1,
+                    "val_loss": None if best is None else best.val_loss,
+                    "cider": None if best is None else best.cider,
+                }
+            )
+            return
         scores = (
-            f" (epoch {best.epoch}: validation loss {best.val_loss:.4f}, "
+            f" (epoch {best.epoch + 1}: validation loss {best.val_loss:.4f}, "
             f"CIDEr {100 * best.cider:.1f})"
             if best is not None
             else ""
@@ -127,17 +138,72 @@ def train(*, config: TrainConfig) -> None:
 def _between_steps() -> Iterator[Callable[[], bool]]:
     """Hold back the first Ctrl-C until the caller asks for it, so that no step is left half done.
 
-    A second Ctrl-C interrupts at once.
+    SIGTERM, which schedulers and `kill` send, does the same. A second one interrupts at once.
     """
     pressed = False
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def press(signum: int, frame: object) -> None:
         nonlocal pressed
         pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, press)
+    before = {each: signal.signal(each, press) for each in signals}
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@options
+def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
+    """Search for good training settings.
+
+    The best trial is the one whose best.cap has the highest validation CIDEr. After an
+    interruption, the same command continues the sweep.
+
+    Example: cap sweep --from-cache train.h5 --out runs/sweep --trials 16
+    """
+    with errors(f"what is done is in {config.out}; the same command goes on"):
+        from train.fit.reports import SweepResult
+        from train.fit.sweeps.sweep import sweep as run_sweep
+
+        for report in run_sweep(config):
+            if not isinstance(report, SweepResult):
+                say(report.line())
+            elif as_json:
+                print_json(report.as_dict())
+            else:
+                say(f"{report.trials} trials; `cap runs {config.out}` lists them")
+                if report.threads is not None:
+                    say(
+                        "`cap train` with these options and another --out trains the best model "
+                        f"again; with OMP_NUM_THREADS={report.threads} on this machine, to the bit"
+                    )
+                print(f"{report.folder / 'best.cap'} (CIDEr {100 * report.cider:.2f})")
+                print(report.options())
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with runs below it.")],
+    as_json: Json = False,
+) -> None:
+    """List runs with their scores, best first.
+
+    The settings in which the runs differ are shown too.
+
+    Example: cap runs runs/
+    """
+    with errors():
+        from train.fit.sweeps.run_table import find_runs, runs_table
+
+        found = find_runs(folder)
+        for run in found:
+            if run.problem:
+                complain(run.problem)
+        if as_json:
+            print_json([run.as_dict() for run in found])
+        else:
+            print(runs_table(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.extraction.config import BACKBONE_HELP
+from pipeline.extraction.config import BACKBONE_HELP, BACKBONES
 from train.config import DEVICE_HELP
 from train.option import option
 
@@ -15,7 +15,7 @@ class DemoConfig:
     """The settings of `cap demo`, of which its options are some."""
 
     out: Path = option(Path("demo"), "Folder to work in.")
-    backbone: str = option("shufflenet_v2_x0_5", BACKBONE_HELP)
+    backbone: str = option("shufflenet_v2_x0_5", BACKBONE_HELP, usual=BACKBONES)
     weights: str | None = option(
         None,
         "As for `cap extract-features`.  [default: the demo's own, or ImageNet's for another "

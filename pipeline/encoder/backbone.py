@@ -18,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 from cache.errors import CapError
 from pipeline.encoder.batchnorm import fold_batchnorm
 from pipeline.encoder.fused_convolutions import fuse_convolutions
+from pipeline.encoder.known_backbones import BACKBONE_NAMES
 from pipeline.encoder.shapes import run_on_meta
 from pipeline.encoder.torchvision_models import classifiers
 from train.device import is_out_of_memory
+from train.option import nearest, or_list
 
 # The batch size for which the weights are laid out in memory. Any other size works, too.
 _TYPICAL_BATCH = 16
@@ -146,9 +148,9 @@ def headless_network(name: str, device: str) -> tuple[nn.Module, int]:
             raise
         return headless_network(name, "cpu")
     except ValueError:
-        raise EncoderError(
-            f"torchvision has no backbone {name!r}; examples are resnet152, resnet50, mobilenet_v2"
-        ) from None
+        near = nearest(name, BACKBONE_NAMES)
+        advice = f"did you mean {or_list(near)}? `cap backbones`" if near else "`cap backbones`"
+        raise EncoderError(f"torchvision has no backbone {name!r}; {advice} lists them") from None
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise EncoderError(f"{name} does not end in a linear layer; choose another backbone")

@@ -67,10 +67,11 @@ def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | No
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise EncoderError(f"{weights}: cannot read ({reason})") from None
-    return _read_weights_file(path), path
+    return read_weights_file(path), path
 
 
-def _read_weights_file(path: Path) -> dict[str, Tensor]:
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict's file by name. Raises EncoderError."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

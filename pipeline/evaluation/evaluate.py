@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.atomic import write_text
+from cache.atomic import WriteError
 from cache.record import CacheError
-from cache.store import DONE, open_cache
+from cache.store import open_cache
 from cache.verify import check_rows
 from pipeline.captioner import Prediction, caption_cache
 from pipeline.evaluation.references import (
@@ -20,8 +19,10 @@ from pipeline.evaluation.references import (
     numbered_ids,
     read_predictions,
     references_of,
+    rows_of,
     tokenizer_of,
 )
+from pipeline.evaluation.result_files import result_files, write_results
 from train.captions.script import TREEBANK
 from train.captions.tokenizer import tokenize
 from train.captions.vocabulary import SPECIALS
@@ -31,7 +32,9 @@ from train.model.bundle import find_bundle, load_bundle
 from train.scores.diversity import Diversity, diversity
 from train.scores.human_agreement import Agreement, human_agreement
 from train.scores.intervals import LEVEL, RESAMPLINGS, intervals
-from train.scores.metrics import Scores, score
+from train.scores.java import has_java
+from train.scores.metrics import MetricsError, Scores, score
+from train.scores.spice import missing_requirement
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Evaluation(Result):
     references: dict[str, list[str]]  # by image id
     scores_file: Path
     predictions_file: Path
+    problem: WriteError | None  # why the files were not written
 
 
 def evaluate(
@@ -81,20 +85,28 @@ def evaluate(
     cache_path: Path,
     search_config: SearchConfig,
     *,
+    out: Path | None = None,
+    only: Path | None = None,
     device: str = "auto",
     meteor: bool = True,
-    spice: bool = True,
+    spice: bool = False,
+    report: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Caption every photo of a cache and score the captions against those in the cache.
 
-    meteor, spice: False to leave these scores out; they take most of the time. Writes
-    `NAME.scores.json` and `NAME.predictions.json` beside the model. NAME is that of the cache for
-    `best.cap`, and those of the model and the cache for another model: `last.val.scores.json`.
-    Raises BundleError, CacheError (no captions, damaged rows, or features of another encoder),
-    CaptionError, DeviceError, SearchError, ViewError, MetricsError or WriteError.
+    only: a file with one photo name per line; other photos are left out. meteor: False to leave
+    that score out, which takes most of the time. spice: whether to compute SPICE, which needs Java
+    and files of its own. report: is told how many photos of how many are captioned. Writes two
+    files, called as `pipeline.evaluation.result_files` says, into `out` or beside the model;
+    `problem` of the result says why not. Raises BundleError, CacheError (no captions, damaged rows,
+    or features of another encoder), DatasetError (`only`), CaptionError, DeviceError, SearchError,
+    ViewError or MetricsError.
     """
     check_search(search_config)
-    bundle = load_bundle(model, resolve_device(device))
+    _check_spice(spice)
+    model_file = find_bundle(model)
+    bundle = load_bundle(model_file, resolve_device(device))
+    asked = search_config
     search_config = search_config.up_to(bundle.vocabulary.longest)
     cache = open_cache(cache_path)
     difference = cache.encoder.difference(bundle.encoder)
@@ -102,9 +114,10 @@ def evaluate(
         raise CacheError(
             f"{cache_path}: made with {difference} as the features that the model was trained on"
         )
-    check_rows(cache, cache.rows_with(DONE))
-    references = {image: texts for image, texts in cache_references(cache).items() if texts}
-    predictions = caption_cache(bundle, cache, search_config)
+    references = {image: texts for image, texts in cache_references(cache, only).items() if texts}
+    rows = rows_of(cache, only)
+    check_rows(cache, rows)
+    predictions = caption_cache(bundle, cache, search_config, rows=rows, report=report)
     captions = {image: " ".join(prediction.words) for image, prediction in predictions.items()}
     result = _score(
         {image: captions[image] for image in references},
@@ -114,32 +127,34 @@ def evaluate(
         meteor=meteor,
         spice=spice,
     )
-    bundle_path = find_bundle(model)
-    name = cache_path.stem
-    if bundle_path.name != "best.cap":
-        # A folder has one best.cap, whose files have always been named after the cache alone.
-        name = f"{bundle_path.stem}.{name}"
-    scores_file = bundle_path.with_name(f"{name}.scores.json")
-    predictions_file = bundle_path.with_name(f"{name}.predictions.json")
-    _write_json(
-        scores_file,
-        {
-            "model": bundle_path.name,
-            "cache": cache_path.name,
-            **asdict(search_config),
-            **result.as_dict(),
-        },
+    files = result_files(model_file, cache, asked, out=out, only=only)
+    problem = write_results(
+        files,
+        model_file,
+        cache,
+        search_config,
+        result.as_dict(),
+        coco_results(captions, numbered_ids(cache)),
     )
-    _write_json(predictions_file, coco_results(captions, numbered_ids(cache)))
     return Evaluation(
         result.scores,
         result.intervals,
         result.diversity,
         predictions,
         references,
-        scores_file,
-        predictions_file,
+        scores_file=files[0],
+        predictions_file=files[1],
+        problem=problem,
     )
+
+
+def _check_spice(spice: bool) -> None:
+    """Raise MetricsError if SPICE is asked for and cannot be computed here."""
+    missing = missing_requirement() if spice else None
+    if spice and missing is None and not has_java():
+        missing = "it needs `java`"
+    if missing is not None:
+        raise MetricsError(f"SPICE cannot be computed: {missing}; leave out --spice")
 
 
 def evaluate_predictions(
@@ -154,7 +169,7 @@ def evaluate_predictions(
     caption_column: str | None = None,
     all_photos: bool = False,
     meteor: bool = True,
-    spice: bool = True,
+    spice: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Result:
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
@@ -164,6 +179,7 @@ def evaluate_predictions(
     leaves out photos; otherwise those that it has are scored, and a notice of the scores says how
     many of how many. Raises PredictionsError, CacheError, DatasetError or MetricsError.
     """
+    _check_spice(spice)
     found = read_predictions(predictions)
     references = references_of(
         cache=cache,
@@ -202,7 +218,7 @@ def evaluate_people(
     image_column: str | None = None,
     caption_column: str | None = None,
     meteor: bool = True,
-    spice: bool = True,
+    spice: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Agreement:
     """`human_agreement` of the captions of a cache or of a captions file.
@@ -211,6 +227,7 @@ def evaluate_people(
     splits captions; None for that of the cache, or `treebank`. Raises CacheError, DatasetError or
     MetricsError.
     """
+    _check_spice(spice)
     references = references_of(
         cache=cache,
         captions=captions,
@@ -239,10 +256,3 @@ def _score(
     if tokenizer != TREEBANK:  # words that may have no spaces between them
         spoken = [" ".join(tokenize(caption, tokenizer)) for caption in spoken]
     return Result(scores, intervals(scores.photos), diversity(spoken, vocabulary))
-
-
-def _write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        text = json.dumps(value, indent=1)  # bytes of names that are not UTF-8, as \udc80
-    write_text(path, text + "\n")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.captions.dataset import keep_listed, read_captions
-from pipeline.captions.records import DatasetError
+from pipeline.captions.records import DatasetError, Photo
 from train.captions.script import TREEBANK
 
 # Up to 18 digits, which fit into 64 bits.
@@ -38,17 +39,33 @@ class Matched:
     notice: str | None  # one line, if other photos have references
 
 
-def cache_references(cache: FeatureCache) -> dict[str, list[str]]:
-    """The captions of a cache's extracted photos, by image id. A photo may have no captions.
+def rows_of(cache: FeatureCache, only: Path | None = None) -> NDArray[np.int64]:
+    """The rows of a cache's extracted photos, or of those among them that the file `only` names,
+    one per line. Raises DatasetError if it names a photo that the cache does not hold.
+    """
+    rows = cache.rows_with(DONE)
+    if only is None:
+        return rows
+    photos = [Photo(cache.image_ids[row], cache.paths[row]) for row in range(len(cache))]
+    listed = {photo.image_id for photo in keep_listed(photos, only)}
+    kept = [row for row in rows.tolist() if photos[row].image_id in listed]
+    if not kept:
+        raise DatasetError(f"{only}: names no photo that was extracted into {cache.path}")
+    return np.array(kept, np.int64)
 
-    Raises CacheError if no photo has captions.
+
+def cache_references(cache: FeatureCache, only: Path | None = None) -> dict[str, list[str]]:
+    """The captions of the photos of `rows_of`, by image id. A photo may have no captions.
+
+    Raises CacheError if no photo has captions, and DatasetError as `rows_of` does.
     """
     captions = cache.captions.by_row(len(cache))
     if not any(captions):
         raise CacheError(f"{cache.path}: holds no captions to score against")
-    references = {cache.image_ids[row]: captions[row] for row in cache.rows_with(DONE).tolist()}
+    references = {cache.image_ids[row]: captions[row] for row in rows_of(cache, only).tolist()}
     if not any(references.values()):
-        raise CacheError(f"{cache.path}: no photo that was extracted has captions")
+        which = "that was extracted" if only is None else f"of {only}"
+        raise CacheError(f"{cache.path}: no photo {which} has captions")
     return references
 
 
@@ -98,7 +115,7 @@ def references_of(
             say=say,
         )
     assert cache is not None
-    return cache_references(open_cache(cache))
+    return cache_references(open_cache(cache), only)
 
 
 def tokenizer_of(cache: Path | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from pipeline.encoder.known_backbones import BACKBONE_NAMES
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
 from train.option import SettingError, about, option
@@ -23,7 +25,8 @@ IMAGE_COLUMN_HELP = (
     "The column or field that names the photos, by name or number from 1, if it is not found."
 )
 CAPTION_COLUMN_HELP = "The same for the captions."
-BACKBONE_HELP = "Any torchvision classifier."
+BACKBONES = BACKBONE_NAMES  # the usual ones
+BACKBONE_HELP = "Any torchvision classifier; `cap backbones` lists them."
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -34,9 +37,14 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+_AS_BEGUN = "or as --out was begun, or --reuse made"
+
+
 @dataclass(frozen=True)
-class ExtractConfig:
-    """The settings of `cap extract-features`."""
+class ExtractOptions:
+    """The options of `cap extract-features`. None is a value that the command does not name, and
+    that `settled` takes from a cache.
+    """
 
     images: Path = field(metadata=about("Folder of photos."))
     out: Path = field(metadata=about("The cache to write, or to continue."))
@@ -45,18 +53,29 @@ class ExtractConfig:
     caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     split: str | None = option(None, "Splits of the captions file, as in train,restval.")
     only: Path | None = option(None, "Extract only the photos named in this file, one per line.")
-    tokenizer: str = option(TREEBANK, TOKENIZER_HELP, choices=TOKENIZERS)
-    backbone: str = option("resnet152", BACKBONE_HELP)
-    weights: str = option(
-        "IMAGENET1K_V1",
-        "A torchvision name, a .pth or .safetensors file, or random.",
+    tokenizer: str | None = option(
+        None, f"{TOKENIZER_HELP}  [default: treebank, {_AS_BEGUN}]", choices=TOKENIZERS
     )
-    views: tuple[str, ...] = option(
-        ("full",),
-        "Views of each photo, comma-separated: full, flip, center, center-flip, corners.",
+    backbone: str | None = option(
+        None, f"{BACKBONE_HELP}  [default: resnet152, {_AS_BEGUN}]", usual=BACKBONES
+    )
+    weights: str | None = option(
+        None,
+        "A torchvision name, a .pth or .safetensors file, or random.  [default: IMAGENET1K_V1, "
+        f"{_AS_BEGUN}]",
+    )
+    views: tuple[str, ...] | None = option(
+        None,
+        "Views of each photo, comma-separated: full, flip, center, center-flip, corners.  "
+        f"[default: full, {_AS_BEGUN}]",
         parse=parse_views,
     )
-    image_size: int = option(224, "Width and height of a view in pixels.", min=32, max=4096)
+    image_size: int | None = option(
+        None,
+        f"Width and height of a view in pixels.  [default: 224, {_AS_BEGUN}]",
+        min=32,
+        max=4096,
+    )
     batch_size: int | None = option(
         None, "Photos per batch.  [default: 16 on a CPU, 256 on a GPU]", min=1
     )
@@ -105,3 +124,67 @@ class ExtractConfig:
             raise SettingError(
                 "--update keeps the rows of --out, --overwrite replaces them; give one of them"
             )
+
+
+@dataclass(frozen=True)
+class ExtractConfig(ExtractOptions):
+    """The settings of an extraction, all of them known."""
+
+    tokenizer: str = TREEBANK
+    backbone: str = "resnet152"
+    weights: str = "IMAGENET1K_V1"
+    views: tuple[str, ...] = ("full",)
+    image_size: int = 224
+
+
+_RECORDED = ("backbone", "weights", "views", "image_size", "tokenizer")
+
+
+def settled(options: ExtractOptions) -> tuple[ExtractConfig, str | None]:
+    """(the settings, one line if some are those of a cache).
+
+    What the options do not name is taken from the cache at --out that goes on, or else from
+    --reuse, or else it is the default. Weights belong to a backbone: they are taken only if the
+    backbone is that of the cache. Raises CacheError if the options name another backbone, image
+    size or other views than those of the cache at --out, before its weights are downloaded.
+    """
+    from cache.record import CacheError
+
+    given = {each.name: getattr(options, each.name) for each in fields(options)}
+    source, recorded = _recorded(options)
+    if source is not None and source == options.out:
+        for name in ("backbone", "views", "image_size"):
+            if given[name] not in (None, recorded.get(name)):
+                raise CacheError(
+                    f"{source}: made with {name.replace('_', ' ')} {_text(recorded.get(name))}, "
+                    f"not {_text(given[name])}. Use another --out, or --overwrite."
+                )
+    if given["backbone"] not in (None, recorded.get("backbone")):
+        recorded = {}
+    taken = {name: value for name, value in recorded.items() if given[name] is None}
+    told = {
+        name: value for name, value in given.items() if name not in _RECORDED or value is not None
+    }
+    config = ExtractConfig(**{**told, **taken})
+    unusual = [
+        f"{name.replace('_', ' ')} {_text(value)}"
+        for name, value in taken.items()
+        if value != getattr(ExtractConfig, name)
+    ]
+    return config, f"as {source} was made: {', '.join(unusual)}" if unusual else None
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _recorded(options: ExtractOptions) -> tuple[Path | None, dict[str, Any]]:
+    """(the cache that settings come from, its settings by name)."""
+    from cache.seal import attributes_of
+
+    for source in (None if options.overwrite else options.out, options.reuse):
+        found = None if source is None else attributes_of(source)
+        if found is not None and {"backbone", "weights", "views", "image_size"} <= found.keys():
+            recorded: dict[str, Any] = {name: found[name] for name in _RECORDED if name in found}
+            return source, {**recorded, "views": tuple(str(found["views"]).split(","))}
+    return None, {}

@@ -60,6 +60,7 @@ class Job:
     known: KnownPhotos | None  # of --reuse
     updates: bool  # whether the cache at --out is brought up to date, and so kept
     notices: list[str]
+    details: list[str]  # notices that ask for nothing
 
 
 def library_versions() -> dict[str, str]:
@@ -81,6 +82,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     job = prepare(config, photos)
     del photos  # the job's skeleton holds the same in a third of the memory
     yield from map(Notice, job.notices)
+    yield from (Notice(text, detail=True) for text in job.details)
     if job.updates:
         yield from _update(job)
     writer = _open(job)
@@ -91,7 +93,8 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
                 "afresh"
             )
         if writer.cache.batch_rows != job.skeleton.batch_rows:
-            yield Notice(f"continuing with the cache's own batch size, {writer.cache.batch_rows}")
+            size = writer.cache.batch_rows
+            yield Notice(f"continuing with the cache's own batch size, {size}", detail=True)
         del job.skeleton  # the cache holds the same, memory-mapped
         filler = CacheFiller(writer, config)
         yield from filler.fill(job.backbone, job.devices, job.known, packed=job.updates)
@@ -124,7 +127,7 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     devices = resolve_devices(config.device)
     begin_warm_up(devices[0])
     backbone = load_backbone(config.backbone, config.weights)
-    precision, notices = _choose_precision(config, backbone, photos, devices[0])
+    precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
     record = encoder_record(backbone, config.image_size, config.views, precision)
     same = config.reuse is not None and config.out.exists() and config.out.samefile(config.reuse)
     known = None if config.reuse is None else open_known(config.reuse, record)
@@ -142,6 +145,7 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
         known=None if same else known,
         updates=updates(config),
         notices=[*notices, *unlike_siblings(config.out, skeleton)],
+        details=details,
     )
 
 
@@ -263,31 +267,34 @@ def _skeleton(
 
 def _choose_precision(
     config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
-) -> tuple[str, list[str]]:
-    """(precision, notices). Shards test the first photos of the whole set, so that they agree."""
+) -> tuple[str, list[str], list[str]]:
+    """(precision, notices, details). Shards test the first photos of the whole set, so that they
+    agree.
+    """
     if config.precision != "auto":
         if not _keeps_old_rows(config) and config.reuse is None:
             check_device(config.precision, device)
-        return config.precision, []
+        return config.precision, [], []
     if _keeps_old_rows(config):  # the precision of the rows already there
-        return FeatureCache(config.out).encoder.precision, []
+        return FeatureCache(config.out).encoder.precision, [], []
     if config.reuse is not None:
-        return FeatureCache(config.reuse).encoder.precision, []
-    precision, notices = _fastest_precision(config, backbone, photos, device)
+        return FeatureCache(config.reuse).encoder.precision, [], []
+    precision, notices, details = _fastest_precision(config, backbone, photos, device)
     if config.shard is not None:
         number, count = config.shard
         notices.append(
             f"shard {number}/{count} is in {precision}, which `auto` chose on this machine; give "
             f"the other shards --precision {precision}, or they cannot be merged"
         )
-    return precision, notices
+    return precision, notices, details
 
 
 def _fastest_precision(
     config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
-) -> tuple[str, list[str]]:
+) -> tuple[str, list[str], list[str]]:
+    """(precision, notices, details: why the faster ones do not do)."""
     if fast_precisions(device) == ("float32",):
-        return "float32", []
+        return "float32", [], []
     pixels: list[torch.Tensor] = []
     first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
     loader = PhotoLoader(
@@ -307,5 +314,7 @@ def _fastest_precision(
             if len(pixels) >= _PRECISION_CHECK_PHOTOS:
                 break
     if not pixels:
-        return "float32", ["none of the first photos can be decoded; computing in float32"]
-    return choose_precision(backbone, torch.cat(pixels[:_PRECISION_CHECK_PHOTOS]), device=device)
+        return "float32", ["none of the first photos can be decoded; computing in float32"], []
+    first_pixels = torch.cat(pixels[:_PRECISION_CHECK_PHOTOS])
+    precision, details = choose_precision(backbone, first_pixels, device=device)
+    return precision, [], details

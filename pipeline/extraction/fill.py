@@ -38,6 +38,7 @@ class Notice:
     """A message for the user, one line."""
 
     text: str
+    detail: bool = False  # it asks for nothing
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.create import size_bytes
+from cache.place import folder_above
 from cache.record import CacheError
 from cache.store import DONE, PENDING, UNREADABLE, FeatureCache
 from cache.writer import open_writer
@@ -65,7 +66,7 @@ def plan(config: ExtractConfig) -> Plan:
         photos_per_s=rate,
         seconds=len(rows) / rate if rate else None,
         new_bytes=new_bytes,
-        free_bytes=shutil.disk_usage(config.out.absolute().parent).free,
+        free_bytes=shutil.disk_usage(folder_above(config.out.absolute())).free,
         notices=[*understood, *job.notices],
     )
 

@@ -46,9 +46,28 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
     open_writer(path, skeleton(CAPTIONS), library_versions={}).close()
 
 
-def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="no such folder"):
-        open_writer(tmp_path / "no" / "x.h5", skeleton(CAPTIONS), library_versions={})
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "below" / "x.h5"
+    check_place(path)
+    assert not (tmp_path / "new").exists()
+    fill(path)
+    assert names(path.parent) == ["x.h5"]
+    merge([path], tmp_path / "other" / "y.h5")
+    assert names(tmp_path / "other") == ["y.h5"]
+
+
+def test_a_place_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").touch()
+    for below in ("x.h5", "new/x.h5"):
+        path = tmp_path / "captions.csv" / below
+        for begin in (
+            check_place,
+            lambda p: open_writer(p, skeleton(CAPTIONS), library_versions={}),
+        ):
+            with pytest.raises(
+                CacheError, match=r"/captions\.csv: is no folder, so nothing can be"
+            ):
+                begin(path)
     with pytest.raises(CacheError, match="is a folder"):
         open_writer(tmp_path, skeleton(CAPTIONS), library_versions={})
 

@@ -59,7 +59,13 @@ def work(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rf"{folder}/run/best\.cap \(epoch \d: validation loss \d\.\d+, CIDEr \d\.\d+\)\n", out
     )
     # The recipe smooths the targets, so the training loss has no perplexity.
-    assert re.search(r"Epoch \[0/2\], Step \[1/3\], Smoothed loss: \d\.\d{4}, \d", err)
+    assert re.search(r"Epoch \[1/2\], Step \[1/3\], Smoothed loss: \d\.\d{4}, \d", err)
+    assert re.search(
+        r"^\d+ captions of 9 photos to train on, \d+ captions of 2 photos held out for validation, "
+        r"vocabulary of \d+ words \(every word\), ",
+        err,
+        re.MULTILINE,
+    )
     assert re.search(r"Validation loss: \d\.\d{4}, Perplexity: \d+\.\d\d, BLEU-4", err)
     return folder
 
@@ -81,7 +87,12 @@ def test_defaults_shown_are_the_configs(work: Path) -> None:
     }
     extract, train = shown["extract-features"], shown["train"]
     defaults = ExtractConfig(Path(), Path())
-    assert extract["backbone"] == defaults.backbone == "resnet152"
+    assert extract["backbone"] is None  # as the cache was begun, or else the config's
+    help = " ".join(cap("extract-features", "--help")[0].split())
+    for default in ("resnet152", "IMAGENET1K_V1", "full", "224", "treebank"):
+        assert f"[default: {default}, or as --out was begun, or --reuse made]" in help
+    assert (defaults.backbone, defaults.weights) == ("resnet152", "IMAGENET1K_V1")
+    assert (defaults.views, defaults.image_size) == (("full",), 224)
     assert extract["batch_size"] == defaults.batch_size
     assert train["recipe"] == "best"
     assert (CLASSIC.embedding_size, CLASSIC.hidden_size, CLASSIC.batch_size) == (256, 512, 128)
@@ -139,7 +150,9 @@ def test_build_vocab_counts_caches_and_caption_files_alike(
     assert from_cache["size"] == 4 + 8  # . noise , a coarse number of photo
     assert from_cache["most_frequent"]["."] == 24
     out, _ = cap("build-vocab", "--from", work / "x.h5", "--out", tmp_path / "vocab.json")
-    assert "12 words" in out
+    assert out.startswith(
+        "8 words occur at least 4 times; the vocabulary also has 4 special ones\n"
+    )
     assert json.loads((tmp_path / "vocab.json").read_text())["min_count"] == 4
 
 
@@ -149,10 +162,10 @@ def test_evaluate_writes_scores_and_coco_results(
 ) -> None:
     out, _ = cap("evaluate", "--model", work / "run", "--cache", work / "x.h5", "--json")
     scores = json.loads(out)
-    written = json.loads((work / "run" / "x.scores.json").read_text())
+    written = json.loads((work / "run" / "best.x.beam3.scores.json").read_text())
     assert {key: written[key] for key in scores} == scores
     assert scores["count"] == 11
-    results = json.loads((work / "run" / "x.predictions.json").read_text())
+    results = json.loads((work / "run" / "best.x.beam3.predictions.json").read_text())
     assert len(results) == 11
     assert results[0].keys() == {"image_id", "caption"}
     monkeypatch.setenv("PATH", "")  # no Java
@@ -175,8 +188,10 @@ def test_predict_prints_a_caption_a_line_and_goes_on_after_a_bad_photo(
     assert [Path(path).name for path, _ in lines] == [f"{x}.jpg" for x in "abcdfghijkl"]
     assert f"error: {photos}/e.jpg: not an image" in err
     assert "1 of 12 photos have no caption" in err
-    out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json")
+    plain, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json")
+    out, _ = cap("predict", photos / "a.jpg", "--model", work / "run", "--json", "--log-probs")
     found = json.loads(out)
+    assert {**json.loads(plain), "log_probs": found["log_probs"]} == found
     assert found.keys() == {"path", "caption", "words", "score", "log_probs"}
     assert len(found["log_probs"]) == len(found["words"]) + 1
     assert lines[0][1] == found["caption"]
@@ -205,10 +220,53 @@ def test_predict_gives_several_captions_searched_or_drawn(work: Path, photos: Pa
     assert len(once["captions"]) == 2
     assert once["captions"][0]["caption"] == once["caption"]
     assert once["captions"][0]["score"] >= once["captions"][1]["score"]
-    _, err = cap("predict", photo, "--model", run, "--captions", 9, code=2)
-    assert "9 captions of each photo need as many beams, not 3" in err
+    out, err = cap("predict", photo, "--model", run, "--captions", 5)
+    assert out.count("\n") == 5
+    assert err.startswith("searching with 5 beams, for 5 captions\n")
+    out, err = cap("predict", photo, "--model", run, "--captions", 5, "--groups", 2)
+    assert err.startswith("searching with 6 beams, for 5 captions in 2 groups\n")
+    _, err = cap("predict", photo, "--model", run, "--groups", 2)
+    assert err.startswith("searching with 4 beams, for 2 groups\n")
     _, err = cap("predict", photo, "--model", run, "--sample", "--temperature", 0, code=2)
     assert "'--temperature'" in err
+
+
+def test_captioning_that_takes_long_shows_how_far_it_is(
+    work: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["predict", photos, "--model", work / "run", "--device", "cpu"]
+    assert "captioning" not in cap(*told, code=1)[1]
+    monkeypatch.setattr("pipeline.cli.caption._SOON_S", 0.0)
+    out, err = cap(*told, code=1)
+    assert out.count("\n") == 11
+    assert re.search(r"^captioning: 12/12 photos, [\d.,]+ photos/s$", err, re.MULTILINE)
+    assert f"error: {photos}/e.jpg: not an image" in err
+
+
+@pytest.mark.parametrize("end", ["\n", "\0"], ids=["lines", "null"])
+def test_paths_come_from_standard_input(work: Path, photos: Path, end: str) -> None:
+    names = [str(photos / "b.jpg"), str(photos / "a.jpg")]
+    process = spawn(
+        "predict", "-", photos / "c.jpg", "--model", work / "run", *["-0"] * (end == "\0"),
+        stdin=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = process.communicate("".join(name + end for name in names), timeout=60)
+    assert process.returncode == 0, err
+    assert [line.split("\t")[0] for line in out.splitlines()] == [*names, str(photos / "c.jpg")]
+
+
+def test_paths_that_cannot_be_are_named(work: Path) -> None:
+    told = ["--model", work / "run"]
+    _, err = cap("predict", "https://example.org/a.jpg", *told, code=1)
+    assert err == (
+        "error: https://example.org/a.jpg: is an address; download the photo and name the file\n"
+    )
+    _, err = cap("predict", "-", *told, code=1)  # nothing on it
+    assert err == "error: standard input: no paths\n"
+    _, err = cap("predict", "a.jpg", "--null", *told, code=2)
+    assert "--null has no effect without -" in err
+    _, err = cap("predict", "a.jpg", "--log-probs", *told, code=2)
+    assert "--log-probs has no effect without --json" in err
 
 
 @pytest.mark.usefixtures("small_meteor")
@@ -217,7 +275,7 @@ def test_a_file_of_predictions_scores_as_its_model_did(
 ) -> None:
     model, cache = work / "run", work / "x.h5"
     wanted = json.loads(cap("evaluate", "--model", model, "--cache", cache, "--json")[0])
-    predictions = model / "x.predictions.json"
+    predictions = model / "best.x.beam3.predictions.json"
     by_cache = json.loads(
         cap("evaluate", "--predictions", predictions, "--cache", cache, "--json")[0]
     )
@@ -234,13 +292,13 @@ def test_a_file_of_predictions_scores_as_its_model_did(
     assert by_file == wanted
     whole = ["evaluate", "--predictions", predictions, "--captions", photos / "captions.txt"]
     lack = f"{predictions}: no caption for 1 of the 12 photos in {photos}/captions.txt "
-    _, err = cap(*whole, "--no-meteor", "--no-spice")
+    _, err = cap(*whole, "--no-meteor")
     assert f"{lack}(first: e.jpg); scored the other 11, so" in err
     _, err = cap(*whole, "--all", code=1)
     assert f"\nerror: {lack}(first: e.jpg); choose photos with --split or --only, or" in err
 
 
-FAST = ["--no-meteor", "--no-spice", "--beam-size", 1]
+FAST = ["--no-meteor", "--beam-size", 1]
 
 
 def test_two_models_of_a_folder_have_files_of_their_own(work: Path, tmp_path: Path) -> None:
@@ -251,17 +309,19 @@ def test_two_models_of_a_folder_have_files_of_their_own(work: Path, tmp_path: Pa
     for model in ("last", "a", "best"):
         path = tmp_path / f"{model}.cap"
         _, err = cap("evaluate", "--model", path, "--cache", work / "x.h5", *FAST)
-        name = "x" if model == "best" else f"{model}.x"
+        name = f"{model}.x.beam1"
         scores, predictions = (
             tmp_path / f"{name}.{what}.json" for what in ("scores", "predictions")
         )
         assert f"written to {scores} and {predictions}\n" in err
     written = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len(written) == 6
-    assert written["x.scores.json"]["model"] == "best.cap"
-    assert written["last.x.scores.json"]["model"] == "last.cap"
-    assert written["a.x.scores.json"] == written["last.x.scores.json"] | {"model": "a.cap"}
-    assert written["a.x.predictions.json"] == written["last.x.predictions.json"]
+    best, last, other = (written[f"{name}.x.beam1.scores.json"] for name in ("best", "last", "a"))
+    assert best["model"] == "best.cap"
+    assert other == last | {"model": "a.cap", "of": other["of"]}
+    assert last["of"] != other["of"]
+    predictions_of = [written[f"{name}.x.beam1.predictions.json"] for name in ("a", "last")]
+    assert predictions_of[0] == predictions_of[1]
 
 
 @pytest.mark.parametrize(
@@ -286,9 +346,9 @@ def test_predictions_of_a_coco_file_are_read_back_whatever_its_ids(
     model = tmp_path / "best.cap"
     wanted = json.loads(cap("evaluate", "--model", model, "--cache", cache, "--json", *FAST)[0])
     wanted["diversity"]["vocabulary"] = None
-    predictions = tmp_path / "coco.predictions.json"
+    predictions = tmp_path / "best.coco.beam1.predictions.json"
     for source in (["--cache", cache], ["--captions", coco]):
-        out, _ = cap("evaluate", "--predictions", predictions, *source, "--json", *FAST[:2])
+        out, _ = cap("evaluate", "--predictions", predictions, *source, "--json", FAST[0])
         assert json.loads(out) == wanted
 
 
@@ -341,8 +401,14 @@ def test_people_are_scored_against_one_another(work: Path, photos: Path) -> None
     [
         (["info", "absent.h5"], "absent.h5: no such file"),
         (["extract-features", "--images", "absent", "--out", "x.h5"], "absent: no such folder"),
-        (["extract-features", "--images", "LICENSE", "--out", "x.h5"], "LICENSE: is a file; name"),
-        (["train", "--from-cache", "README.md", "--out", "x"], "README.md: not a feature cache"),
+        (
+            ["extract-features", "--images", "LICENSE", "--out", "x.h5"],
+            "LICENSE: is a text file, not a folder",
+        ),
+        (
+            ["train", "--from-cache", "README.md", "--out", "x"],
+            "README.md: is a text file, not a feature cache",
+        ),
         (["evaluate", "--model", "absent", "--cache", "x.h5"], "absent: not found"),
         (["predict", "a.jpg", "--model", "absent"], "absent: not found"),
         (
@@ -390,9 +456,10 @@ def test_wrong_arguments_are_exit_code_2(arguments: list[str]) -> None:
     cap(*arguments, code=2)
 
 
-def spawn(*arguments: object) -> subprocess.Popen[str]:
+def spawn(*arguments: object, stdin: int | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", "from pipeline.cli.main import main; main()", *map(str, arguments)],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -464,7 +531,7 @@ def test_ctrl_c_during_training_keeps_the_step(work: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("Epoch [0/100000], Step [2/"):
+        if line.startswith("Epoch [1/100000], Step [2/"):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -12,7 +12,7 @@ from cache.store import open_cache
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Notice
-from pipeline.vocabulary_report import vocabulary_report
+from pipeline.inspection.vocabulary_report import vocabulary_report
 from tests.conftest import write_photo
 from tests.pipeline.test_cli import SMALL, cap
 from train.captions.script import CHARACTERS, TREEBANK
@@ -59,7 +59,7 @@ def test_scores_obey_the_models_tokenizer(chinese: Path) -> None:
     assert scores["bleu_4"] == pytest.approx(1)
     assert scores["diversity"]["words_used"] == scores["diversity"]["vocabulary"]
     assert "leaving out METEOR: both know English alone" in err
-    predictions = chinese / "run" / "x.predictions.json"
+    predictions = chinese / "run" / "best.x.beam3.predictions.json"
     assert json.loads(predictions.read_text())[0]["caption"] == "两 个 人 骑 着 bmx 自 行 车 。"
     by_file = ("--predictions", predictions, "--captions", chinese / "captions.csv", "--json")
     again, _ = cap("evaluate", *by_file, "--tokenizer", "characters")

@@ -19,7 +19,7 @@ from pipeline.cli.app import app
 from pipeline.cli.options import options
 from pipeline.demo.config import DemoConfig
 from pipeline.encoder.encoder import DTYPES
-from pipeline.extraction.config import PRECISIONS, ExtractConfig
+from pipeline.extraction.config import PRECISIONS, ExtractOptions
 from tests.conftest import ROOT
 from tests.pipeline.test_cli import cap
 from train.config import BEST, CLASSIC, RECIPES, Recipe, SearchConfig, SweepConfig, TrainConfig
@@ -28,7 +28,7 @@ from train.option import SettingError, about, described, option
 GROUP: Any = typer.main.get_command(app)
 # The settings of each command, and how little it must be told.
 COMMANDS: list[tuple[str, type, list[str]]] = [
-    ("extract-features", ExtractConfig, ["--images", ".", "--out", "x.h5"]),
+    ("extract-features", ExtractOptions, ["--images", ".", "--out", "x.h5"]),
     ("train", TrainConfig, ["--from-cache", "x.h5", "--out", "x"]),
     ("train", Recipe, ["--from-cache", "x.h5", "--out", "x"]),
     ("sweep", SweepConfig, ["--from-cache", "x.h5", "--out", "x"]),
@@ -186,7 +186,7 @@ def made(config: type, *arguments: str) -> Any:
 @pytest.mark.parametrize(
     ("told", "settings"),
     [
-        (["--images", "a", "--out", "b"], ExtractConfig(Path("a"), Path("b"))),
+        (["--images", "a", "--out", "b"], ExtractOptions(Path("a"), Path("b"))),
         (["--from-cache", "a", "--out", "b"], TrainConfig(Path("a"), Path("b"))),
         (["--from-cache", "a", "--out", "b"], SweepConfig(Path("a"), Path("b"))),
         ([], SearchConfig()),
@@ -210,7 +210,7 @@ def test_a_recipe_is_changed_by_the_options_that_are_given() -> None:
 
 def test_text_becomes_the_value_of_its_field() -> None:
     told = ["--images", "a", "--out", "b", "--views", "full,corners", "--shard", "2/8"]
-    config = made(ExtractConfig, *told)
+    config = made(ExtractOptions, *told)
     assert config.views == ("full", "top-left", "top-right", "bottom-left", "bottom-right")
     assert config.shard == (2, 8)
 
@@ -248,6 +248,8 @@ def test_options_stand_where_the_settings_stand() -> None:
         ("cap train --recipe ", ["best", "classic"]),
         ("cap bench train --recipe c", ["classic"]),
         ("cap predict a.jpg --view f", ["full"]),
+        ("cap extract-features --backbone vit_b", ["vit_b_16", "vit_b_32"]),
+        ("cap bench extract --backbone alex", ["alexnet"]),
     ],
 )
 def test_the_shell_completes_commands_options_and_words(line: str, completions: list[str]) -> None:

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO as COCOFile
 from cache.merge import merge
 from cache.store import open_cache
 from pipeline.captions.records import DatasetError
-from pipeline.evaluation.evaluate import _write_json, evaluate_predictions
+from pipeline.evaluation.evaluate import evaluate_predictions
 from pipeline.evaluation.references import (
     PredictionsError,
     coco_results,
@@ -18,6 +18,7 @@ from pipeline.evaluation.references import (
     read_predictions,
     read_references,
 )
+from pipeline.evaluation.result_files import write_json
 from tests.pipeline.test_extract import run
 
 COCO = {
@@ -59,7 +60,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_ids_of_every_kind_are_read_back(tmp_path: Path, ids: list[str], kind: type) -> None:
     captions = {image_id: f"caption {n} é" for n, image_id in enumerate(ids)}
-    _write_json(tmp_path / "p.json", coco_results(captions))
+    write_json(tmp_path / "p.json", coco_results(captions))
     assert read_predictions(tmp_path / "p.json") == captions
     assert {type(entry["image_id"]) for entry in coco_results(captions)} == {kind}
 

@@ -41,7 +41,7 @@ PIPELINE = {
     "photos": set[str](),
     "captions": {"photos"},
     "encoder": {"photos"},
-    "vocabulary_report": {"captions"},
+    "inspection": {"photos", "captions", "encoder"},
     "gallery": {"photos"},
     "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
@@ -50,7 +50,7 @@ PIPELINE = {
     "bench": {"photos", "encoder", "extraction", "captioner"},
     "cli": {
         *("photos", "captions", "encoder", "extraction", "captioner", "evaluation"),
-        *("vocabulary_report", "gallery", "demo", "bench"),
+        *("inspection", "gallery", "demo", "bench"),
     },
     "__main__": {"cli"},
 }

@@ -91,7 +91,7 @@ def test_a_run_ends_when_steps_bring_nothing_more_and_says_so(
     ended = reports[-2]  # then comes advice
     assert isinstance(ended, OutOfPatience)
     assert ended.line() == (
-        f"no better model in 30 steps, so epochs {len(epochs)} to 749 are left out "
+        f"no better model in 30 steps, so epochs {len(epochs) + 1} to 750 are left out "
         "(--epochs N trains N epochs)"
     )
     settings = load_bundle(tmp_path / "run/best.cap").training["config"]

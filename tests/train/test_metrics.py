@@ -224,7 +224,7 @@ def test_spice_is_asked_where_its_models_are(
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(metrics, "missing_spice_requirement", lambda: None)
-    scores = score(HYPOTHESES, REFERENCES, meteor=False)
+    scores = score(HYPOTHESES, REFERENCES, meteor=False, spice=True)
     assert scores.spice == (None if expected is None else pytest.approx(expected))
     assert scores.tokenizer == "ptb"
     if notice is None:

@@ -40,7 +40,7 @@ def test_a_run_leaves_its_models_and_its_log(cache: FeatureCache, tmp_path: Path
         (epoch, step) for epoch in range(3) for step in (2, 4, 5)
     ]
     logs = [report for report in reports if isinstance(report, StepLog)]
-    assert logs[0].line().startswith("Epoch [0/3], Step [2/5], Loss: ")
+    assert logs[0].line().startswith("Epoch [1/3], Step [2/5], Loss: ")
     assert logs[0].perplexity == pytest.approx(math.exp(logs[0].loss))
     assert logs[-1].loss < logs[0].loss
 
@@ -109,7 +109,7 @@ def test_a_run_says_which_epochs_patience_leaves_out(cache: FeatureCache, tmp_pa
         reports = list(train(stopped))
     assert isinstance(reports[-2], OutOfPatience)
     assert reports[-2].line() == (
-        "no better model within --patience, so epochs 2 to 8 are left out"
+        "no better model within --patience, so epochs 3 to 9 are left out"
     )
 
 

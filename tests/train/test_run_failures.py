@@ -28,7 +28,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, make_cache: Mak
 def test_a_run_that_diverges_at_once_can_be_repeated(cache: FeatureCache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = (
-        rf"{run}: the (loss is|weights are) .* at epoch 0, step \d; lower --learning-rate and run "
+        rf"{run}: the (loss is|weights are) .* at epoch 1, step \d; lower --learning-rate and run "
         r"the command again \(nothing was saved\)"
     )
     with pytest.raises(TrainError, match=found):
@@ -50,7 +50,7 @@ def test_self_critical_epochs_that_diverge_can_be_tried_at_a_lower_rate(
         with pytest.raises(TrainError) as error:
             list(train(config(cache, run, **settings)))
     assert str(error.value) == (
-        f"{run}: the loss is nan at epoch 1, step 2; "
+        f"{run}: the loss is nan at epoch 2, step 2; "
         "go on with --resume and a lower --self-critical-rate"
     )
     list(train(config(cache, run, **settings, self_critical_rate=1e-6, resume=True)))
@@ -65,7 +65,7 @@ def test_self_critical_epochs_that_go_astray_are_an_error(
     with pytest.raises(TrainError) as error:
         list(train(config(cache, run, **settings, self_critical_rate=1e4)))
     assert re.fullmatch(
-        rf"{run}: the validation loss is [\de.+]+ at epoch 1, step 3; "
+        rf"{run}: the validation loss is [\de.+]+ at epoch 2, step 3; "
         "go on with --resume and a lower --self-critical-rate",
         str(error.value),
     )
@@ -86,8 +86,8 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(
     before = {path.name: path.read_bytes() for path in run.glob("*.[cp]*")}
     reports = train(config(cache, run, 2, learning_rate=1e30, log_every=99, resume=True))
     found = (
-        rf"{run}: the (loss is|weights are) .* at epoch 1, step \d; begin with a lower "
-        r"--learning-rate and another --out \(the checkpoint of epoch 1, step 0 is kept\)"
+        rf"{run}: the (loss is|weights are) .* at epoch 2, step \d; begin with a lower "
+        r"--learning-rate and another --out \(the checkpoint of epoch 2, step 0 is kept\)"
     )
     if interrupted:
         assert list(itertools.islice(reports, 5))[1:] == [None] * 4

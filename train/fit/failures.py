@@ -69,7 +69,7 @@ def diverged(
 ) -> TrainError:
     """The error of a run that cannot go on, with its cause and what is kept.
 
-    at, saved: epoch and step, now and of the checkpoint; None if there is none.
+    at, saved: epoch, from 0, and step, now and of the checkpoint; None if there is none.
     """
     rewarded = at[0] >= recipe.epochs
     option = "--self-critical-rate" if rewarded else "--learning-rate"
@@ -80,9 +80,9 @@ def diverged(
     else:
         remedy = (
             f"begin with a lower {option} and another --out (the checkpoint of epoch "
-            f"{saved[0]}, step {saved[1]} is kept)"
+            f"{saved[0] + 1}, step {saved[1]} is kept)"
         )
-    return TrainError(f"{what} at epoch {at[0]}, step {at[1]}; {remedy}")
+    return TrainError(f"{what} at epoch {at[0] + 1}, step {at[1]}; {remedy}")
 
 
 def _later(device: torch.device) -> str:

@@ -1,4 +1,7 @@
-"""What training and a sweep report while they run, and the lines that the user sees of it."""
+"""What training and a sweep report while they run, and the lines that the user sees of it.
+
+Epochs count from 0 in the reports, as in the files of a run, and from 1 in the lines.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from train.captions.vocabulary import SPECIALS
 from train.fit.best_epoch import FEWEST_PHOTOS
 
 
@@ -52,11 +56,14 @@ class Started:
         return lines
 
     def _sizes(self) -> str:
-        resumed = f"from epoch {self.epoch}, step {self.step}: " if self.epoch or self.step else ""
+        resumed = ""
+        if self.epoch or self.step:
+            resumed = f"from epoch {self.epoch + 1}, step {self.step}: "
+        words = _counted(self.vocab_size - len(SPECIALS), "word")
         return (
-            f"{resumed}{self.captions:,} captions of {self.photos:,} photos, "
-            f"{self.val_captions:,} of {self.val_photos:,} for validation, "
-            f"vocabulary of {self.vocab_size:,} ({_at_least(self.min_count)}), "
+            f"{resumed}{self.captions:,} captions of {_counted(self.photos, 'photo')} to train on, "
+            f"{self.val_captions:,} captions of {_counted(self.val_photos, 'photo')} held out for "
+            f"validation, vocabulary of {words} ({_at_least(self.min_count)}), "
             f"{self.parameters:,} parameters"
         )
 
@@ -106,7 +113,7 @@ class StepLog:
         else:
             measure = f"Loss: {self.loss:.4f}, Perplexity: {_perplexity(self.loss):.2f}"
         return (
-            f"Epoch [{self.epoch}/{self.epochs}], Step [{self.step}/{self.steps}], "
+            f"Epoch [{self.epoch + 1}/{self.epochs}], Step [{self.step}/{self.steps}], "
             f"{measure}, {self.captions_per_s:,.0f} captions/s"
         )
 
@@ -134,7 +141,7 @@ class EpochLog:
         done = f"{self.steps:,} steps, " if self.steps is not None else ""
         left = f", at most {_duration(self.seconds_left)} left" if self.seconds_left else ""
         return (
-            f"Epoch [{self.epoch}/{self.epochs}] done in {self.seconds:.1f} s, {done}"
+            f"Epoch [{self.epoch + 1}/{self.epochs}] done in {self.seconds:.1f} s, {done}"
             f"Validation loss: {self.val_loss:.4f}, "
             f"Perplexity: {_perplexity(self.val_loss):.2f}, "
             f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}, "
@@ -169,7 +176,9 @@ class OutOfPatience:
 
     def line(self) -> str:
         then = "; self-critical epochs follow" if self.self_critical_follow else ""
-        left_out = f"epochs {self.epoch} to {self.epochs - 1} are left out"
+        left_out = f"epochs {self.epoch + 1} to {self.epochs} are left out"
+        if self.epoch + 1 == self.epochs:
+            left_out = f"epoch {self.epochs} is left out"
         if self.steps is None:
             return f"no better model within --patience, so {left_out}{then}"
         return (

@@ -128,6 +128,14 @@ def read_training(path: Path) -> dict[str, Any]:
     return training
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in a model file's metadata, described at the top. Its weights are not read.
+
+    The checksum is not checked, as in `read_training`. Raises BundleError.
+    """
+    return _read(path, weights=False)[0]
+
+
 def _read(path: Path, *, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(the record in the metadata, the tensors if they are wanted). Raises BundleError."""
     try:

@@ -52,14 +52,14 @@ def human_agreement(
     tokenizer: str = TREEBANK,
     java: bool | None = None,
     meteor: bool = True,
-    spice: bool = True,
+    spice: bool = False,
 ) -> Agreement:
     """Score the k-th caption of every photo against the photo's other captions.
 
     There is a round for each k up to the most captions of a photo, but at most 5. Photos with one
     caption are left out. Photos with fewer captions than rounds start again with the first. In each
     round, CIDEr's document frequencies are those of the other captions. tokenizer: what splits
-    them, as for `score`. meteor, spice: False leaves them out. Raises MetricsError.
+    them, as for `score`. meteor, spice: whether to compute them. Raises MetricsError.
     """
     several = {image: list(texts) for image, texts in references.items() if len(texts) > 1}
     if not several:

@@ -50,7 +50,7 @@ class Scores:
     """Corpus scores as fractions (papers print them times 100; CIDEr may exceed 1).
 
     tokenizer: `ptb` (official, Java), `treebank` (NLTK) or another of `train.captions.script`.
-    meteor: None without Java or for another language. spice: None without Java or SPICE's models.
+    meteor: None without Java or for another language. spice: None if it was not asked for.
     notices: why a score is missing or the tokenizer is not the official one.
     """
 
@@ -89,14 +89,15 @@ def score(
     tokenizer: str = TREEBANK,
     java: bool | None = None,
     meteor: bool = True,
-    spice: bool = True,
+    spice: bool = False,
 ) -> Scores:
     """Score one caption per image against the image's references, over the whole corpus.
 
     tokenizer: what splits captions and references; Java's takes the place of `treebank`. java:
-    whether to use Java; None to use it if it is there and works. meteor, spice: False leaves them
-    out, which saves most of the time. CIDEr's document frequencies come from these references, as
-    in the official evaluation. Raises MetricsError or TokenizerError.
+    whether to use Java; None to use it if it is there and works. meteor: False leaves it out, which
+    saves most of the time. spice: True to compute it, which needs more files. CIDEr's document
+    frequencies come from these references, as in the official evaluation. Raises MetricsError or
+    TokenizerError.
     """
     _check(hypotheses, references)
     notices: list[str] = []

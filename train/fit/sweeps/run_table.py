@@ -30,7 +30,7 @@ class RunSummary:
 
     path: Path
     epochs: int  # finished
-    best_epoch: int | None
+    best_epoch: int | None  # from 0
     cider: float | None
     bleu_4: float | None
     val_loss: float | None
@@ -38,7 +38,9 @@ class RunSummary:
     problem: str = ""  # why the settings could not be read
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+        """The fields for JSON, with epochs counted from 1."""
+        best = None if self.best_epoch is None else self.best_epoch + 1
+        return {**asdict(self), "path": str(self.path), "best_epoch": best}
 
 
 def find_runs(folder: Path) -> list[RunSummary]:

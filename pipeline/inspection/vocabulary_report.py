@@ -14,7 +14,7 @@ from pipeline.captions.dataset import read_captions
 from pipeline.captions.records import DatasetError
 from train.captions.script import TREEBANK, misfit
 from train.captions.tokenizer import build_caption_table
-from train.captions.vocabulary import Vocabulary, build_vocabulary
+from train.captions.vocabulary import SPECIALS, Vocabulary, build_vocabulary
 
 _SHOWN_WORDS = 12
 
@@ -53,8 +53,8 @@ class VocabularyReport:
         most = ", ".join(f"{word} {count:,}" for word, count in facts["most_frequent"].items())
         least = ", ".join(f"{word} {count:,}" for word, count in facts["least_frequent"].items())
         return (
-            f"{facts['size']:,} words (four special ones included) occur at least "
-            f"{facts['min_count']} times\n"
+            f"{facts['size'] - len(SPECIALS):,} words occur at least {facts['min_count']} times; "
+            f"the vocabulary also has {len(SPECIALS)} special ones\n"
             f"{self.captions:,} captions, {self.tokens:,} tokens, {self.distinct:,} distinct; "
             f"{self.coverage:.2%} of the tokens are covered\n"
             f"most frequent: {most}\nleast frequent: {least}"

@@ -1,0 +1,1 @@
+"""What is inside a file or a folder: which kind it is, what it holds, which words it counts."""
