@@ -7,9 +7,11 @@ than on its matrix products.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Parameters of mallopt(3) and their defaults.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -32,6 +34,23 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if not keep:
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))  # returns what has been kept so far
     return done
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Python's collector of cycles rests, for work that makes millions of objects and no cycles.
+
+    Otherwise it looks through all of them again and again: a tenth to a quarter of the time in
+    which COCO's captions are read.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def keep_small_blocks() -> bool:

@@ -20,7 +20,7 @@ from cache.store import PENDING
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, QueuedFeatures
 from pipeline.extraction.feature_checks import EncodedBatch, FeatureChecks
-from pipeline.extraction.gpu_batches import GpuBatches, gpu_decoder
+from pipeline.photos.gpu.batches import GpuBatches, gpu_decoder
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 from pipeline.photos.readers.start import uses_processes
 

@@ -40,6 +40,7 @@ from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
+from train.allocator import without_collections
 from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
@@ -104,6 +105,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
             yield from filler.fill(job.backbone, job.devices, job.known)
 
 
+@without_collections()
 def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
     """(the photos asked for, lines about what was understood). Raises as `extract` does."""
     check_place(config.out)
@@ -234,6 +236,7 @@ def is_unfinished(config: ExtractConfig, skeleton: Skeleton) -> bool:
     )
 
 
+@without_collections()
 def _skeleton(
     config: ExtractConfig, photos: Sequence[Photo], record: EncoderRecord, device: torch.device
 ) -> Skeleton:

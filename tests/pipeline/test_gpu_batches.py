@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.extraction.gpu_batches import DecoderError, GpuBatches, gpu_decoder
+from pipeline.photos.gpu.batches import DecoderError, GpuBatches, gpu_decoder
 from pipeline.photos.gpu.decoder import GpuDecoder
 from pipeline.photos.gpu.nvjpeg import NoHardwareError, NvjpegError
 from pipeline.photos.photo_loader import LoadedBatch, _Loading

@@ -171,13 +171,27 @@ def test_weights_beyond_float16_are_not_computed_in_float16() -> None:
 def test_the_check_of_the_first_photo_is_begun_while_precisions_are_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU. The meta device stands for it here, which is refused after that beginning."""
+    """On a GPU. The meta device stands for it here."""
+
+    class Stops:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise InterruptedError
+
     backbone = load_backbone("resnet18", "random")
     pixels = random_pixels(2)
     features = Encoder(backbone, device=CPU, precision="float32", image_size=64).encode(pixels)
     gpu = torch.device("meta")
-    with pytest.raises(ValueError, match="Expected a cuda device"):
-        choose_precision(backbone, pixels, device=gpu, candidates=("float16", "float32"))
+    with monkeypatch.context() as patch:
+        patch.setattr(precision_module, "Encoder", Stops)
+        plain = precision_module.encode_plain
+        patch.setattr(precision_module, "encode_plain", lambda b, pixels, _: plain(b, pixels, CPU))
+        with pytest.raises(InterruptedError):
+            choose_precision(backbone, pixels, device=gpu, candidates=("float16", "float32"))
+        (begun,) = backbone.plain.values()
+        begun.result()
     plain_runs = []
     monkeypatch.setattr(precision_module, "encode_plain", lambda *_: plain_runs.append(1))
     with pytest.raises(EncoderError, match="gives wrong features"):
