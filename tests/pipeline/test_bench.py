@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from pipeline.bench import predict
+from pipeline.bench import predict, train
 from pipeline.bench.jpegs import (
     MEAN_BYTES,
     PERIOD,
@@ -40,7 +41,8 @@ def test_bench_cache_prints_rates_and_the_machine() -> None:
     assert "128 random rows" in out
 
 
-def test_bench_train_prints_what_its_figures_are_made_of() -> None:
+def test_bench_train_prints_what_its_figures_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "bench_train", functools.partial(train.bench_train, steps=4))
     out, err = cap(
         "bench", "train", "--photos", 500, "--batch-size", 32, "--device", "cpu", "--json"
     )

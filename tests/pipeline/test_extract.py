@@ -83,7 +83,7 @@ def test_going_on_keeps_the_batch_size_and_so_the_bytes(photos: Path, tmp_path: 
 
 
 def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL at 50 random moments, from before the file exists to its last row."""
+    """SIGKILL at 30 random moments, from before the file exists to its last row."""
     for seed in range(160):
         write_photo(tmp_path / "photos" / f"{seed:03d}.jpg", seed)
     # The fork server has everything imported and loaded, so its children start at once.
@@ -106,7 +106,7 @@ def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         whole_s = time.perf_counter() - started
     chance = random.Random(0)
     attempts = kills = partly = 0
-    while kills < 50:
+    while kills < 30:
         attempts += 1
         assert attempts < 300  # else most runs ended before they were killed
         process = start(tmp_path / "x.h5")
@@ -123,7 +123,7 @@ def test_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             if not left:
                 assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
                 (tmp_path / "x.h5").unlink()
-    assert partly >= 10
+    assert partly >= 6
     last = start(tmp_path / "x.h5")
     last.join()
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
