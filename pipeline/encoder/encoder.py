@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.record import EncoderRecord
-from pipeline.encoder.backbone import Backbone, EncoderError
+from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.cuda_graph import CapturedGraphs
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.recorded_weights import recorded_backbone
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
 from train.allocator import keep_freed_memory

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoder.backbone import FLOAT16_MAX, Backbone, EncoderError, PrecisionError
-from pipeline.encoder.batchnorm import TRACING, copy_with
+from pipeline.encoder.backbone import FLOAT16_MAX, Backbone
 from pipeline.encoder.encoder import Encoder, normalizer, reproducible_kernels
+from pipeline.encoder.errors import EncoderError, PrecisionError
+from pipeline.encoder.fusion.batchnorm import TRACING, copy_with
 from train.device import has_fast_bfloat16
 
 # The least cosine between fast and float32 features for which both count as the same features.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from cache.store import FeatureCache, open_cache
 from cache.verify import VerifyReport, verify
-from pipeline.encoder.backbone import EncoderError
 from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.errors import EncoderError
 from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file, read_photo
 from train.device import resolve_device
