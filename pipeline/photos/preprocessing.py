@@ -47,9 +47,16 @@ def preprocess(
     out: a tensor of this shape and layout to write into. reservation: as for `decode`. Raises
     ImageError, or MemoryError, OSError or RuntimeError if `is_shortage`.
     """
+    return preprocess_pixels(decode(data, reservation), size, views, out)
+
+
+def preprocess_pixels(
+    pixels: NDArray[np.uint8], size: int, views: tuple[str, ...], out: Tensor | None = None
+) -> Tensor:
+    """`preprocess` of a photo that is decoded: (H, W, 3) uint8 RGB, upright."""
     if out is None:
         out = empty_pixels(len(views), size)
-    photo = torch.from_numpy(decode(data, reservation))
+    photo = torch.from_numpy(pixels)
     photo = photo.permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), channels last in memory
     full = scaled = photo
     if "full" in views:
