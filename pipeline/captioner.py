@@ -257,6 +257,7 @@ class Captioner:
             image_size=self.encoder.record.image_size,
             views=views,
             readers=min(MOST_THREADS, reader_count(None)),
+            filter=self.encoder.preprocessing.filter,
             advice="caption it and those behind it when the drive answers again",
         ) as loader:
             for batch in loader:
