@@ -76,6 +76,7 @@ class Prediction:
     score: float  # length-normalized log-probability; 0 means certainty
     error: str = ""
     captions: tuple[Caption, ...] = ()  # as many as were asked for, the best one first
+    others: tuple[Caption, ...] = ()  # more that the search has found, if they were asked for
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -99,9 +100,12 @@ class Prediction:
 class Captioner:
     """Captions photos with a trained model. See also `Captioner.load`."""
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig) -> None:
+    def __init__(
+        self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig, *, others: int = 0
+    ) -> None:
         self.bundle = bundle
         self.encoder = encoder
+        self._others = others
         self.search_config = search_config.up_to(bundle.vocabulary.longest)
         self._said: list[tuple[str, ...]] = []  # words of the first captions
         views = encoder.record.views
@@ -115,12 +119,13 @@ class Captioner:
         device: str = "auto",
         weights: str | None = None,
         search_config: SearchConfig | None = None,
+        others: int = 0,
     ) -> Captioner:
         """Load a model from its file or a run folder, together with the encoder behind it.
 
         weights: where the backbone's weights are now, if they are neither where the model's record
         says nor near the model. They must be the same weights. Raises BundleError, EncoderError,
-        DeviceError, SearchError or ViewError.
+        DeviceError, SearchError or ViewError. others: as for `search_several`.
         """
         chosen = resolve_device(device)
         begin_warm_up(chosen)
@@ -130,7 +135,7 @@ class Captioner:
         encoder = Encoder.load(
             bundle.encoder, device=chosen, weights=weights, near=find_bundle(Path(model))
         )
-        return cls(bundle, encoder, search_config)
+        return cls(bundle, encoder, search_config, others=others)
 
     def caption(self, paths: Iterable[str | Path]) -> list[Prediction]:
         """One prediction per path, in order. For a file that is no photo it has an `error`."""
@@ -169,7 +174,7 @@ class Captioner:
         found = dict(zip(rows, hypotheses, strict=True))
         self._remember(hypotheses)
         return [
-            _prediction(names[row], self.bundle.vocabulary, found[row])
+            _prediction(names[row], self.bundle.vocabulary, found[row], self.search_config.captions)
             if row in found
             else Prediction(names[row], "", float("-inf"), batch.errors[row])
             for row in request.rows
@@ -197,19 +202,34 @@ class Captioner:
         """
         features = self.encoder.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return search_several(
-            self.bundle.decoder, mean_of_views(features), self.search_config, numbers=numbers
+            self.bundle.decoder,
+            mean_of_views(features),
+            self.search_config,
+            numbers=numbers,
+            others=self._others,
         )
 
 
-def _prediction(name: str, vocabulary: Vocabulary, found: list[Hypothesis]) -> Prediction:
-    """The prediction of the hypotheses found, or an error if the decoder computes no numbers."""
+def _prediction(
+    name: str, vocabulary: Vocabulary, found: list[Hypothesis], asked: int
+) -> Prediction:
+    """The prediction of the hypotheses found, or an error if the decoder computes no numbers.
+
+    asked: how many of them were asked for. The rest are `others`.
+    """
     # Beam search then finds nothing; greedy search and sampling find something without a score.
     if not found or not math.isfinite(found[0].score):
         return Prediction(
             name, "", float("-inf"), "the model's probabilities are not finite (NaN or infinity)"
         )
     captions = tuple(_caption(vocabulary, hypothesis) for hypothesis in found)
-    return Prediction(name, captions[0].caption, captions[0].score, captions=captions)
+    return Prediction(
+        name,
+        captions[0].caption,
+        captions[0].score,
+        captions=captions[:asked],
+        others=captions[asked:],
+    )
 
 
 def _caption(vocabulary: Vocabulary, hypothesis: Hypothesis) -> Caption:
@@ -224,12 +244,13 @@ def caption_cache(
     *,
     rows: NDArray[np.int64] | None = None,
     report: Callable[[int, int], None] | None = None,
+    others: int = 0,
 ) -> dict[str, Prediction]:
     """Captions for photos of a cache, by image id. Reads no photo file.
 
     rows: of the photos, ascending; None for all that were extracted. report: is told how many
-    photos of how many are done. Raises SearchError, ViewError or CaptionError (a photo gets no
-    caption).
+    photos of how many are done. others: as for `search_several`. Raises SearchError, ViewError or
+    CaptionError (a photo gets no caption).
     """
     search_config = search_config.up_to(bundle.vocabulary.longest)
     view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
@@ -243,9 +264,12 @@ def caption_cache(
             view_features(cache, chosen, view).to(device),
             search_config,
             numbers=chosen.tolist(),
+            others=others,
         )
         for row, hypotheses in zip(chosen.tolist(), found, strict=True):
-            prediction = _prediction(cache.paths[row], bundle.vocabulary, hypotheses)
+            prediction = _prediction(
+                cache.paths[row], bundle.vocabulary, hypotheses, search_config.captions
+            )
             if prediction.error:
                 raise CaptionError(
                     f"{cache.path}: no caption for {prediction.path} ({prediction.error}); "
