@@ -115,6 +115,7 @@ class Prediction:
     score: float  # length-normalized log-probability; 0 means certainty
     error: str = ""
     captions: tuple[Caption, ...] = ()  # as many as were asked for, the best one first
+    others: tuple[Caption, ...] = ()  # more that the search has found, if they were asked for
 
     @property
     def log_prob(self) -> float:
@@ -147,10 +148,13 @@ class Captioner:
     no setting of torch is changed.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig) -> None:
+    def __init__(
+        self, bundle: Bundle, encoder: Encoder, search_config: SearchConfig, *, others: int = 0
+    ) -> None:
         self.bundle = bundle
         self.encoder = encoder
         self.search_config = search_config
+        self._others = others
         self._said: list[tuple[str, ...]] = []  # words of the first captions
         self._lock = threading.Lock()  # of the networks, whose buffers all batches share
         self._settled(search_config)
@@ -163,14 +167,16 @@ class Captioner:
         device: str = "auto",
         weights: str | None = None,
         search_config: SearchConfig | None = None,
+        others: int = 0,
         **search: Unpack[SearchSettings],
     ) -> Captioner:
         """Load a model from its file or a run folder, together with the encoder behind it.
 
         weights: where the backbone's weights are now, if they are neither where the model's record
         says nor near the model. They must be the same weights. search: settings such as
-        `beam_size=5`, in place of those of `search_config`. Raises BundleError, EncoderError,
-        DeviceError, SearchError, SettingError, ViewError or ForkError.
+        `beam_size=5`, in place of those of `search_config`. others: as for `search_several`.
+        Raises BundleError, EncoderError, DeviceError, SearchError, SettingError, ViewError or
+        ForkError.
         """
         _forks.about_to_load()
         search_config = _changed(search_config or SearchConfig(), search)
@@ -180,7 +186,7 @@ class Captioner:
         encoder = Encoder.load(
             bundle.encoder, device=chosen, weights=weights, near=find_bundle(Path(model))
         )
-        return cls(bundle, encoder, search_config)
+        return cls(bundle, encoder, search_config, others=others)
 
     def caption(
         self,
@@ -233,7 +239,9 @@ class Captioner:
                 self._remember(hypotheses)
             for row in sorted((*rows, *reasons)):
                 if row in found:
-                    prediction = _prediction(names[row], self.bundle.vocabulary, found[row])
+                    prediction = _prediction(
+                        names[row], self.bundle.vocabulary, found[row], search_config.captions
+                    )
                 else:
                     prediction = Prediction(names[row], "", float("-inf"), reasons[row])
                 if raises and prediction.error:
@@ -270,12 +278,12 @@ class Captioner:
         self, photos: list[Photo], views: tuple[str, ...]
     ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
         """`_from_files` of photos of any kind."""
-        size = self.encoder.record.image_size
+        size, kind = self.encoder.record.image_size, self.encoder.preprocessing.filter
         with ThreadPoolExecutor(min(MOST_THREADS, reader_count(None))) as readers:
 
             def begin(first: int) -> list[Future[ReadPhoto]]:
                 part = photos[first : first + _BATCH_PHOTOS]
-                return [readers.submit(read_any, photo, size, views) for photo in part]
+                return [readers.submit(read_any, photo, size, views, kind) for photo in part]
 
             begun = begin(0)
             for first in range(0, len(photos), _BATCH_PHOTOS):
@@ -311,7 +319,11 @@ class Captioner:
         with self._lock:
             features = self.encoder.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
             return search_several(
-                self.bundle.decoder, mean_of_views(features), search_config, numbers=numbers
+                self.bundle.decoder,
+                mean_of_views(features),
+                search_config,
+                numbers=numbers,
+                others=self._others,
             )
 
 
@@ -325,15 +337,26 @@ def _changed(search_config: SearchConfig, settings: SearchSettings) -> SearchCon
     return changed
 
 
-def _prediction(name: str, vocabulary: Vocabulary, found: list[Hypothesis]) -> Prediction:
-    """The prediction of the hypotheses found, or an error if the decoder computes no numbers."""
+def _prediction(
+    name: str, vocabulary: Vocabulary, found: list[Hypothesis], asked: int
+) -> Prediction:
+    """The prediction of the hypotheses found, or an error if the decoder computes no numbers.
+
+    asked: how many of them were asked for. The rest are `others`.
+    """
     # Beam search then finds nothing; greedy search and sampling find something without a score.
     if not found or not math.isfinite(found[0].score):
         return Prediction(
             name, "", float("-inf"), "the model's probabilities are not finite (NaN or infinity)"
         )
     captions = tuple(_caption(vocabulary, hypothesis) for hypothesis in found)
-    return Prediction(name, captions[0].caption, captions[0].score, captions=captions)
+    return Prediction(
+        name,
+        captions[0].caption,
+        captions[0].score,
+        captions=captions[:asked],
+        others=captions[asked:],
+    )
 
 
 def _caption(vocabulary: Vocabulary, hypothesis: Hypothesis) -> Caption:
@@ -348,12 +371,13 @@ def caption_cache(
     *,
     rows: NDArray[np.int64] | None = None,
     report: Callable[[int, int], None] | None = None,
+    others: int = 0,
 ) -> dict[str, Prediction]:
     """Captions for photos of a cache, by image id. Reads no photo file.
 
     rows: of the photos, ascending; None for all that were extracted. report: is told how many
-    photos of how many are done. Raises SearchError, ViewError or CaptionError (a photo gets no
-    caption).
+    photos of how many are done. others: as for `search_several`. Raises SearchError, ViewError or
+    CaptionError (a photo gets no caption).
     """
     search_config = search_config.up_to(bundle.vocabulary.longest)
     view = chosen_view(search_config.view, cache.encoder.views, bundle.training)
@@ -367,9 +391,12 @@ def caption_cache(
             view_features(cache, chosen, view).to(device),
             search_config,
             numbers=chosen.tolist(),
+            others=others,
         )
         for row, hypotheses in zip(chosen.tolist(), found, strict=True):
-            prediction = _prediction(cache.paths[row], bundle.vocabulary, hypotheses)
+            prediction = _prediction(
+                cache.paths[row], bundle.vocabulary, hypotheses, search_config.captions
+            )
             if prediction.error:
                 raise CaptionError(
                     f"{cache.path}: no caption for {prediction.path} ({prediction.error}); "

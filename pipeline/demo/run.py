@@ -24,7 +24,7 @@ from pipeline.demo.scenes import Scene, draw_scene, named_right
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
-from pipeline.gallery import Tile, write_contact_sheet
+from pipeline.gallery.sheet import Tile, write_contact_sheet
 from train.config import CLASSIC, SearchConfig, TrainConfig
 from train.fit.reports import EpochLog
 from train.fit.run import train

@@ -107,11 +107,15 @@ def preprocess(
     the `Preprocessing`, whose mean and std are the encoder's business. Raises
     ImageError, or MemoryError, OSError or RuntimeError if `is_shortage`.
     """
-    return preprocess_pixels(decode(data, reservation), size, views, out)
+    return preprocess_pixels(decode(data, reservation), size, views, out, filter)
 
 
 def preprocess_pixels(
-    pixels: NDArray[np.uint8], size: int, views: tuple[str, ...], out: Tensor | None = None
+    pixels: NDArray[np.uint8],
+    size: int,
+    views: tuple[str, ...] = ("full",),
+    out: Tensor | None = None,
+    filter: str = BILINEAR,
 ) -> Tensor:
     """`preprocess` of a photo that is decoded: (H, W, 3) uint8 RGB, upright."""
     if out is None:

@@ -145,6 +145,33 @@ def test_log_probabilities_are_the_decoders(config: SearchConfig) -> None:
                 assert h.score == pytest.approx(total, abs=1e-6)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_other_captions_of_the_search_leave_the_first_ones_alone(config: SearchConfig) -> None:
+    more = 0
+    for seed in range(4):
+        model, photos = decoder(seed), features(5, seed)
+        alone = search_several(model, photos, config)
+        for first, found in zip(
+            alone, search_several(model, photos, config, others=3), strict=True
+        ):
+            assert found[: len(first)] == first
+            others = found[len(first) :]
+            assert len(others) <= 3
+            assert [h.score for h in others] == sorted((h.score for h in others), reverse=True)
+            if not config.sample:
+                assert len({h.words for h in found}) == len(found)
+            for h in others:
+                words = torch.tensor([h.words])
+                with torch.no_grad():
+                    log_probs = model(photos[alone.index(first)].unsqueeze(0), words)
+                expected = log_probs.log_softmax(-1)[0].gather(
+                    1, torch.tensor([*h.words, END]).unsqueeze(1)
+                )
+                assert h.log_probs == pytest.approx(expected.flatten().tolist(), abs=1e-4)
+            more += len(others)
+    assert (more > 0) == (not config.sample and config.beam_size > 1)
+
+
 def test_several_captions_are_the_best_of_all() -> None:
     for seed, length_penalty in itertools.product(range(4), (0.0, 0.7, 1.0)):
         config = SearchConfig(

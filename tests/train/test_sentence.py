@@ -14,6 +14,7 @@ from train.captions.script import CHARACTERS, TREEBANK, WHITESPACE
 from train.captions.sentence import sentence
 from train.captions.tokenizer import build_caption_table, tokenize
 from train.captions.vocabulary import Vocabulary
+from train.captions.word_places import word_places
 
 
 def vocabulary(tokenizer: str = TREEBANK, **cases: str) -> Vocabulary:
@@ -66,6 +67,40 @@ def test_a_sentence_is_written_as_it_was(written: str) -> None:
 )
 def test_marks_without_a_counterpart_are_left_out(tokens: str, written: str) -> None:
     assert sentence(tokens.split(), vocabulary(paris="Paris")) == written
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tokenizer", "pieces"),
+    [
+        ("a man 's hat .", TREEBANK, ["A", "man", "'s", "hat", "."]),
+        ("paris can not sleep .", TREEBANK, ["Paris", "can", "not", "sleep", "."]),
+        ("a `` stop '' sign", TREEBANK, ["A", '"', "stop", '"', "sign"]),
+        ("a `` stop sign .", TREEBANK, ["A", None, "stop", "sign", "."]),
+        ("( a ] dog )", TREEBANK, ["(", "A", None, "dog", ")"]),
+        ("ßa <unk> ßa", TREEBANK, ["Ssa", "<unk>", "ßa"]),
+        ('a dog. "ja!" he', WHITESPACE, ["A", "dog.", '"Ja!"', "he"]),
+        ("他 说 “ bmx ！ ”", CHARACTERS, ["他", "说", "“", "bmx", "！", "”"]),
+        ("", TREEBANK, []),
+    ],
+)
+def test_every_word_is_found_in_its_sentence(
+    tokens: str, tokenizer: str, pieces: list[str | None]
+) -> None:
+    words, known = tokens.split(), vocabulary(tokenizer, paris="Paris")
+    text = sentence(words, known)
+    places = word_places(words, text, known)
+    assert [None if place is None else text[slice(*place)] for place in places] == pieces
+
+
+def test_the_words_of_real_captions_cover_their_sentences(sample_data: Path) -> None:
+    notes = json.loads((sample_data / "coco" / "captions_val2017.json").read_text())["annotations"]
+    for tokenizer in (TREEBANK, WHITESPACE, CHARACTERS):
+        known = vocabulary(tokenizer, tv="TV", i="I")
+        for note in notes[:3000]:
+            words = tokenize(note["caption"], tokenizer)
+            text = sentence(words, known)
+            places = filter(None, word_places(words, text, known))
+            assert "".join(text[slice(*place)] for place in places) == text.replace(" ", "")
 
 
 def test_the_shortcut_gives_nltks_sentences_on_real_captions(sample_data: Path) -> None:

@@ -52,9 +52,12 @@ class FinishedCaptions:
 
 
 def beam_search(
-    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig, others: int = 0
 ) -> FinishedCaptions:
     """The `config.captions` best captions of each group of beams for each photo.
+
+    others: how many more of its finished captions to return. The search goes on no longer for them,
+    so they are not the next best of all captions, and the first ones stay the same.
 
     A group keeps K = beam_size / groups unfinished captions. At most K of its 2K best extensions
     are `<end>`, so there are always K to continue with. An `<end>` among the K best extensions
@@ -64,7 +67,8 @@ def beam_search(
     count, device, groups = len(features), features.device, config.groups
     beams = config.beam_size // groups  # K
     steps = config.longest + 1
-    best = FinishedCaptions.empty(count, groups, min(config.captions, beams), steps, device)
+    captions = min(config.captions, beams)
+    best = FinishedCaptions.empty(count, groups, captions + others, steps, device)
     finished = torch.zeros(count, groups, dtype=torch.int64, device=device)  # number of captions
     active = torch.ones(count, groups, dtype=torch.bool, device=device)  # (P, G)
     photos = torch.arange(count, device=device)  # (P,) with an active group
@@ -102,7 +106,7 @@ def beam_search(
         sums = top.masked_fill(word == END, IMPOSSIBLE).gather(2, keep)
         divisor = torch.where(finished[photos] < beams, steps, length + 2)
         bound = sums.amax(2) / divisor**config.length_penalty
-        active = bound > best.scores[photos, :, -1]
+        active = bound > best.scores[photos, :, captions - 1]
         if beams == 1:  # greedy search stops at the first `<end>`
             active &= finished[photos] == 0
         kept = active.any(1)  # photos

@@ -53,6 +53,7 @@ def search_several(
     *,
     batch_size: int = 128,
     numbers: Sequence[int] | None = None,
+    others: int = 0,
 ) -> list[list[Hypothesis]]:
     """The `config.captions` best different captions for each photo, best first.
 
@@ -63,7 +64,8 @@ def search_several(
 
     decoder: in eval mode. features: (N, D) on its device. batch_size: photos searched at a time.
     numbers: (N,) a number for each photo, or None for 0, 1, …; together with the seed it determines
-    the photo's samples. Raises SearchError.
+    the photo's samples. others: up to so many more captions that beam search has found by then;
+    they follow those that were asked for, best first. Raises SearchError.
     """
     config = config or SearchConfig()
     check_search(config)
@@ -82,21 +84,47 @@ def search_several(
             )
             found.extend([h] for h in _hypotheses(words, log_probs, config))
         else:
-            found.extend(_search_beams(decoder, batch, config))
+            found.extend(_search_beams(decoder, batch, config, others))
     return found
 
 
 def _search_beams(
-    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig, others: int
 ) -> list[list[Hypothesis]]:
-    found = _captions_of_groups(decoder, features, config)
+    of_groups = _captions_of_groups(decoder, features, config, others)
+    asked = min(config.captions, config.beam_size // config.groups)  # of each group
+    found = [[captions[:asked] for captions in groups] for groups in of_groups]
     best = [_best_of_groups(groups, config.captions) for groups in found]
-    # Groups may find equal captions. Then a search with more beams finds each group's next ones:
-    # as many beams as captions are enough for every group.
+    _fill_up(best, found, decoder, features, config)
+    for captions, groups in zip(best, of_groups, strict=True):
+        if others and len(captions) == config.captions:  # else even those are not to be had
+            captions += _others(captions, groups, others)
+    return best
+
+
+def _others(
+    chosen: list[Hypothesis], groups: list[list[Hypothesis]], count: int
+) -> list[Hypothesis]:
+    """The best of the groups' captions that are not chosen: `count` different ones or fewer."""
+    known = {hypothesis.words for hypothesis in chosen}
+    left = {h.words: h for captions in groups for h in captions if h.words not in known}
+    return sorted(left.values(), key=lambda h: -h.score)[:count]
+
+
+def _fill_up(
+    best: list[list[Hypothesis]],
+    found: list[list[list[Hypothesis]]],
+    decoder: CaptionDecoder,
+    features: Tensor,
+    config: SearchConfig,
+) -> None:
+    """Complete, in place, the captions of photos whose groups have found equal ones."""
+    # A search with more beams finds each group's next captions: as many beams as captions are
+    # enough for every group.
     wider = config.captions * config.groups
     short = [n for n, captions in enumerate(best) if len(captions) < config.captions]
     if config.groups == 1 or wider <= config.beam_size or not short:
-        return best
+        return
     more = dataclasses.replace(config, beam_size=wider)
     at_a_time = max(1, len(features) * config.beam_size // wider)  # as much memory as above
     for start in range(0, len(short), at_a_time):
@@ -105,14 +133,13 @@ def _search_beams(
         for n, groups in zip(photos, found_more, strict=True):
             longer = [own + others for own, others in zip(found[n], groups, strict=True)]
             best[n] = _best_of_groups(longer, config.captions)
-    return best
 
 
 def _captions_of_groups(
-    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig, others: int = 0
 ) -> list[list[list[Hypothesis]]]:
     """The captions of each group of beams for each photo, best first."""
-    found = beam_search(decoder, features, config)
+    found = beam_search(decoder, features, config, others)
     photos, groups, captions = found.scores.shape
     flat = _hypotheses(found.words.flatten(0, 2), found.log_probs.flatten(0, 2), config)
     exists = (found.scores > IMPOSSIBLE).flatten().tolist()

@@ -24,7 +24,7 @@ from pipeline.photos.photo_file import (
     read_photo,
     reading_fails,
 )
-from pipeline.photos.preprocessing import preprocess_pixels
+from pipeline.photos.preprocessing import BILINEAR, preprocess_pixels
 
 # A path, a file's bytes, a PIL image, or an array of (H, W, 3) RGB or (H, W) gray uint8, upright.
 Photo: TypeAlias = str | os.PathLike[str] | bytes | bytearray | Image.Image | NDArray[np.uint8]
@@ -70,19 +70,19 @@ def name_of(photo: Photo, number: int) -> str:
     return os.fspath(photo) if isinstance(photo, (str, os.PathLike)) else f"photo {number}"
 
 
-def read_any(photo: Photo, size: int, views: tuple[str, ...]) -> ReadPhoto:
+def read_any(photo: Photo, size: int, views: tuple[str, ...], filter: str = BILINEAR) -> ReadPhoto:
     """`read_photo` of a photo of any kind. The digest is that of bytes, or else zeros."""
     if isinstance(photo, (str, os.PathLike)):
-        return read_photo(Path(photo), size, views)
+        return read_photo(Path(photo), size, views, filter=filter)
     nowhere = Path()
     if isinstance(photo, (bytes, bytearray)):
         if len(photo) > MAX_FILE_BYTES:
             return reading_fails(nowhere, ImageError(f"too large ({len(photo) / 1e6:.0f} MB)"))
-        return photo_of(nowhere, bytes(photo), size, views)
+        return photo_of(nowhere, bytes(photo), size, views, filter=filter)
     try:
         pixels = decode_picture(photo) if isinstance(photo, Image.Image) else _rgb(photo)
         digest = np.zeros(DIGEST_BYTES, np.uint8)
-        return ReadPhoto(preprocess_pixels(pixels, size, views), digest)
+        return ReadPhoto(preprocess_pixels(pixels, size, views, filter=filter), digest)
     except Exception as error:
         return reading_fails(nowhere, error)
 

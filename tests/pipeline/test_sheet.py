@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.gallery import Tile, write_contact_sheet
+from pipeline.gallery.sheet import Tile, write_contact_sheet
 from pipeline.photos.decoding import decode
 from tests.conftest import write_photo
 

@@ -1,0 +1,1 @@
+"""Photos with their captions: a page for a browser, and a contact sheet in one PNG."""
