@@ -248,7 +248,8 @@ def predict(
     search = _searched(dataclasses.replace(search, captions=captions))
     with errors():
         start_torch(device)
-        from pipeline.captioner import Captioner, find_photos
+        from pipeline.captioner.captioner import Captioner
+        from pipeline.captioner.photo_names import find_photos
 
         left_out: list[str] = []
         names = find_photos(_named(paths, null), left_out)
