@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -34,6 +35,15 @@ from train.search.hypotheses import Hypothesis, search_several
 
 _BATCH_PHOTOS = 32
 _JUDGED_CAPTIONS = 1000
+
+
+@dataclass(frozen=True)
+class TimedBatch:
+    """The predictions for a batch of decoded photos, and the seconds that its parts took."""
+
+    predictions: list[Prediction]
+    encode_s: float
+    search_s: float
 
 
 class Captioner:
@@ -114,6 +124,52 @@ class Captioner:
             raise TypeError(f"errors is 'return' or 'raise', not {errors!r}")
         settled, views = self._settled(_changed(self.search_config, search))
         return self._stream(as_photos(photos), settled, views, errors == "raise")
+
+    def decode(self, photo: Photo) -> ReadPhoto:
+        """One photo as `caption_decoded` takes it, with the settings of `load`.
+
+        Threads may decode side by side. What is wrong with the photo is in the result's `error`.
+        Raises ShortageError (memory, for one).
+        """
+        _, views = self._settled(self.search_config)
+        size, kind = self.encoder.record.image_size, self.encoder.preprocessing.filter
+        return read_any(photo, size, views, kind)
+
+    def caption_decoded(self, names: Sequence[str], pixels: torch.Tensor) -> TimedBatch:
+        """One prediction per photo that `decode` has decoded, with the settings of `load`.
+
+        For a program that decodes and forms batches itself. names: the `path` of each prediction.
+        pixels: (B, V, 3, S, S) uint8, stacked. Each photo gets the caption that it gets alone, also
+        where captions are drawn at random. Raises ForkError or EncoderError.
+        """
+        forks.check()
+        settled, _ = self._settled(self.search_config)
+        begun = time.perf_counter()
+        with self._lock:
+            features = self._encode(pixels)
+            if features.is_cuda:  # else the search would be charged with the wait for the features
+                torch.cuda.synchronize(features.device)
+            encoded = time.perf_counter()
+            hypotheses = self._search_features(features, [0] * len(names), settled)
+            searched = time.perf_counter()
+        if not settled.sample:
+            self._remember(hypotheses)
+        predictions = [
+            prediction_of(name, self.bundle.vocabulary, found, settled.captions)
+            for name, found in zip(names, hypotheses, strict=True)
+        ]
+        return TimedBatch(predictions, encoded - begun, searched - encoded)
+
+    def warm_up(self, photos: int) -> None:
+        """Caption this many gray photos at once and forget them: the first batch of each size takes
+        longer than the later ones. Raises EncoderError.
+        """
+        settled, views = self._settled(self.search_config)
+        size = self.encoder.record.image_size
+        gray = torch.full((photos, len(views), size, size, 3), 127, dtype=torch.uint8)
+        # A GPU's second batch of a size makes a graph of its kernels.
+        for _ in range(2 if self.encoder.device.type == "cuda" else 1):
+            self._search(gray.permute(0, 1, 4, 2, 3), [0] * photos, settled)
 
     def _settled(self, search_config: SearchConfig) -> tuple[SearchConfig, tuple[str, ...]]:
         """(the settings for this model, the views that they need). Raises ViewError."""
@@ -212,14 +268,19 @@ class Captioner:
         pixels: (B, V, 3, S, S). numbers: the positions of the photos among all that are captioned.
         """
         with self._lock:
-            features = self.encoder.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            return search_several(
-                self.bundle.decoder,
-                mean_of_views(features),
-                search_config,
-                numbers=numbers,
-                others=self._others,
-            )
+            return self._search_features(self._encode(pixels), numbers, search_config)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, V, 3, S, S) → the means of the views' features, (B, D)."""
+        features = self.encoder.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return mean_of_views(features)
+
+    def _search_features(
+        self, features: torch.Tensor, numbers: list[int], search_config: SearchConfig
+    ) -> list[list[Hypothesis]]:
+        return search_several(
+            self.bundle.decoder, features, search_config, numbers=numbers, others=self._others
+        )
 
 
 def _changed(search_config: SearchConfig, settings: SearchSettings) -> SearchConfig:

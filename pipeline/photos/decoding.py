@@ -110,6 +110,17 @@ def decode(data: bytes, reservation: Reservation | None = None) -> NDArray[np.ui
         return _decode_picture(image, reservation)
 
 
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the image in a file's bytes, as it is stored, without decoding it.
+
+    Raises ImageError, or MemoryError or OSError if `is_shortage`.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    with _reasons(), open_picture(io.BytesIO(data)) as image:
+        return image.size
+
+
 def decode_picture(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels of an open image, as `decode` gives those of its file. The image stays as it is.
 

@@ -1,0 +1,1 @@
+"""`cap serve`: a model that browsers and other programs ask over HTTP."""
