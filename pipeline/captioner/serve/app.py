@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive
 
+from cache.errors import CapError
 from pipeline.captioner.captioner import Captioner
 from pipeline.captioner.predictions import Prediction
 from pipeline.captioner.serve.answers import (
@@ -117,24 +118,32 @@ class Served:
             lifespan=self._lifespan,
         )
         app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, _our_error)
         app.post(
             "/caption",
             response_model=CaptionAnswer,
             responses=_ERRORS,
+            response_description="The photo's captions.",
             openapi_extra=_BODY,
             summary="Caption a photo",
         )(self.caption)
-        app.get("/about", response_model=About, summary="The model and its limits")(self.about)
+        app.get(
+            "/about",
+            response_model=About,
+            response_description="About the model.",
+            summary="The model and its limits",
+        )(self.about)
         app.get(
             "/healthz",
             response_model=Health,
+            response_description="It works.",
             responses={503: {"model": Health, "description": "The last batch failed."}},
             summary="Whether the server works",
         )(self.healthz)
         app.get(
             "/metrics",
             response_class=Response,
-            responses={200: {"content": {"text/plain": {}}}},
+            responses={200: {"content": {"text/plain": {}}, "description": "The counters."}},
             summary="Counters for Prometheus",
         )(self.metrics_text)
         for path, (file, kind) in _PAGES.items():
@@ -150,7 +159,7 @@ class Served:
             await self.batcher.stop()
 
     async def caption(self, request: Request) -> Any:
-        """Send a form with the photo as `file`, or the photo's bytes as the body."""
+        """Send a form with the photo as its file, or the photo's bytes as the body."""
         with Body(request.receive, self._budget, self.limits) as body:
             try:
                 return await self._caption(request, body)
@@ -161,6 +170,9 @@ class Served:
                 self.metrics.refused(refusal.reason)
                 linger_s = 0.0 if body.complete else self.limits.linger_s
                 return _AsResponse(RefusalResponse(refusal, linger_s=linger_s))
+            except Exception:  # a bug, or a GPU that fails: uvicorn writes the traceback
+                self.metrics.refused("failed")
+                raise
 
     async def _caption(self, request: Request, body: Body) -> CaptionAnswer:
         if self._photos >= self.config.queue:
@@ -187,6 +199,8 @@ class Served:
             raise Refusal("too_large" if bomb else "not_a_photo", str(error)) from None
         except ShortageError:
             raise Refusal("busy", "the server is short of memory; try again later") from None
+        except CapError as error:
+            raise Refusal("failed", str(error)) from None
         if found.prediction.error:
             raise Refusal("failed", found.prediction.error)
         return found
@@ -203,6 +217,7 @@ class Served:
         finally:
             for task in (working, leaving):
                 task.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
 
     def _answer(
         self, prediction: Prediction, batch: int, seconds: dict[str, float]
@@ -269,6 +284,10 @@ async def _left(receive: Receive) -> None:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _our_error(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "the server failed; its log says why"}, 500)
 
 
 def _page(file: str, kind: str) -> Callable[[], Any]:

@@ -9,6 +9,7 @@ themselves by the headers `Host` and `Origin`.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.captioner.serve.metrics import Metrics
 from pipeline.captioner.serve.refusal import Refusal, RefusalResponse
 
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:/@\[\]]+)(:\d+)?")  # a name or an address, and a port
 _HEADERS = [
     (
         b"content-security-policy",
@@ -76,15 +78,12 @@ class Guard:
 
         An address is never another site's name, so every address will do.
         """
-        name = _without_port(host)
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = found[1]
         try:
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:
             return name.lower().rstrip(".") in self._names
         return True
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0]

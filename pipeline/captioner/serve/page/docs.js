@@ -30,7 +30,7 @@ function contentOf(content) {
 
 function routeOf(path, method, route) {
   const table = element("table", "");
-  if (route.requestBody) table.append(row("body", "", contentOf(route.requestBody.content)));
+  if (route.requestBody) table.append(row("body", contentOf(route.requestBody.content), ""));
   for (const [status, answer] of Object.entries(route.responses)) {
     table.append(row(status, contentOf(answer.content), answer.description));
   }

@@ -49,7 +49,8 @@ async function showModel() {
 }
 
 function add(files) {
-  let first = null;
+  const cards = document.createDocumentFragment();
+  const jobs = [];
   for (const file of files) {
     const card = find("#card").content.firstElementChild.cloneNode(true);
     const name = file.name || "pasted";
@@ -61,11 +62,12 @@ function add(files) {
     image.src = address;
     const job = { card, file, name, tries: 0 };
     find(".again", card).onclick = () => { job.tries = 0; enqueue(job); };
-    find("#photos").prepend(card);
-    first = first || card;
-    enqueue(job);
+    cards.append(card);
+    jobs.push(job);
   }
-  if (first) first.scrollIntoView({ block: "nearest" });
+  find("#photos").prepend(cards);
+  if (jobs.length) jobs[0].card.scrollIntoView({ block: "nearest" });
+  jobs.forEach(enqueue);
 }
 
 function enqueue(job) {
