@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.captioner.captioner import Captioner
 from pipeline.captioner.predictions import Prediction
-from tests.pipeline.test_captioner import trained
+from tests.pipeline.serving import small_model
 from tests.pipeline.test_cli import cap
 from train.config import SearchConfig
 
@@ -41,8 +41,8 @@ JPEG_TYPE = {"content-type": "image/jpeg"}
 
 
 @pytest.fixture(scope="module")
-def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(photos, tmp_path_factory.mktemp("served"))[1]
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,7 @@ def test_requests_at_once_form_batches_and_get_the_captions_of_the_captioner_alo
     captioner = Captioner.load(run, device="cpu", search_config=search, others=2)
     files = [photo.read_bytes() for photo in sorted(photos.glob("[a-d]*.jpg"))] * 3
     alone = [captioner.caption(photo)[0] for photo in files]
+    assert len({prediction.caption for prediction in alone}) > 1
 
     async def questions(client: Any, served: Served) -> tuple[list[Any], str]:
         answers = await asyncio.gather(*(send(client, photo) for photo in files))
