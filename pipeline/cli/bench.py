@@ -119,7 +119,7 @@ def bench_predict(
     Example: cap bench predict
     """
     with errors():
-        from pipeline.bench.predict import bench_predict as run
+        from pipeline.bench.captioning.predict import bench_predict as run
 
         with ProgressLine("captioning", "steps") as line:
             result = run(
@@ -127,6 +127,47 @@ def bench_predict(
                 weights=weights,
                 photos=photos,
                 cold_runs=cold_runs,
+                device=device,
+                progress=line.update,
+            )
+        say(result.machine.summary())
+        if as_json:
+            print_json({**dataclasses.asdict(result), "machine": result.machine.summary()})
+        else:
+            print(result.table())
+
+
+@bench.command("serve")
+def bench_serve(
+    backbone: Backbone = "resnet152",
+    weights: Annotated[str, typer.Option(help="As for `cap extract-features`.")] = "random",
+    photos: Annotated[
+        int, typer.Option(min=8, help="Photos that are sent one by one, and then by turns.")
+    ] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Requests under load.")] = 200,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time under load.")] = 8,
+    beam_size: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the server.
+
+    Starts `cap serve` in a process of its own. One photo at a time takes turns with a model in this
+    process. Then many requests come at once.
+
+    Example: cap bench serve
+    """
+    with errors():
+        from pipeline.bench.captioning.serve import bench_serve as run
+
+        with ProgressLine("serving", "requests") as line:
+            result = run(
+                backbone=backbone,
+                weights=weights,
+                photos=photos,
+                requests=requests,
+                clients=clients,
+                beam_size=beam_size,
                 device=device,
                 progress=line.update,
             )

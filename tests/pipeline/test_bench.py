@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from pipeline.bench import predict, train
+from pipeline.bench import train
+from pipeline.bench.captioning import predict
 from pipeline.bench.jpegs import (
     MEAN_BYTES,
     PERIOD,
@@ -82,7 +83,7 @@ def test_bench_predict_tells_what_it_is_doing(monkeypatch: pytest.MonkeyPatch) -
         if len(said) > 3:
             raise InterruptedError
 
-    monkeypatch.setattr(predict, "_write_model", lambda *_: (Path("m.cap"), "float32"))
+    monkeypatch.setattr(predict, "write_bench_model", lambda *_: (Path("m.cap"), "float32"))
     monkeypatch.setattr(predict, "_caption_afresh", stop_at_the_third)
     with pytest.raises(InterruptedError):
         predict.bench_predict(
@@ -105,6 +106,28 @@ def test_bench_predict_names_what_a_fresh_process_could_not_do(
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     _, err = cap("bench", "predict", "--backbone", "shufflenet_v2_x0_5", "--photos", 8, code=1)
     assert "a fresh `cap predict` failed (it wrote no caption)" in err
+
+
+def test_bench_serve_loses_no_request_and_names_the_parts() -> None:
+    small = ("bench", "serve", "--backbone", "shufflenet_v2_x0_5", "--photos", 8, "--requests", 12)
+    out, err = cap(*small, "--clients", 3, "--device", "cpu", "--json")
+    result = json.loads(out)
+    assert (result["lost"], result["requests"], result["clients"]) == (0, 12, 3)
+    for times in (result["alone"], result["load"]):
+        assert set(times["parts_ms"]) == {"upload", "decode", "wait", "encode", "search"}
+        assert all(value >= 0 for value in times["parts_ms"].values())
+        assert sum(times["parts_ms"].values()) < times["p99_ms"] * 1.5
+        assert 0 < times["p50_ms"] <= times["p99_ms"]
+    assert result["alone"]["batch"] == 1
+    assert result["load"]["photos_per_s"] > 0
+    assert result["captioner_p50_ms"] > 0
+    assert "cores" in err
+
+
+def test_bench_serve_names_what_the_server_could_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    _, err = cap("bench", "serve", "--backbone", "shufflenet_v2_x0_5", "--photos", 8, code=1)
+    assert "a fresh `cap serve` failed (it said nothing)" in err
 
 
 SMALL_EXTRACT = (

@@ -35,7 +35,7 @@ from train.model.decoder import CaptionDecoder, DecoderConfig
 
 BEAM_SIZES = (1, 3)
 _VOCAB_SIZE = 9_948  # COCO train2014 at minimum count 4
-_CAPTION_WORDS = 11  # the mean of COCO's captions, rounded
+CAPTION_WORDS = 11  # the mean of COCO's captions, rounded
 _PHOTO_SIZE = (640, 480)  # pixels; most of COCO
 _WARM_UP = 3  # photos captioned before the first measurement
 
@@ -100,8 +100,8 @@ def bench_predict(
     steps = starts + 2
     progress(0, steps, 0, "making a model")
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
-        names = _write_photos(Path(folder) / "photos", photos)
-        model, precision = _write_model(Path(folder), backbone, weights, names, chosen)
+        names = write_bench_photos(Path(folder) / "photos", photos)
+        model, precision = write_bench_model(Path(folder), backbone, weights, names, chosen)
         cold: dict[int, list[float]] = {beam_size: [] for beam_size in BEAM_SIZES}
         for run in range(cold_runs):
             for place, beam_size in enumerate(BEAM_SIZES, run * len(BEAM_SIZES) + 1):
@@ -114,7 +114,7 @@ def bench_predict(
             beam_size: Captioner.load(
                 model,
                 device=device,
-                search_config=SearchConfig(beam_size=beam_size, max_length=_CAPTION_WORDS),
+                search_config=SearchConfig(beam_size=beam_size, max_length=CAPTION_WORDS),
             )
             for beam_size in BEAM_SIZES
         }
@@ -141,7 +141,7 @@ def bench_predict(
     )
 
 
-def _write_photos(folder: Path, count: int) -> list[str]:
+def write_bench_photos(folder: Path, count: int) -> list[str]:
     """Write JPEGs of seeded noise with the coarse structure of photos; returns their paths."""
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -154,7 +154,7 @@ def _write_photos(folder: Path, count: int) -> list[str]:
     return names
 
 
-def _write_model(
+def write_bench_model(
     folder: Path, backbone: str, weights: str, photos: list[str], device: torch.device
 ) -> tuple[Path, str]:
     """Write a model with an untrained decoder.

@@ -1,0 +1,1 @@
+"""Measuring captioning: of the command, of a loaded model, and of the server."""
