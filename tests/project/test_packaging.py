@@ -19,6 +19,12 @@ from tests.conftest import ROOT, write_photo
 
 FLOORS = ("cache", "train", "pipeline")
 DATA = {
+    "pipeline/captioner/serve/page/docs.html",
+    "pipeline/captioner/serve/page/docs.js",
+    "pipeline/captioner/serve/page/icon.svg",
+    "pipeline/captioner/serve/page/page.css",
+    "pipeline/captioner/serve/page/page.html",
+    "pipeline/captioner/serve/page/page.js",
     "pipeline/demo/demo_backbone.pth",
     "pipeline/photos/gpu/resize.cu",
     "train/step/cuda/kernels.cu",
