@@ -15,6 +15,7 @@ from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.models.caption import demo, evaluate, predict
+from pipeline.cli.models.compare import compare_encoders
 from pipeline.cli.models.search import search
 from pipeline.cli.train import build_vocab, runs, sweep, train
 
@@ -65,6 +66,7 @@ app.command()(runs)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(search)
+app.command("compare-encoders")(compare_encoders)
 app.command()(demo)
 app.add_typer(bench, name="bench", cls=Group)
 
