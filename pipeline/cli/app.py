@@ -16,6 +16,7 @@ from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.models.caption import demo, evaluate, predict
 from pipeline.cli.models.compare import compare_encoders
+from pipeline.cli.models.export import export
 from pipeline.cli.models.search import search
 from pipeline.cli.train import build_vocab, runs, sweep, train
 
@@ -66,6 +67,7 @@ app.command()(runs)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(search)
+app.command()(export)
 app.command("compare-encoders")(compare_encoders)
 app.command()(demo)
 app.add_typer(bench, name="bench", cls=Group)
