@@ -15,7 +15,7 @@ from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
 from pipeline.cli.extract import backbones, extract_features
-from pipeline.cli.train import build_vocab, runs, sweep, train
+from pipeline.cli.train import build_vocab, import_classic, runs, sweep, train
 
 
 def show_version(wanted: bool) -> None:
@@ -61,6 +61,7 @@ app.command("build-vocab")(build_vocab)
 app.command()(train)
 app.command()(sweep)
 app.command()(runs)
+app.command("import-classic")(import_classic)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(demo)
