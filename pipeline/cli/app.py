@@ -18,7 +18,7 @@ from pipeline.cli.models.caption import demo, evaluate, predict
 from pipeline.cli.models.compare import compare_encoders
 from pipeline.cli.models.export import export
 from pipeline.cli.models.search import search
-from pipeline.cli.train import build_vocab, runs, sweep, train
+from pipeline.cli.train import build_vocab, import_classic, runs, sweep, train
 
 
 def show_version(wanted: bool) -> None:
@@ -64,6 +64,7 @@ app.command("build-vocab")(build_vocab)
 app.command()(train)
 app.command()(sweep)
 app.command()(runs)
+app.command("import-classic")(import_classic)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(search)

@@ -91,7 +91,7 @@ def model_facts(path: Path) -> Facts:
             **record["encoder"],
             **{name: value for name, value in record["decoder"].items() if name != "feature_dim"},
             "words": len(vocabulary["words"]),  # `vocab_size` counts four special ones, too
-            "min_count": vocabulary["min_count"],
+            "min_count": vocabulary["min_count"] or None,  # 0: not known, of an imported model
             "tokenizer": vocabulary.get("tokenizer", "treebank"),
             "captions": training.get("captions"),
             # Epochs are counted from 0 in the file.
@@ -99,7 +99,11 @@ def model_facts(path: Path) -> Facts:
             "val_loss": training.get("val_loss"),
             **{f"val_{name}": value for name, value in (training.get("scores") or {}).items()},
             **({"doubt": training["degenerate"]} if training.get("degenerate") else {}),
-            "training": dict(training.get("config") or {}),
+            **(
+                {"imported": dict(training["imported"])}
+                if training.get("imported")
+                else {"training": dict(training.get("config") or {})}
+            ),
         }
     except (KeyError, TypeError, AttributeError):
         raise BundleError(f"{path}: damaged model file (its record is invalid)") from None

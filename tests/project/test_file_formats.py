@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import struct
@@ -31,6 +32,7 @@ from tests.formats.plain_reader import (
     strings,
 )
 from train.model.bundle import load_bundle
+from train.model.decoder import DecoderConfig
 
 FORMATS = ROOT / "tests" / "formats"
 FILES = FORMATS / "v0.1.0"
@@ -241,6 +243,11 @@ def test_a_model_file_is_as_its_page_says(name: str) -> None:
     for tensor, shape in shapes.items():
         assert tensors[tensor]["shape"] == shape, tensor
         assert tensors[tensor]["dtype"] == "F32"
+
+
+def test_the_page_names_every_option_of_a_decoder() -> None:
+    for field in dataclasses.fields(DecoderConfig):
+        assert f"`{field.name}`" in MODEL_PAGE, field.name
 
 
 def test_a_model_of_today_has_the_checksum_that_its_page_says(tmp_path: Path) -> None:

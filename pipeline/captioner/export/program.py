@@ -128,6 +128,8 @@ class PhotoCaptioner(nn.Module):
         photo = self.normalize(self.project(features))  # (1, E)
         zeros = photo.new_zeros(1, sizes["hidden_size"])
         outputs, state = self._read(photo, [zeros] * (2 * sizes["num_layers"]))
+        if sizes["start_after_photo"]:
+            outputs, state = self._read(self.embed.weight[START : START + 1], state)
         best = photo.new_full((beams,), _IMPOSSIBLE)
         captions = torch.full((beams, longest + 1), PAD, device=photo.device)
         words = torch.zeros((1, 0), dtype=torch.int64, device=photo.device)

@@ -42,6 +42,7 @@ CACHE_OR_CAPTIONS = _wanted("a feature cache or a captions file", Kind.CACHE, Ki
 WEIGHTS = _wanted("a file of a network's weights", Kind.WEIGHTS)
 PICTURES = _wanted("photos", Kind.PICTURE, Kind.FOLDER, leaves=[Kind.TEXT])
 RUNS = _wanted("a folder of runs", *_FOLDERS)
+PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
 
@@ -53,7 +54,8 @@ _BY_NAME = {
     "images": PHOTOS,
     "captions": CAPTIONS,
     "source": CACHE_OR_CAPTIONS,
-    "weights": WEIGHTS,
+    **dict.fromkeys(("weights", "encoder_file", "decoder_file"), WEIGHTS),
+    "vocab_file": PICKLE,
     "paths": PICTURES,
     "folder": RUNS,
 }
@@ -63,13 +65,14 @@ _OUT = {
     "sweep": NEW_FOLDER,
     "demo": NEW_FOLDER,
     "evaluate": NEW_FOLDER,
+    "import-classic": NEW_FOLDER,
     "build-vocab": NEW_TEXT,
 }
 # Else found missing only after the weights are read, which may be downloaded.
 _MUST_BE_THERE = ("reuse", "only")
 _WEIGHTS_NAME = re.compile(r"random|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
-_OWN_FOLDER = ("train", "sweep")
+_OWN_FOLDER = ("train", "sweep", "import-classic")
 # A log or notes may be in a run's folder before it begins.
 _FEW_ENTRIES, _MANY_ENTRIES = 10, 1000
 _WITHOUT_FILE = ("sidecar", "metadata")  # values of --captions that name no file
