@@ -15,7 +15,7 @@ from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.caption import demo, evaluate, predict
 from pipeline.cli.extract import backbones, extract_features
-from pipeline.cli.train import build_vocab, runs, sweep, train
+from pipeline.cli.training.commands import build_vocab, runs, sweep, train
 
 
 def show_version(wanted: bool) -> None:

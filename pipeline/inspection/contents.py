@@ -107,7 +107,7 @@ def model_facts(path: Path) -> Facts:
 
 def run_facts(path: Path) -> Facts:
     """Of a run's folder: its model and how far training is."""
-    from train.fit.sweeps.run_table import find_runs
+    from train.fit.record.run_table import find_runs
     from train.model.bundle import find_bundle
 
     run = next(run for run in find_runs(path) if run.path == path)
@@ -124,7 +124,7 @@ def run_facts(path: Path) -> Facts:
 
 
 def sweep_facts(path: Path) -> Facts:
-    from train.fit.sweeps.run_table import find_runs
+    from train.fit.record.run_table import find_runs
 
     runs = find_runs(path)
     return {

@@ -11,9 +11,9 @@ import torch
 from cache.store import FeatureCache
 from tests.train.runs import SMALL, config, same, weights
 from train.config import BEST
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import StepLog
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 from train.model.bundle import load_bundle
 
 

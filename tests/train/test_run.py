@@ -16,9 +16,9 @@ from tests.train.runs import config, same, weights
 from train.captions.photo_split import split_photos
 from train.config import Recipe, SearchConfig
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import EpochLog, OutOfPatience, StepLog
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 from train.fit.trainer import Trainer
 from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle

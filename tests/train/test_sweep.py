@@ -30,9 +30,9 @@ from tests.conftest import ROOT, MakeCache, skeleton
 from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
 from train.fit.data_recipe import data_recipe
+from train.fit.record.run_table import RunsError, find_runs, runs_table
 from train.fit.reports import SweepNotice, SweepResult, TrialLog
 from train.fit.run import train
-from train.fit.sweeps.run_table import RunsError, find_runs, runs_table
 from train.fit.sweeps.study import (
     SweepError,
     default_recipe,

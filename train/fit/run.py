@@ -1,6 +1,6 @@
 """A training run: data and decoder set up, epochs trained, the best model chosen and saved.
 
-`train` runs or resumes one. Its folder is described in `train.fit.run_folder`.
+`train` runs or resumes one. Its folder is described in `train.fit.record.run_folder`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from train.fit.failures import (
     too_large_step,
     too_large_validation,
 )
+from train.fit.record.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
 from train.fit.reports import (
     Advice,
     EpochLog,
@@ -42,7 +43,6 @@ from train.fit.reports import (
 )
 from train.fit.resume import check_resumable, data_identity, resumed_photos, run_settings
 from train.fit.run_data import load_run_data
-from train.fit.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle, read_training

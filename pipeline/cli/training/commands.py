@@ -197,7 +197,7 @@ def runs(
     Example: cap runs runs/
     """
     with errors():
-        from train.fit.sweeps.run_table import find_runs, runs_table
+        from train.fit.record.run_table import find_runs, runs_table
 
         found = find_runs(folder)
         for run in found:
