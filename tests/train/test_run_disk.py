@@ -13,7 +13,8 @@ import torch
 from cache.atomic import WriteError
 from cache.store import FeatureCache
 from tests.train.runs import config, same, weights
-from train.fit.record.run_folder import MetricsLog, TrainError
+from train.fit.record.metrics import MetricsLog
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import EpochLog
 from train.fit.run import train
 from train.model.bundle import Bundle, find_bundle
