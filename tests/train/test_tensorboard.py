@@ -11,7 +11,8 @@ import pytest
 from cache.store import FeatureCache
 from tests.train.runs import config, log_lines
 from train.fit.record.run_folder import TrainError
-from train.fit.reports import EpochLog
+from train.fit.record.tensorboard import Board
+from train.fit.reports import EpochLog, StepLog
 from train.fit.run import train
 
 
@@ -68,3 +69,12 @@ def test_without_tensorboard_nothing_begins(
         "or leave the option out (curves.png is drawn without it)"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_trained_again_after_a_kill_are_shown_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for first, losses in ((0, (1.0, 2.0, 3.0, 4.0)), (2, (30.0, 40.0))):
+        with Board(tmp_path, first) as board:
+            for step, loss in enumerate(losses, first + 1):
+                board.add_steps(StepLog(0, 1, step, 4, loss, 100.0, all_steps=step))
+    assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
