@@ -17,7 +17,7 @@ from pipeline.inspection.kinds import Kind, kind_of
 
 Facts = dict[str, Any]
 
-_WRITTEN = ("best.cap", "last.cap", "checkpoint.pt", "metrics.jsonl")
+_WRITTEN = ("best.cap", "last.cap", "checkpoint.pt", "metrics.jsonl", "curves.png")
 
 
 class ContentError(CapError):
@@ -111,7 +111,7 @@ def model_facts(path: Path) -> Facts:
 
 def run_facts(path: Path) -> Facts:
     """Of a run's folder: its model and how far training is."""
-    from train.fit.sweeps.run_table import find_runs
+    from train.fit.record.run_table import find_runs
     from train.model.bundle import find_bundle
 
     run = next(run for run in find_runs(path) if run.path == path)
@@ -128,14 +128,15 @@ def run_facts(path: Path) -> Facts:
 
 
 def sweep_facts(path: Path) -> Facts:
-    from train.fit.sweeps.run_table import find_runs
+    from train.fit.record.run_table import find_runs, score_key
 
     runs = find_runs(path)
+    best = max(runs, key=score_key)  # all trials of a sweep are judged alike
     return {
         "trials": len(runs),
-        "best": str(runs[0].path),
-        "best_val_cider": runs[0].cider,
-        "best_training": dict(runs[0].settings),
+        "best": str(best.path),
+        "best_val_cider": best.cider,
+        "best_training": dict(best.settings),
     }
 
 

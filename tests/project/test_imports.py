@@ -34,8 +34,11 @@ TRAIN = {
     "model": {"config", "captions"},
     "search": {"config", "captions", "model"},
     "scores": {"captions"},
-    "step": {"private_torch", "device", "config", "captions", "model", "search"},
-    "fit": {"config", "device", "captions", "model", "search", "scores", "step", "allocator"},
+    "step": {"private_torch", "torch_import", "device", "config", "captions", "model", "search"},
+    "fit": {
+        *("config", "device", "captions", "model", "search", "scores", "step", "allocator"),
+        "torch_import",
+    },
 }
 PIPELINE = {
     "photos": set[str](),

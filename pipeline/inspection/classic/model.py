@@ -34,7 +34,7 @@ from pipeline.inspection.classic.checkpoints import (
 from pipeline.inspection.classic.errors import ClassicError
 from pipeline.inspection.classic.vocabulary_pickle import read_words
 from train.captions.vocabulary import SPECIALS, START, Vocabulary
-from train.fit.run_folder import RunFolder
+from train.fit.record.run_folder import RunFolder
 from train.model.bundle import Bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
 

@@ -5,7 +5,6 @@ import-classic.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 
 from pipeline.cli.errors import errors
 from pipeline.cli.options import CaptionColumn, ImageColumn, Json, choice, options
-from pipeline.cli.terminal import complain, one_line, print_json, say
+from pipeline.cli.terminal import complain, print_json, say
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SweepConfig, TrainConfig
 from train.torch_import import start_torch
@@ -85,33 +84,22 @@ def train(*, config: TrainConfig, as_json: Json = False) -> None:
 
     with errors(kept):
         start_torch(config.device)
-        from train.fit.reports import (
-            Advice,
-            EpochLog,
-            OutOfPatience,
-            Saved,
-            Started,
-            StartScores,
-            StepLog,
-        )
+        from pipeline.cli.training.progress import TrainingProgress
+        from train.fit.reports import EpochLog, Started
         from train.fit.run import train as run_training
 
         best, stopped = None, False
-        with _between_steps() as interrupted, contextlib.closing(run_training(config)) as reports:
+        with (
+            _between_steps() as interrupted,
+            TrainingProgress(every_step_log=config.log_every is not None) as progress,
+            contextlib.closing(run_training(config, notice_of_curves=progress.say)) as reports,
+        ):
             for report in reports:
-                match report:
-                    case Started():
-                        started = True
-                        say(report.summary())
-                    case StepLog():
-                        say(report.line())
-                    case EpochLog():
-                        say(report.line())
-                        best = report if report.best else best
-                    case OutOfPatience() | StartScores() | Advice():
-                        say(report.line())
-                    case Saved():
-                        say(f"saved {report.path}")
+                if report is not None:
+                    progress.show(report)
+                started = started or isinstance(report, Started)
+                if isinstance(report, EpochLog) and report.best:
+                    best = report
                 if interrupted():
                     stopped = True
                     break
@@ -191,17 +179,26 @@ def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with runs below it.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="PNG to draw the training curves of the runs into, over one another."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List runs with their scores, best first.
 
-    The settings in which the runs differ are shown too.
+    Only scores of the same validation photos compare: runs are ranked among those that were judged
+    alike. What their data and settings differ in is shown too.
 
-    Example: cap runs runs/
+    Example: cap runs runs/ --plot runs.png
     """
     with errors():
-        from train.fit.sweeps.run_table import find_runs, runs_table
+        from train.fit.record.run_table import find_runs, plot_runs, runs_table
 
+        if plot is not None:
+            from train.fit.record.curves import check_replaceable
+
+            check_replaceable(plot)
         found = find_runs(folder)
         for run in found:
             if run.problem:
@@ -210,44 +207,6 @@ def runs(
             print_json([run.as_dict() for run in found])
         else:
             print(runs_table(found))
-
-
-def import_classic(
-    encoder_file: Annotated[
-        Path, typer.Option("--encoder", help="The tutorial's encoder-….ckpt, a state dict.")
-    ],
-    decoder_file: Annotated[
-        Path, typer.Option("--decoder", help="The decoder-….ckpt that was saved with it.")
-    ],
-    vocab_file: Annotated[
-        Path, typer.Option("--vocab", help="Its vocab.pkl, a pickle, which can run nothing here.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write the model and its weights into.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model that is there.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Make a model of a finished run of the CNN-LSTM tutorial.
-
-    That is the image captioning of yunjey's pytorch-tutorial, with any ResNet, of any sizes. The
-    model is for `cap predict` and `cap evaluate`; training cannot go on from it.
-
-    Example: cap import-classic --encoder encoder-5-3236.ckpt --decoder decoder-5-3236.ckpt
-    --vocab vocab.pkl --out runs/old
-    """
-    with errors("nothing was imported; run the same command again"):
-        from pipeline.inspection.classic.model import import_classic as run_import
-
-        found = run_import(encoder_file, decoder_file, vocab_file, out, overwrite=overwrite)
-        for notice in found.notices:
-            say(one_line(notice))
-        say(
-            "to score it, make a cache with `cap extract-features` and --backbone "
-            f"{found.encoder.backbone} --weights {one_line(shlex.quote(str(found.weights)))} "
-            f"--precision {found.encoder.precision}"
-        )
-        if as_json:
-            print_json(found.as_dict())
-        else:
-            print(one_line(found.summary()))
+        if plot is not None:
+            drawn = plot_runs(folder, found, plot)
+            say(f"drew {drawn} run{'' if drawn == 1 else 's'} into {plot}")
