@@ -56,6 +56,7 @@ _BY_NAME = {
     "weights": WEIGHTS,
     "paths": PICTURES,
     "folder": RUNS,
+    "gallery": NEW_FOLDER,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
