@@ -39,13 +39,14 @@ from __future__ import annotations
 
 import json
 import mmap
+import operator
 import os
 import stat
 import weakref
 import zlib
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +81,9 @@ class FeatureCache:
     does not touch it, or calls `check_unchanged` before each part.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
+        self._rows: dict[str, int] | None = None  # by path and by image id
         self._fd = _open(path)  # kept, so that all reads are of the file that is mapped
         close = weakref.finalize(self, os.close, self._fd)
         opened = False
@@ -190,6 +192,32 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self.status)
+
+    def __getitem__(self, key: SupportsIndex | str) -> NDArray[np.float16]:
+        """The features (V, D) of one photo, copied; by its row, path or image id.
+
+        Together with `len`, this is what PyTorch's loaders ask of a dataset. Raises IndexError or
+        KeyError if there is no such photo, and CacheError if it has no features.
+        """
+        row = self.row(key) if isinstance(key, str) else operator.index(key)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
+        if self.status[row] != DONE:
+            reason = self.error(row) if self.status[row] == UNREADABLE else "not extracted yet"
+            raise CacheError(f"{self.path}: no features of {self.paths[row]} ({reason})")
+        features: NDArray[np.float16] = self.read_rows(np.array([row]))[0]
+        return features
+
+    def row(self, name: str) -> int:
+        """The row of the photo with this path or image id. Raises KeyError.
+
+        The first call indexes all names.
+        """
+        if self._rows is None:
+            self._rows = {name: row for row, name in enumerate(self.image_ids)}
+            self._rows.update((path, row) for row, path in enumerate(self.paths))
+        return self._rows[name]
 
     def check_unchanged(self) -> None:
         """Raise CacheError if the file was cut off or has got other content since it was opened.

@@ -23,7 +23,8 @@ from PIL import Image
 from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
-from pipeline.encoder import weights
+from pipeline.encoder.networks import random_weights
+from pipeline.encoder.networks.headless import Headless
 from train.captions.script import TREEBANK
 from train.captions.tokenizer import build_caption_table
 from train.scores import meteor
@@ -85,20 +86,17 @@ def small_meteor(small_meteor_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session", autouse=True)
 def one_random_resnet18() -> Iterator[None]:
     """Drawing and measuring a random network takes a second; most tests of extraction need one."""
-    drawn = weights._random_network
+    drawn = random_weights.random_network
 
     @functools.cache
-    def kept() -> tuple[torch.nn.Module, int, str]:
+    def kept() -> tuple[Headless, str]:
         return drawn("resnet18")
 
-    def copied(name: str) -> tuple[torch.nn.Module, int, str]:
-        if name != "resnet18":
-            return drawn(name)
-        network, feature_dim, sha256 = kept()
-        return copy.deepcopy(network), feature_dim, sha256
+    def copied(name: str) -> tuple[Headless, str]:
+        return copy.deepcopy(kept()) if name == "resnet18" else drawn(name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_random_network", copied)
+        patch.setattr("pipeline.encoder.weights.random_network", copied)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict
 
 from cache.errors import CapError
 from train.option import SettingError, about, check_bounds, option
@@ -357,6 +358,23 @@ _WITHOUT_EFFECT = (("temperature", "top_p", "seed"), ("beam_size", "groups", "di
 
 class SearchError(CapError):
     """Raised when the settings of a search contradict each other. The message is one line."""
+
+
+class SearchSettings(TypedDict, total=False):
+    """Fields of a SearchConfig by name: the keyword arguments that change some of them."""
+
+    beam_size: int
+    max_length: int | None
+    length_penalty: float
+    no_repeat_ngram: int
+    captions: int
+    groups: int
+    diversity: float
+    sample: bool
+    temperature: float
+    top_p: float
+    seed: int
+    view: str
 
 
 def with_enough_beams(config: SearchConfig) -> tuple[SearchConfig, str | None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli.errors import errors
 from pipeline.cli.options import Json, options
 from pipeline.cli.terminal import ProgressLine, duration, mention, one_line, print_json, say
-from pipeline.encoder.known_backbones import KNOWN_BACKBONES, backbones_table
+from pipeline.encoder.networks.known_backbones import KNOWN_BACKBONES, backbones_table
 from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
 from train.torch_import import start_torch
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from pipeline.cli.errors import WrongArguments
-from pipeline.encoder.known_backbones import BACKBONE_NAMES
+from pipeline.encoder.networks.known_backbones import BACKBONE_NAMES
 from pipeline.extraction.config import BACKBONE_HELP, CAPTION_COLUMN_HELP, IMAGE_COLUMN_HELP
 from train.config import DEVICE_HELP
 from train.option import Option, SettingError, described, or_list

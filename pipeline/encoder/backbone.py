@@ -6,35 +6,22 @@ with its convolutions fused (`fused_convolutions`), channels last in memory, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from cache.errors import CapError
-from pipeline.encoder.batchnorm import fold_batchnorm
-from pipeline.encoder.fused_convolutions import fuse_convolutions
-from pipeline.encoder.known_backbones import BACKBONE_NAMES
+from pipeline.encoder.errors import EncoderError, PrecisionError
+from pipeline.encoder.fusion.batchnorm import fold_batchnorm
+from pipeline.encoder.fusion.fused_convolutions import fuse_convolutions
 from pipeline.encoder.shapes import run_on_meta
-from pipeline.encoder.torchvision_models import classifiers
+from pipeline.photos.preprocessing import IMAGENET, Preprocessing
 from train.device import is_out_of_memory
-from train.option import nearest, or_list
 
 # The batch size for which the weights are laid out in memory. Any other size works, too.
 _TYPICAL_BATCH = 16
 FLOAT16_MAX = int(torch.finfo(torch.float16).max)  # 65,504
-
-
-class EncoderError(CapError):
-    """Raised when a backbone, its weights or its device cannot be used. The message is one line."""
-
-
-class PrecisionError(EncoderError):
-    """Raised when a backbone cannot be computed in a precision. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,8 @@ class Backbone:
     weights_sha256: str
     feature_dim: int
     network: nn.Module  # float32, on the CPU, in eval mode, frozen
+    preprocessing: Preprocessing = IMAGENET
+    image_size: int = 224  # what it was trained for, both sides
     # The latest fast network, by (device, dtype, image size). It is kept so that the network that
     # was compared with float32 is the one that is then used.
     _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(
@@ -131,65 +120,3 @@ def is_within(tensor: Tensor, largest: float) -> bool:
         return True
     least, most = torch.aminmax(tensor)  # one pass; both are NaN if any number is
     return bool(least >= -largest) and bool(most <= largest)
-
-
-def headless_network(name: str, device: str) -> tuple[nn.Module, int]:
-    """A torchvision classifier with its last linear layer replaced by the identity, and the number
-    of features that layer takes.
-
-    device: `meta` for shapes without numbers, `cpu` for random weights from the global generator.
-    Raises EncoderError.
-    """
-    try:
-        with torch.device(device), _SkipInitialization(device):
-            network: nn.Module = classifiers().get_model(name, weights=None, **_options(name))
-    except NotImplementedError:  # RegNets compute their widths with tensors
-        if device == "cpu":
-            raise
-        return headless_network(name, "cpu")
-    except ValueError:
-        near = nearest(name, BACKBONE_NAMES)
-        advice = f"did you mean {or_list(near)}? `cap backbones`" if near else "`cap backbones`"
-        raise EncoderError(f"torchvision has no backbone {name!r}; {advice} lists them") from None
-    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise EncoderError(f"{name} does not end in a linear layer; choose another backbone")
-    head = network.get_submodule(linear[-1])
-    assert isinstance(head, nn.Linear)
-    network.set_submodule(linear[-1], nn.Identity())
-    return network, head.in_features
-
-
-def _options(name: str) -> dict[str, bool]:
-    """Two constructors announce another default of this option, unless they are given it. Filtering
-    the warning would change the filters of the whole process, for its other threads too.
-    """
-    return {"init_weights": True} if name.lower() in ("googlenet", "inception_v3") else {}
-
-
-# The functions that draw initial weights, as far as a mode sees them: it sees a call of a function
-# of torch.nn.init, but not what this function calls.
-_DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
-
-
-class _SkipInitialization(TorchFunctionMode):
-    """Skips the drawing of weights on the meta device, where they have no numbers.
-
-    Otherwise PyTorch would import its compiler to draw nothing.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._skips = device == "meta"
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._skips and func in _DRAWING:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)

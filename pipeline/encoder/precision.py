@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoder.backbone import FLOAT16_MAX, Backbone, EncoderError, PrecisionError
-from pipeline.encoder.batchnorm import TRACING, copy_with
+from pipeline.encoder.backbone import FLOAT16_MAX, Backbone
 from pipeline.encoder.encoder import Encoder, normalizer, reproducible_kernels
+from pipeline.encoder.errors import EncoderError, PrecisionError
+from pipeline.encoder.fusion.batchnorm import TRACING, copy_with
 from train.device import has_fast_bfloat16
 
 # The least cosine between fast and float32 features for which both count as the same features.
@@ -30,7 +31,9 @@ def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Te
     if device.type != "cpu":
         network = copy_with(network, lambda tensor: tensor.to(device))
     with torch.inference_mode(), reproducible_kernels(device):
-        return backbone.run(network, normalizer(device, torch.float32)(pixels.to(device)))
+        return backbone.run(
+            network, normalizer(device, torch.float32, backbone.preprocessing)(pixels.to(device))
+        )
 
 
 def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precision: str) -> None:

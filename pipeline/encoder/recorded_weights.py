@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from cache.record import EncoderRecord
-from pipeline.encoder.backbone import Backbone, EncoderError
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.weights import load_backbone
 
 _SUFFIXES = (".pth", ".pt", ".safetensors", ".bin")

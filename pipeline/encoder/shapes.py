@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pipeline.encoder.batchnorm import copy_with
+from pipeline.encoder.fusion.batchnorm import copy_with
 from train.torch_import import import_meta_kernels
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.encoder.known_backbones import BACKBONE_NAMES
+from pipeline.encoder.networks.known_backbones import BACKBONE_NAMES
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
 from train.option import SettingError, about, option

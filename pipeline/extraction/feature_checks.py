@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.record import Strings
-from pipeline.encoder.backbone import Backbone, EncoderError
+from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.precision import check_features
 from pipeline.photos.photo_loader import LoadedBatch
 

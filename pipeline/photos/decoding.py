@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -98,18 +100,42 @@ def decode(data: bytes, reservation: Reservation | None = None) -> NDArray[np.ui
         pixels = _decode_plain_jpeg(data, header, reservation)
         if pixels is not None:
             return pixels
+    with _reasons(), open_picture(io.BytesIO(data)) as image:
+        _check_size(image)
+        upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
+        if upright and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            pixels = _decode_plain_jpeg(data, header, reservation)
+            if pixels is not None:
+                return pixels
+        return _decode_picture(image, reservation)
+
+
+def decode_picture(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of an open image, as `decode` gives those of its file. The image stays as it is.
+
+    Raises ImageError, or MemoryError or OSError if `is_shortage`.
+    """
+    with _reasons():
+        _check_size(image)
+        return _decode_picture(image.copy(), MemoryBudget(sys.maxsize).reservation())
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"too large ({image.width}×{image.height} pixels)")
+
+
+def _decode_picture(image: Image.Image, reservation: Reservation) -> NDArray[np.uint8]:
+    reservation.change(image.width * image.height * _bytes_per_pixel(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    return np.array(_to_rgb(image))
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """Turns what Pillow raises on a file into an ImageError with the reason."""
     try:
-        with open_picture(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"too large ({image.width}×{image.height} pixels)")
-            upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
-            if upright and image.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = _decode_plain_jpeg(data, header, reservation)
-                if pixels is not None:
-                    return pixels
-            reservation.change(image.width * image.height * _bytes_per_pixel(image))
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_to_rgb(image))
+        yield
     except ImageError:
         raise
     except Image.DecompressionBombError:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pipeline.encoder.backbone import EncoderError, headless_network
 from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks.torchvision_networks import headless_network
 from pipeline.encoder.weights import load_backbone
 from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from tests.pipeline.test_encoder import CPU, random_pixels

@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import fx, nn
 
-from pipeline.encoder.batchnorm import fold_batchnorm, has_batchnorm
+from pipeline.encoder.fusion.batchnorm import fold_batchnorm, has_batchnorm
 from pipeline.encoder.precision import _encode_on_cpu
 from pipeline.encoder.weights import load_backbone
 from tests.pipeline.test_fused_convolutions import images

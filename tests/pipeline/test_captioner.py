@@ -11,7 +11,7 @@ import torch
 
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.captioner import Captioner, CaptionError, caption_cache, find_photos
-from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.errors import EncoderError
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.photos.photo_file import read_photo

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.encoder.backbone import EncoderError
 from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.weights import load_backbone
 from tests.conftest import record
 

@@ -13,7 +13,7 @@ import torch
 
 from cache.record import CacheError
 from cache.store import DONE, PENDING, open_cache
-from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import WorkerError

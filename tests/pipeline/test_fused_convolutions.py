@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 from torchvision import models
 
-from pipeline.encoder.batchnorm import fold_batchnorm
-from pipeline.encoder.fused_convolutions import (
+from pipeline.encoder.fusion.batchnorm import fold_batchnorm
+from pipeline.encoder.fusion.fused_convolutions import (
     _CudnnConvolution,
     _MaxPool3,
     _OneDnnConvolution,

@@ -11,8 +11,9 @@ from torchvision import models
 
 from pipeline.cli.app import app
 from pipeline.cli.arguments.names import _ALIASES, near_options
-from pipeline.encoder.backbone import EncoderError, headless_network
-from pipeline.encoder.known_backbones import KNOWN_BACKBONES
+from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks.known_backbones import KNOWN_BACKBONES
+from pipeline.encoder.networks.torchvision_networks import headless_network
 from tests.pipeline.test_cli import cap
 from train.option import nearest, or_list
 
@@ -120,7 +121,7 @@ def test_the_table_of_backbones_is_torchvisions() -> None:
 @pytest.mark.parametrize("name", ["alexnet", "mobilenet_v3_small", "resnet152", "vit_b_16"])
 def test_the_table_has_the_number_of_features(name: str) -> None:
     (known,) = (known for known in KNOWN_BACKBONES if known.name == name)
-    assert known.features == headless_network(name, "meta")[1]
+    assert known.features == headless_network(name, "meta").feature_dim
 
 
 def test_backbones_are_listed_with_what_they_cost() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cache.store import DONE, PENDING, open_cache
-from pipeline.encoder.backbone import PrecisionError
+from pipeline.encoder.errors import PrecisionError
 from pipeline.extraction import digests
 from pipeline.extraction import extract as extraction
 from pipeline.extraction.extract import extract

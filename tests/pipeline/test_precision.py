@@ -9,8 +9,9 @@ from torch import nn
 
 from pipeline.bench.jpegs import write_bench_photos
 from pipeline.encoder import precision as precision_module
-from pipeline.encoder.backbone import Backbone, EncoderError, PrecisionError
+from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.errors import EncoderError, PrecisionError
 from pipeline.encoder.precision import (
     check_features,
     choose_precision,

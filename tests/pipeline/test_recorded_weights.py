@@ -10,7 +10,7 @@ import torch
 
 from cache.record import EncoderRecord
 from pipeline.demo.run import OWN_BACKBONE, OWN_WEIGHTS
-from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.recorded_weights import recorded_backbone
 from pipeline.encoder.weights import load_backbone
 from tests.conftest import record

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.encoder.backbone import headless_network
+from pipeline.encoder.networks.torchvision_networks import headless_network
 from pipeline.encoder.shapes import meta_twin, run_on_meta
 from pipeline.encoder.weights import load_backbone
 from tests.conftest import ROOT
@@ -76,7 +76,8 @@ def test_what_is_impossible_is_refused_as_by_pytorch(layer: nn.Module, message: 
 
 @pytest.mark.parametrize("name", ["densenet121", "convnext_tiny", "vit_b_32", "mobilenet_v3_small"])
 def test_a_classifier_has_one_vector_for_each_photo(name: str) -> None:
-    network, feature_dim = headless_network(name, "meta")
+    headless = headless_network(name, "meta")
+    network, feature_dim = headless.network, headless.feature_dim
     assert run_on_meta(network.eval(), (2, 3, 224, 224)).shape == (2, feature_dim)
 
 
@@ -87,10 +88,11 @@ def test_shapes_are_computed_without_heavy_modules_and_with_them_where_needed() 
         "from train.torch_import import import_torch\n"
         "import_torch()\n"
         "from torch import nn\n"
-        "from pipeline.encoder.backbone import headless_network\n"
+        "from pipeline.encoder.networks.torchvision_networks import headless_network\n"
         "from pipeline.encoder.shapes import run_on_meta\n"
         "for name in ('resnet50', 'vgg11_bn', 'mobilenet_v2', 'vit_b_32', 'efficientnet_b0'):\n"
-        "    network, feature_dim = headless_network(name, 'meta')\n"
+        "    headless = headless_network(name, 'meta')\n"
+        "    network, feature_dim = headless.network, headless.feature_dim\n"
         "    assert run_on_meta(network.eval(), (2, 3, 224, 224)).shape == (2, feature_dim)\n"
         f"print([name for name in {HEAVY} if name in sys.modules])\n"
         "print(tuple(run_on_meta(nn.LocalResponseNorm(3), (2, 3, 8, 8)).shape))\n"

@@ -37,7 +37,7 @@ def test_a_backbone_is_made_ready_without_torchs_compiler(name: str, tmp_path: P
 
 def test_what_was_left_out_is_found_when_it_is_called() -> None:
     found = run(
-        "from pipeline.encoder.torchvision_models import classifiers\n"
+        "from pipeline.encoder.networks.torchvision_models import classifiers\n"
         "models = classifiers()\n"
         "import torch, torchvision\n"
         "from torchvision.ops import roi_align\n"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from pipeline.encoder.backbone import EncoderError
+from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.precision import encode_plain
 from pipeline.encoder.weights import load_backbone
 from tests.pipeline.test_encoder import CPU, random_pixels

@@ -240,7 +240,7 @@ def test_files_named_like_the_packages_hide_them_from_python_m(crowded: Path) ->
     (crowded / "pipeline.py").unlink()
     (crowded / "cache.py").unlink()
     (crowded / "train.py").write_text("")
-    assert "'train' is not a package" in run(crowded, "-m", "pipeline", "--help").stderr
+    assert "hides the package 'train'" in run(crowded, "-m", "pipeline", "--help").stderr
 
 
 def test_folders_named_like_the_packages_disturb_nobody(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         def caption(self, paths: list[str]) -> list[Prediction]:
             return [Prediction(path, "a dog", -1.0) for path in paths]
 
-    monkeypatch.setattr(Captioner, "load", lambda model: Stub())
+    monkeypatch.setattr(Captioner, "load", lambda model, **settings: Stub())
     exec(block, {})  # the README's own code
 
 

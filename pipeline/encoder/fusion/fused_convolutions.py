@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from pipeline.encoder.batchnorm import called_module
+from pipeline.encoder.fusion.batchnorm import called_module
 from train import private_torch
 
 # The activations that oneDNN can apply to the result of a convolution: its name and parameters.

@@ -1,0 +1,1 @@
+"""Networks without their heads, wherever they come from, and their weights."""
