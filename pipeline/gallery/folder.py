@@ -30,7 +30,7 @@ class GalleryError(CapError):
 
 
 class GalleryFolder:
-    """A folder in which one gallery at a time is written. Close it, complete or not."""
+    """A folder in which one gallery at a time is written. Close it at the end."""
 
     def __init__(self, path: Path) -> None:
         """Make the folder, or take that of an earlier gallery, and lock it.
@@ -41,6 +41,7 @@ class GalleryFolder:
         self.path = path
         try:
             self._check()
+            self._is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -66,8 +67,15 @@ class GalleryFolder:
         return page
 
     def remove_thumbnails(self) -> None:
-        """Remove the thumbnails of the gallery that is being written; quietly."""
+        """Remove the thumbnails of the gallery that is being written; quietly. Without any page,
+        the folder is again as it was.
+        """
         shutil.rmtree(self.thumbnails, ignore_errors=True)
+        if not (self.path / PAGE).exists():
+            with contextlib.suppress(OSError):
+                (self.path / MARKER).unlink()
+                if self._is_new:
+                    self.path.rmdir()
 
     def close(self) -> None:
         os.close(self._lock)
