@@ -273,7 +273,8 @@ def predict(
     if null and _STDIN not in paths:
         raise WrongArguments("--null has no effect without - for paths on standard input")
     search = _searched(dataclasses.replace(search, captions=captions))
-    with errors(), contextlib.ExitStack() as stack:
+    kept = "no gallery was written" if gallery is not None else ""
+    with errors(kept), contextlib.ExitStack() as stack:
         start_torch(device)
         from pipeline.captioner import Captioner, find_photos
 

@@ -64,7 +64,7 @@ class EvaluationGallery:
             )
             for image, prediction in evaluation.predictions.items()
         }
-        title = f"{self._cache.path.stem}, captioned by {model_name(model)}"
+        title = f"Captions by {model_name(model)}"
         return self._write(
             shown, title, [*_facts(evaluation), search_in_words(search)], whole, report
         )
@@ -88,7 +88,7 @@ class EvaluationGallery:
             )
             for image, text in scored.hypotheses.items()
         }
-        title = f"{self._cache.path.stem}, captioned by {predictions.name}"
+        title = f"Captions of {predictions.name}"
         return self._write(shown, title, _facts(scored), False, report)
 
     def _write(
@@ -112,7 +112,7 @@ class EvaluationGallery:
                 self._gallery.add(shown[ids[row]], self._images / cache.paths[row], digest)
             if report is not None:
                 report(done, len(rows))
-        return self._gallery.finish(title, facts)
+        return self._gallery.finish(title, [cache.path.name, *facts])
 
     def __enter__(self) -> Self:
         self._gallery.__enter__()
