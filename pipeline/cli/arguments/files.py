@@ -43,6 +43,7 @@ WEIGHTS = _wanted("a file of a network's weights", Kind.WEIGHTS)
 PICTURES = _wanted("photos", Kind.PICTURE, Kind.FOLDER, leaves=[Kind.TEXT])
 RUNS = _wanted("a folder of runs", *_FOLDERS)
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
+GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
 
 # By the names of the parameters, in all commands.
@@ -56,7 +57,7 @@ _BY_NAME = {
     "weights": WEIGHTS,
     "paths": PICTURES,
     "folder": RUNS,
-    "gallery": NEW_FOLDER,
+    "gallery": GALLERY,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
