@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.captioner import Caption, Captioner, CaptionError, Prediction
 
-__all__ = ["Caption", "CaptionError", "Captioner", "Prediction"]
+__all__ = ["Caption", "CaptionError", "Captioner", "ForkError", "Prediction"]
 
 
 def __getattr__(name: str) -> Any:

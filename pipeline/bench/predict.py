@@ -21,7 +21,7 @@ from PIL import Image
 from cache.errors import CapError
 from pipeline.bench.fresh_process import start_cap
 from pipeline.bench.machine import Machine, describe_machine
-from pipeline.captioner import Captioner
+from pipeline.captioner.captioner import Captioner
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import choose_precision

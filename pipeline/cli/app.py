@@ -13,8 +13,10 @@ from pipeline.cli.arguments.command import Command, Group
 from pipeline.cli.arguments.verbosity import with_verbosity
 from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
-from pipeline.cli.caption import demo, evaluate, predict
 from pipeline.cli.extract import backbones, extract_features
+from pipeline.cli.models.caption import demo, evaluate, predict
+from pipeline.cli.models.compare import compare_encoders
+from pipeline.cli.models.search import search
 from pipeline.cli.train import build_vocab, runs, sweep, train
 
 
@@ -63,6 +65,8 @@ app.command()(sweep)
 app.command()(runs)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(search)
+app.command("compare-encoders")(compare_encoders)
 app.command()(demo)
 app.add_typer(bench, name="bench", cls=Group)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CapError
-from pipeline.captioner import Captioner
+from pipeline.captioner.captioner import Captioner
 from pipeline.demo.config import DemoConfig
 from pipeline.demo.scenes import Scene, draw_scene, named_right
 from pipeline.evaluation.evaluate import Evaluation, evaluate

@@ -11,7 +11,8 @@ from cache.atomic import WriteError
 from cache.record import CacheError
 from cache.store import open_cache
 from cache.verify import check_rows
-from pipeline.captioner import Prediction, caption_cache
+from pipeline.captioner.cached import caption_cache
+from pipeline.captioner.predictions import Prediction
 from pipeline.evaluation.references import (
     cache_references,
     coco_results,

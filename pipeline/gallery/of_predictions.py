@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.captioner import Caption, Captioner, Prediction
+from pipeline.captioner.captioner import Captioner
+from pipeline.captioner.predictions import Caption, Prediction
 from pipeline.gallery.gallery import Gallery, Piece, ShownCaption, ShownPhoto
 from train.captions.vocabulary import Vocabulary
 from train.captions.word_places import word_places

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from cache.store import DONE, FeatureCache, open_cache
-from pipeline.captioner import Captioner, CaptionError, caption_cache, find_photos
+from pipeline.captioner.cached import caption_cache
+from pipeline.captioner.captioner import Captioner
+from pipeline.captioner.photo_names import find_photos
+from pipeline.captioner.predictions import CaptionError
 from pipeline.encoder.errors import EncoderError
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
@@ -156,7 +159,7 @@ def test_a_large_cache_is_captioned_piece_by_piece_alike(
     cache, run = stitched
     for config in (SearchConfig(), SearchConfig(sample=True, captions=2)):
         whole = caption_cache(load_bundle(run), cache, config)
-        monkeypatch.setattr("pipeline.captioner._CACHE_ROWS", 3)
+        monkeypatch.setattr("pipeline.captioner.cached._CACHE_ROWS", 3)
         parts = caption_cache(load_bundle(run), cache, config)
         monkeypatch.undo()
         assert {i: p.caption for i, p in parts.items()} == {i: p.caption for i, p in whole.items()}
@@ -180,7 +183,7 @@ def test_predictions_do_not_depend_on_the_batch(
     captioner = Captioner.load(stitched[1], device="cpu")
     paths = sorted(photos.glob("*.jpg"))
     together = captioner.caption(paths)
-    monkeypatch.setattr("pipeline.captioner._BATCH_PHOTOS", 3)
+    monkeypatch.setattr("pipeline.captioner.captioner._BATCH_PHOTOS", 3)
     assert [p.caption for p in captioner.caption(paths)] == [p.caption for p in together]
     assert [captioner.caption([path])[0].caption for path in paths] == [p.caption for p in together]
     assert [p.path for p in together] == [str(path) for path in paths]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.captioner import find_photos
+from pipeline.captioner.photo_names import find_photos
 from pipeline.captions.dataset import read_photos
 from pipeline.photos.drive.shortages import ShortageError
 from pipeline.photos.folder import FolderError, list_photos

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from cache.store import DONE, FeatureCache, open_cache
-from pipeline.captioner import Captioner, CaptionError, ForkError
+from pipeline.captioner.captioner import Captioner
+from pipeline.captioner.forks import ForkError
+from pipeline.captioner.predictions import CaptionError
 from pipeline.photos.decoding import decode
 from pipeline.photos.preprocessing import preprocess
 from pipeline.photos.readers.in_memory import Photo, as_photos, read_any

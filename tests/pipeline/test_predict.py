@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import captioner
-from pipeline.captioner import Captioner
+from pipeline.captioner import captioner
+from pipeline.captioner.captioner import Captioner
 from pipeline.photos.drive.answers import prompt_answer_of
 from pipeline.photos.drive.silence import StalledError
 from pipeline.photos.photo_file import ReadPhoto, read_photo

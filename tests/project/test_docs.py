@@ -70,6 +70,8 @@ def top_level_names(file: Path) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and file.name == "__init__.py":
+            names |= {alias.name for alias in node.names}  # a package offers what it imports
     return names
 
 

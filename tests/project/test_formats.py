@@ -15,7 +15,7 @@ from cache.merge import merge
 from cache.store import DONE, PENDING, open_cache
 from cache.verify import verify
 from cache.writer import open_writer
-from pipeline.captioner import caption_cache
+from pipeline.captioner.cached import caption_cache
 from tests.conftest import ROOT
 from tests.formats.make import PHOTOS, RECIPE, skeleton
 from train.config import SearchConfig, TrainConfig

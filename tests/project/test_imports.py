@@ -45,7 +45,7 @@ PIPELINE = {
     "gallery": {"photos", "captioner", "evaluation"},
     "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
-    "evaluation": {"captions", "captioner"},
+    "evaluation": {"photos", "captions", "captioner", "extraction"},
     "demo": {"extraction", "captioner", "evaluation", "gallery"},
     "bench": {"photos", "encoder", "extraction", "captioner"},
     "cli": {

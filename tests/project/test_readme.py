@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipeline.captioner import Captioner, Prediction
+from pipeline.captioner.captioner import Captioner
+from pipeline.captioner.predictions import Prediction
 from pipeline.cli.app import app
 from tests.conftest import ROOT
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache.store import FeatureCache
-from pipeline.captioner import caption_cache
+from pipeline.captioner.cached import caption_cache
 from tests.conftest import MakeCache
 from train.captions.vocabulary import Vocabulary, VocabularyError, build_vocabulary
 from train.config import Recipe, SearchConfig, TrainConfig

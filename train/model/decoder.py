@@ -140,15 +140,22 @@ class CaptionDecoder(nn.Module):
         inputs: (B, E), from `read_photo` at the first step, where the state is None; then embedded
         words.
         """
+        hidden, state = self.step_hidden(inputs, state)
+        return self.logits(hidden), state
+
+    def step_hidden(
+        self, inputs: Tensor, state: DecoderState | None
+    ) -> tuple[Tensor, DecoderState]:
+        """`step`, with the LSTM's outputs (B, H) in place of their logits."""
         photo = inputs if state is None else state.photo
         lstm_state = None if state is None else (state.hidden, state.cell)
         if state is not None and self.config.photo_every_step:
             inputs = inputs + photo
         if inputs.is_cuda:
             hidden, cell = self._lstm_step(inputs, lstm_state)
-            return self.logits(hidden[-1]), DecoderState(hidden, cell, photo)
+            return hidden[-1], DecoderState(hidden, cell, photo)
         outputs, (hidden, cell) = self.lstm(inputs.unsqueeze(1), lstm_state)
-        return self.logits(outputs.squeeze(1)), DecoderState(hidden, cell, photo)
+        return outputs.squeeze(1), DecoderState(hidden, cell, photo)
 
     def _lstm_step(
         self, inputs: Tensor, state: tuple[Tensor, Tensor] | None

@@ -276,7 +276,8 @@ def predict(
     kept = "no gallery was written" if gallery is not None else ""
     with errors(kept), contextlib.ExitStack() as stack:
         start_torch(device)
-        from pipeline.captioner import Captioner, find_photos
+        from pipeline.captioner.captioner import Captioner
+        from pipeline.captioner.photo_names import find_photos
 
         left_out: list[str] = []
         names = find_photos(_named(paths, null), left_out)
