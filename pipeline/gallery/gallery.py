@@ -144,6 +144,8 @@ class Gallery:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self._thumbnails.abandon()
         if not self._keeps_thumbnails:
             self._folder.remove_thumbnails()
         self._folder.close()

@@ -110,7 +110,7 @@ function fill(select, labels) {
   select.parentElement.hidden = labels.length < 2;
 }
 fill($("sort"), SORTS.map(([label]) => label));
-fill($("show"), FILTERS.map(([label, , count]) => `${label} (${number(count)})`));
+fill($("show"), FILTERS.map(([label, , count], place) => (place ? `${label} (${number(count)})` : label)));
 
 let shown = inOrder;
 

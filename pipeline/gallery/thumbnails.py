@@ -6,6 +6,7 @@ of its file. The budgets of memory are those of the readers.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import queue
 import threading
@@ -81,6 +82,17 @@ class Thumbnails:
         if self._failure is not None:
             raise self._failure
         return self._made
+
+    def abandon(self) -> None:
+        """Make no more of them, and wait a moment for those that are begun."""
+        self._failure = self._failure or WriteError(f"{self.folder}: abandoned")
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._wanted.get_nowait()
+        for _ in self._threads:
+            self._wanted.put(None)
+        for thread in self._threads:
+            thread.join(GLANCE_S)
 
     def _put(self, wanted: _Wanted | None) -> None:
         silence = Silence(self._stall_s)
