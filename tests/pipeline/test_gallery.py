@@ -236,17 +236,21 @@ def test_a_gallery_replaces_only_a_gallery(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
-    write_photo(tmp_path / "a.jpg", 0, (1600, 1200))
+    write_photo(tmp_path / "a.jpg", 0)
+    begun = []
 
     def interrupted() -> None:
         with Gallery(tmp_path / "out") as gallery:
-            for _ in range(40):  # more than are made by then
+            begun.extend(gallery._thumbnails._threads)
+            for _ in range(40):
                 gallery.add(SHOWN, tmp_path / "a.jpg")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert entries(tmp_path) == ["a.jpg"]
+    assert begun
+    assert not any(thread.is_alive() for thread in begun)
 
 
 def test_a_killed_gallery_leaves_the_page_before_it(
