@@ -68,6 +68,12 @@ def test_json_has_the_members_that_are_documented(tmp_path: Path, photos: Path) 
         "runs": [tmp_path],
         "evaluate": ["--model", run, "--cache", cache, "--no-meteor"],
         "predict": [photos / "a.jpg", "--model", run],
+        "search": ["a photo", "--model", run, "--cache", cache],
+        "export": ["--model", run, "--out", tmp_path / "folder", "--max-length", 2],
+        "compare-encoders": [
+            *(*images, "--out", tmp_path / "encoders", "--steps", 1, "--image-size", 32),
+            *("--backbones", "resnet18", "--weights", "resnet18=random"),
+        ],
         "import-classic": [*random_run().write(tmp_path / "files"), "--out", tmp_path / "old"],
     }
     for name, arguments in told.items():

@@ -45,7 +45,7 @@ PIPELINE = {
     "captions": {"photos"},
     "encoder": {"photos"},
     "inspection": {"photos", "captions", "encoder"},
-    "gallery": {"photos"},
+    "gallery": {"photos", "captioner", "evaluation"},
     "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
     "evaluation": {"photos", "captions", "captioner", "extraction"},

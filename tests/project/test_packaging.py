@@ -20,6 +20,9 @@ from tests.conftest import ROOT, write_photo
 FLOORS = ("cache", "train", "pipeline")
 DATA = {
     "pipeline/demo/demo_backbone.pth",
+    "pipeline/gallery/page.css",
+    "pipeline/gallery/page.html",
+    "pipeline/gallery/page.js",
     "pipeline/photos/gpu/resize.cu",
     "train/step/cuda/kernels.cu",
 }

@@ -44,6 +44,7 @@ PICTURES = _wanted("photos", Kind.PICTURE, Kind.FOLDER, leaves=[Kind.TEXT])
 RUNS = _wanted("a folder of runs", *_FOLDERS)
 PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
+GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
 
 # By the names of the parameters, in all commands.
@@ -56,8 +57,9 @@ _BY_NAME = {
     "source": CACHE_OR_CAPTIONS,
     **dict.fromkeys(("weights", "encoder_file", "decoder_file"), WEIGHTS),
     "vocab_file": PICKLE,
-    "paths": PICTURES,
+    **dict.fromkeys(("paths", "like"), PICTURES),
     "folder": RUNS,
+    "gallery": GALLERY,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
@@ -66,6 +68,7 @@ _OUT = {
     "demo": NEW_FOLDER,
     "evaluate": NEW_FOLDER,
     "import-classic": NEW_FOLDER,
+    "compare-encoders": NEW_FOLDER,
     "build-vocab": NEW_TEXT,
 }
 # Else found missing only after the weights are read, which may be downloaded.

@@ -62,7 +62,14 @@ def export(
             overwrite=overwrite,
         )
         if as_json:
-            print_json({"out": str(out), "format": kind, **facts})
+            print_json(
+                {
+                    "out": str(out),
+                    "format": kind,
+                    **{name: facts[name] for name in ("backbone", "image_size", "views", "search")},
+                    "words": len(facts["words"]),
+                }
+            )
         else:
             say("computes in float32, on any device that reads it")
             print(out)
