@@ -27,6 +27,7 @@ from pipeline.encoder.networks import random_weights
 from pipeline.encoder.networks.headless import Headless
 from train.captions.script import TREEBANK
 from train.captions.tokenizer import build_caption_table
+from train.fit.record.drawn_curves import DrawnCurves
 from train.scores import meteor
 from train.scores.java import package_folder
 
@@ -98,6 +99,20 @@ def one_random_resnet18() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.encoder.weights.random_network", copied)
         yield
+
+
+_PREPARE = DrawnCurves.prepare
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no curves, which would take a second each. `drawing` undoes it."""
+    monkeypatch.setattr(DrawnCurves, "prepare", lambda _: None)
+
+
+@pytest.fixture
+def drawing(no_curves: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DrawnCurves, "prepare", _PREPARE)
 
 
 @pytest.fixture(autouse=True)

@@ -218,7 +218,12 @@ class TrainConfig:
         f"but not within {SAVE_PAUSE_S:.0f} s of the last; the last three are kept]",
         min=1,
     )
-    log_every: int = option(10, "Steps between log lines.", min=1)
+    log_every: int | None = option(
+        None, "Steps between log lines.  [default: by time, and at least 10]", min=1
+    )
+    tensorboard: bool = option(
+        False, "Also write the curves for TensorBoard, into the run's folder (needs TensorBoard)."
+    )
     device: str = option("auto", DEVICE_HELP)
     precision: str = option(
         "auto",

@@ -15,7 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # Each of these sets how OpenMP's threads wait. GNU's library reads the first two, Intel's and
 # LLVM's read the others.
@@ -78,6 +81,21 @@ def import_torch() -> None:
 def import_meta_kernels() -> None:
     """Import what `import_torch` has left out."""
     importlib.import_module(_META_KERNELS)
+
+
+def seeded_generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator of random numbers on this device.
+
+    PyTorch 2.14 refuses to make one before a module is imported that `import_torch` leaves out.
+    """
+    import torch
+
+    try:
+        return torch.Generator(device).manual_seed(seed)
+    except RuntimeError:
+        with contextlib.suppress(ImportError):  # of another version
+            importlib.import_module("torch._prims.rng_prims")
+        return torch.Generator(device).manual_seed(seed)
 
 
 def _true_meta_kernel(name: str) -> Any:

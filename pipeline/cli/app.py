@@ -15,9 +15,12 @@ from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.models.caption import demo, evaluate, predict
+from pipeline.cli.models.classic import import_classic
+from pipeline.cli.models.compare import compare_encoders
+from pipeline.cli.models.export import export
 from pipeline.cli.models.search import search
 from pipeline.cli.models.serve import serve
-from pipeline.cli.train import build_vocab, runs, sweep, train
+from pipeline.cli.training.commands import build_vocab, runs, sweep, train
 
 
 def show_version(wanted: bool) -> None:
@@ -63,10 +66,13 @@ app.command("build-vocab")(build_vocab)
 app.command()(train)
 app.command()(sweep)
 app.command()(runs)
+app.command("import-classic")(import_classic)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(search)
 app.command()(serve)
+app.command()(export)
+app.command("compare-encoders")(compare_encoders)
 app.command()(demo)
 app.add_typer(bench, name="bench", cls=Group)
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -33,6 +34,9 @@ ImageColumn = Annotated[str | None, typer.Option(help=IMAGE_COLUMN_HELP)]
 CaptionColumn = Annotated[str | None, typer.Option(help=CAPTION_COLUMN_HELP)]
 MovedWeights = Annotated[
     str | None, typer.Option(help="Where the backbone's weights are now, if they were moved.")
+]
+Gallery = Annotated[
+    Path | None, typer.Option(help="Folder for a page with the photos and their captions.")
 ]
 
 

@@ -107,12 +107,15 @@ class ProgressLine:
     work that is done by then.
     """
 
-    def __init__(self, label: str, unit: str, after_s: float = 0.0) -> None:
+    def __init__(
+        self, label: str, unit: str, after_s: float = 0.0, *, vanishes: bool = False
+    ) -> None:
+        """vanishes: the bar is gone in the end."""
         self._label, self._unit = label, unit
         self._start, self._after_s = time.monotonic(), after_s
         self._done = False  # the last line is written
         shown = _verbosity >= Verbosity.USUAL and sys.stderr.isatty()
-        self._bar = _bar(label) if shown else None
+        self._bar = _bar(label, transient=vanishes) if shown else None
         self._last = 0.0
 
     def update(self, done: int, total: int, per_s: float, note: str = "") -> None:
@@ -136,9 +139,21 @@ class ProgressLine:
         if self._bar is None:
             say(f"{self._label}: {text}")
             return
+        self.move_bar(done, total, text)
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether there is a bar, as on a terminal."""
+        return self._bar is not None
+
+    def move_bar(self, done: int, total: int, text: str, label: str | None = None) -> None:
+        """Show the bar at once, with this text at its end. label: another one than so far."""
+        if self._bar is None:
+            return
         (task,) = self._bar.task_ids
+        label = self._label if label is None else label
         with contextlib.suppress(OSError):  # as in `say`
-            self._bar.update(task, completed=done, total=total, text=text)
+            self._bar.update(task, completed=done, total=total, text=text, description=label)
             if self._bar.live.is_started:
                 self._bar.refresh()
             else:
@@ -172,7 +187,7 @@ class ProgressLine:
                 self._bar.stop()
 
 
-def _bar(label: str) -> Progress | None:
+def _bar(label: str, *, transient: bool = False) -> Progress | None:
     """rich's progress bar, with the field `text` at its end; None if the terminal cannot move."""
     # rich takes 25 ms to import; only a bar is worth them.
     from rich.console import Console
@@ -189,6 +204,7 @@ def _bar(label: str) -> Progress | None:
         TextColumn("{task.fields[text]}", markup=False),
         console=console,
         auto_refresh=False,
+        transient=transient,
         redirect_stdout=False,
         redirect_stderr=False,
     )

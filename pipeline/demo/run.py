@@ -132,6 +132,7 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
         f"--hidden-size {config.hidden_size} --learning-rate {config.learning_rate} "
         f"--dropout {config.dropout} --select-by loss"
     )
+    not_drawn: list[str] = []
     for report in train(
         TrainConfig(
             from_cache=config.out / "train.h5",
@@ -146,10 +147,12 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
             ),
             select_by="loss",
             device=config.device,
-        )
+        ),
+        notice_of_curves=not_drawn.append,
     ):
         if isinstance(report, EpochLog) and (report.epoch % 5 == 4 or report.epoch == 0):
             yield report.line()
+    yield from not_drawn
     yield f"$ cap evaluate --model {run} --cache {config.out / 'test.h5'}"
     evaluation = evaluate(run, config.out / "test.h5", SearchConfig(), device=config.device)
     result = _judge(config, evaluation, truth, started)

@@ -26,7 +26,7 @@ from pipeline.evaluation.references import (
 from pipeline.evaluation.result_files import result_files, write_results
 from train.captions.script import TREEBANK
 from train.captions.tokenizer import tokenize
-from train.captions.vocabulary import SPECIALS
+from train.captions.vocabulary import SPECIALS, Vocabulary
 from train.config import SearchConfig, check_search
 from train.device import resolve_device
 from train.model.bundle import find_bundle, load_bundle
@@ -75,10 +75,19 @@ class Evaluation(Result):
     """The result of `evaluate`, the captions behind it, and the files it was written to."""
 
     predictions: dict[str, Prediction]  # by image id
-    references: dict[str, list[str]]  # by image id
+    references: dict[str, list[str]]  # by image id, in the order of the photos' scores
+    vocabulary: Vocabulary
     scores_file: Path
     predictions_file: Path
     problem: WriteError | None  # why the files were not written
+
+
+@dataclass(frozen=True)
+class ScoredPredictions(Result):
+    """The result of `evaluate_predictions`, and the captions behind it."""
+
+    hypotheses: dict[str, str]  # by image id
+    references: dict[str, list[str]]  # by image id, in the order of the photos' scores
 
 
 def evaluate(
@@ -92,14 +101,16 @@ def evaluate(
     meteor: bool = True,
     spice: bool = False,
     report: Callable[[int, int], None] | None = None,
+    others: int = 0,
 ) -> Evaluation:
     """Caption every photo of a cache and score the captions against those in the cache.
 
     only: a file with one photo name per line; other photos are left out. meteor: False to leave
     that score out, which takes most of the time. spice: whether to compute SPICE, which needs Java
-    and files of its own. report: is told how many photos of how many are captioned. Writes two
-    files, called as `pipeline.evaluation.result_files` says, into `out` or beside the model;
-    `problem` of the result says why not. Raises BundleError, CacheError (no captions, damaged rows,
+    and files of its own. report: is told how many photos of how many are captioned. others: how
+    many other captions of the search the predictions have, see `search_several`. Writes two files,
+    called as `pipeline.evaluation.result_files` says, into `out` or beside the model; `problem` of
+    the result says why not. Raises BundleError, CacheError (no captions, damaged rows,
     or features of another encoder), DatasetError (`only`), CaptionError, DeviceError, SearchError,
     ViewError or MetricsError.
     """
@@ -118,7 +129,9 @@ def evaluate(
     references = {image: texts for image, texts in cache_references(cache, only).items() if texts}
     rows = rows_of(cache, only)
     check_rows(cache, rows)
-    predictions = caption_cache(bundle, cache, search_config, rows=rows, report=report)
+    predictions = caption_cache(
+        bundle, cache, search_config, rows=rows, report=report, others=others
+    )
     captions = {image: " ".join(prediction.words) for image, prediction in predictions.items()}
     result = _score(
         {image: captions[image] for image in references},
@@ -143,6 +156,7 @@ def evaluate(
         result.diversity,
         predictions,
         references,
+        bundle.vocabulary,
         scores_file=files[0],
         predictions_file=files[1],
         problem=problem,
@@ -172,7 +186,7 @@ def evaluate_predictions(
     meteor: bool = True,
     spice: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Result:
+) -> ScoredPredictions:
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
 
     captions, split, only, image_column, caption_column, say: as for `read_photos`. tokenizer: what
@@ -203,10 +217,14 @@ def evaluate_predictions(
         meteor=meteor,
         spice=spice,
     )
-    if matched.notice is None:
-        return result
-    notices = (matched.notice, *result.scores.notices)
-    return replace(result, scores=replace(result.scores, notices=notices))
+    notices = (*([matched.notice] if matched.notice is not None else []), *result.scores.notices)
+    return ScoredPredictions(
+        replace(result.scores, notices=notices),
+        result.intervals,
+        result.diversity,
+        matched.hypotheses,
+        matched.references,
+    )
 
 
 def evaluate_people(

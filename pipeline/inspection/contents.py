@@ -17,7 +17,7 @@ from pipeline.inspection.kinds import Kind, kind_of
 
 Facts = dict[str, Any]
 
-_WRITTEN = ("best.cap", "last.cap", "checkpoint.pt", "metrics.jsonl")
+_WRITTEN = ("best.cap", "last.cap", "checkpoint.pt", "metrics.jsonl", "curves.png")
 
 
 class ContentError(CapError):
@@ -91,7 +91,7 @@ def model_facts(path: Path) -> Facts:
             **record["encoder"],
             **{name: value for name, value in record["decoder"].items() if name != "feature_dim"},
             "words": len(vocabulary["words"]),  # `vocab_size` counts four special ones, too
-            "min_count": vocabulary["min_count"],
+            "min_count": vocabulary["min_count"] or None,  # 0: not known, of an imported model
             "tokenizer": vocabulary.get("tokenizer", "treebank"),
             "captions": training.get("captions"),
             # Epochs are counted from 0 in the file.
@@ -99,7 +99,11 @@ def model_facts(path: Path) -> Facts:
             "val_loss": training.get("val_loss"),
             **{f"val_{name}": value for name, value in (training.get("scores") or {}).items()},
             **({"doubt": training["degenerate"]} if training.get("degenerate") else {}),
-            "training": dict(training.get("config") or {}),
+            **(
+                {"imported": dict(training["imported"])}
+                if training.get("imported")
+                else {"training": dict(training.get("config") or {})}
+            ),
         }
     except (KeyError, TypeError, AttributeError):
         raise BundleError(f"{path}: damaged model file (its record is invalid)") from None
@@ -107,7 +111,7 @@ def model_facts(path: Path) -> Facts:
 
 def run_facts(path: Path) -> Facts:
     """Of a run's folder: its model and how far training is."""
-    from train.fit.sweeps.run_table import find_runs
+    from train.fit.record.run_table import find_runs
     from train.model.bundle import find_bundle
 
     run = next(run for run in find_runs(path) if run.path == path)
@@ -124,14 +128,15 @@ def run_facts(path: Path) -> Facts:
 
 
 def sweep_facts(path: Path) -> Facts:
-    from train.fit.sweeps.run_table import find_runs
+    from train.fit.record.run_table import find_runs, score_key
 
     runs = find_runs(path)
+    best = max(runs, key=score_key)  # all trials of a sweep are judged alike
     return {
         "trials": len(runs),
-        "best": str(runs[0].path),
-        "best_val_cider": runs[0].cider,
-        "best_training": dict(runs[0].settings),
+        "best": str(best.path),
+        "best_val_cider": best.cider,
+        "best_training": dict(best.settings),
     }
 
 

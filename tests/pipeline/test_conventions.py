@@ -17,6 +17,7 @@ import typer
 
 from pipeline.cli.app import app
 from tests.conftest import ROOT, write_photo
+from tests.pipeline.classic_run import random_run
 from tests.pipeline.test_cli import SMALL, cap, spawn
 
 GROUP: Any = typer.main.get_command(app)
@@ -67,6 +68,13 @@ def test_json_has_the_members_that_are_documented(tmp_path: Path, photos: Path) 
         "runs": [tmp_path],
         "evaluate": ["--model", run, "--cache", cache, "--no-meteor"],
         "predict": [photos / "a.jpg", "--model", run],
+        "search": ["a photo", "--model", run, "--cache", cache],
+        "export": ["--model", run, "--out", tmp_path / "folder", "--max-length", 2],
+        "compare-encoders": [
+            *(*images, "--out", tmp_path / "encoders", "--steps", 1, "--image-size", 32),
+            *("--backbones", "resnet18", "--weights", "resnet18=random"),
+        ],
+        "import-classic": [*random_run().write(tmp_path / "files"), "--out", tmp_path / "old"],
     }
     for name, arguments in told.items():
         found = json.loads(cap(name, *arguments, "--json")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ RIGHT: dict[str, list[str]] = {
     "evaluate": ["--model", "run", "--cache", "x.h5"],
     "predict": ["photos", "--model", "run", "--weights", "w.pth"],
     "demo": ["--out", "new"],
+    "import-classic": [
+        *("--encoder", "w.pth", "--decoder", "v.pth", "--vocab", "vocab.pkl", "--out", "new"),
+    ],
 }
 SCORED = ["--predictions", "results.json", "--captions", "captions.csv", "--only", "list.txt"]
 LINES = [*RIGHT.items(), ("evaluate", SCORED)]
@@ -64,6 +68,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sweep").mkdir()
     (folder / "sweep" / "sweep.journal").touch()
     torch.save({"w": torch.ones(1)}, folder / "w.pth")
+    torch.save({"v": torch.ones(1)}, folder / "v.pth")
+    (folder / "vocab.pkl").write_bytes(pickle.dumps({"a": 1}))
     write_photo(folder / "photos" / "a.jpg", 0)
     (folder / "captions.csv").write_text("image,caption\na.jpg,A photo .\n")
     (folder / "list.txt").write_text("a.jpg\n")

@@ -19,9 +19,9 @@ from pipeline.captioner.cached import caption_cache
 from tests.conftest import ROOT
 from tests.formats.make import PHOTOS, RECIPE, skeleton
 from train.config import SearchConfig, TrainConfig
+from train.fit.record.run_table import find_runs
 from train.fit.reports import EpochLog, Started
 from train.fit.run import train
-from train.fit.sweeps.run_table import find_runs
 from train.model.bundle import load_bundle
 
 VERSIONS = sorted(path.parent for path in (ROOT / "tests" / "formats").glob("*/expected.json"))

@@ -34,18 +34,21 @@ TRAIN = {
     "model": {"config", "captions"},
     "search": {"config", "captions", "model"},
     "scores": {"captions"},
-    "step": {"private_torch", "device", "config", "captions", "model", "search"},
-    "fit": {"config", "device", "captions", "model", "search", "scores", "step", "allocator"},
+    "step": {"private_torch", "torch_import", "device", "config", "captions", "model", "search"},
+    "fit": {
+        *("config", "device", "captions", "model", "search", "scores", "step", "allocator"),
+        "torch_import",
+    },
 }
 PIPELINE = {
     "photos": set[str](),
     "captions": {"photos"},
     "encoder": {"photos"},
     "inspection": {"photos", "captions", "encoder"},
-    "gallery": {"photos"},
+    "gallery": {"photos", "captioner", "evaluation"},
     "extraction": {"photos", "captions", "encoder"},
     "captioner": {"photos", "encoder"},
-    "evaluation": {"captions", "captioner"},
+    "evaluation": {"photos", "captions", "captioner", "extraction"},
     "demo": {"extraction", "captioner", "evaluation", "gallery"},
     "bench": {"photos", "encoder", "extraction", "captioner"},
     "cli": {

@@ -26,6 +26,9 @@ DATA = {
     "pipeline/captioner/serve/page/page.html",
     "pipeline/captioner/serve/page/page.js",
     "pipeline/demo/demo_backbone.pth",
+    "pipeline/gallery/page.css",
+    "pipeline/gallery/page.html",
+    "pipeline/gallery/page.js",
     "pipeline/photos/gpu/resize.cu",
     "train/step/cuda/kernels.cu",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def config(
         settings["val_share"] = 0.2
     rest = {name: value for name, value in changes.items() if name not in fields}
     return TrainConfig(**(settings | rest))  # type: ignore[arg-type]
+
+
+def log_lines(run: Path, *without: str) -> list[dict[str, Any]]:
+    """The lines of a run's log, without what they tell of time, and without the members named."""
+    left_out = {"steps_per_s", "captions_per_s", "seconds", *without}
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in left_out} for line in lines]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

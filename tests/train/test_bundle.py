@@ -14,7 +14,7 @@ import torch
 from tests.conftest import ROOT, record
 from train.captions.tokenizer import build_caption_table
 from train.captions.vocabulary import build_vocabulary
-from train.model.bundle import Bundle, BundleError, load_bundle, read_training
+from train.model.bundle import Bundle, BundleError, load_bundle, read_record, read_training
 from train.model.decoder import CaptionDecoder, DecoderConfig
 
 
@@ -37,6 +37,22 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded.decoder.state_dict()[name], tensor), name
     assert read_training(tmp_path / "x.cap") == {"epoch": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["x.cap"]
+
+
+def test_only_a_model_that_reads_start_after_the_photo_has_the_new_version(tmp_path: Path) -> None:
+    """Programs that know version 1 alone read all others."""
+    made().save(tmp_path / "x.cap")
+    record = read_record(tmp_path / "x.cap")
+    assert record["version"] == 1
+    assert "start_after_photo" not in record["decoder"]
+    old = made()
+    decoder = CaptionDecoder(replace(old.decoder.config, start_after_photo=True))
+    decoder.load_state_dict(old.decoder.state_dict())
+    replace(old, decoder=decoder).save(tmp_path / "y.cap")
+    record = read_record(tmp_path / "y.cap")
+    assert record["version"] == 2
+    assert record["decoder"]["start_after_photo"] is True
+    assert load_bundle(tmp_path / "y.cap").decoder.config == decoder.config
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.captions.caption_set import Batch
-from train.captions.vocabulary import END, PAD
+from train.captions.vocabulary import END, PAD, START
 from train.model.decoder import CaptionDecoder, DecoderConfig
 
 CONFIG = DecoderConfig(feature_dim=5, vocab_size=9, embedding_size=4, hidden_size=6)
@@ -125,6 +125,26 @@ def test_one_step_at_a_time_gives_the_same_logits(photo_every_step: bool) -> Non
     for t in range(3):
         logits, state = decoder.step(decoder.embed(batch().inputs[:, t]), state)
         torch.testing.assert_close(logits, whole[:, t + 1])
+
+
+@pytest.mark.parametrize("photo_every_step", [False, True])
+def test_start_after_the_photo_is_a_word_that_predicts_the_first_one(
+    photo_every_step: bool,
+) -> None:
+    torch.manual_seed(0)
+    plain = CaptionDecoder(dataclasses.replace(CONFIG, photo_every_step=photo_every_step)).eval()
+    config = dataclasses.replace(plain.config, start_after_photo=True)
+    decoder = CaptionDecoder(config).eval()
+    decoder.load_state_dict(plain.state_dict())
+    features, inputs = batch().features, batch().inputs
+    start = torch.full((3, 1), START)
+    expected = plain(features, torch.cat([start, inputs], 1))[:, 1:]
+    torch.testing.assert_close(decoder(features, inputs), expected)
+    logits, state = decoder.step(decoder.read_photo(features), None)
+    torch.testing.assert_close(logits, expected[:, 0])
+    for t in range(3):
+        logits, state = decoder.step(decoder.embed(inputs[:, t]), state)
+        torch.testing.assert_close(logits, expected[:, t + 1])
 
 
 def test_the_layerwise_step_is_the_lstms_own() -> None:

@@ -13,9 +13,9 @@ from cache.writer import open_writer
 from tests.conftest import MakeCache, skeleton
 from tests.train.runs import config
 from train.captions.photo_split import split_photos
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import Started
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 
 
 @pytest.mark.parametrize(

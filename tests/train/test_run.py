@@ -12,13 +12,13 @@ import torch
 
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
-from tests.train.runs import config, same, weights
+from tests.train.runs import config, log_lines, same, weights
 from train.captions.photo_split import split_photos
 from train.config import Recipe, SearchConfig
 from train.fit.best_epoch import BestEpochTracker, ValidatedEpoch
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import EpochLog, OutOfPatience, StepLog
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 from train.fit.trainer import Trainer
 from train.fit.validation import ValidationPhotos
 from train.model.bundle import load_bundle
@@ -58,10 +58,7 @@ def test_losses_that_are_read_late_make_the_same_log(
     reports.close()
     for _ in train(config(cache, tmp_path / "late", log_every=1, resume=True)):
         pass
-    soon, late = (
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("soon", "late")
-    )
-    assert late == soon
+    assert log_lines(tmp_path / "late") == log_lines(tmp_path / "soon")
     assert same(weights(tmp_path / "soon/last.cap"), weights(tmp_path / "late/last.cap"))
 
 

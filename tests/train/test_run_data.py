@@ -17,9 +17,9 @@ from train.captions.photo_split import split_photos
 from train.captions.tokenizer import tokenize
 from train.captions.vocabulary import UNK, VocabularyError
 from train.config import TrainConfig
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import EpochLog, Started
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 from train.model.bundle import load_bundle
 
 

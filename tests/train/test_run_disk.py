@@ -13,9 +13,10 @@ import torch
 from cache.atomic import WriteError
 from cache.store import FeatureCache
 from tests.train.runs import config, same, weights
+from train.fit.record.metrics import MetricsLog
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import EpochLog
 from train.fit.run import train
-from train.fit.run_folder import MetricsLog, TrainError
 from train.model.bundle import Bundle, find_bundle
 
 Usage = collections.namedtuple("Usage", "total used free")
@@ -85,7 +86,7 @@ def test_a_disk_that_fills_up_leads_to_a_command_that_works(
             save(model, path)
 
         patch.setattr(Bundle, "save", save_or_fail)
-        patch.setattr("train.fit.run_folder._link", lambda *_: False)
+        patch.setattr("train.fit.record.run_folder._link", lambda *_: False)
         with pytest.raises(WriteError) as error:
             list(reports)
     assert str(error.value) == (

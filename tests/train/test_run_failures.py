@@ -12,9 +12,9 @@ import torch
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
 from tests.train.runs import config, same, weights
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import Advice, EpochLog, Saved, Started
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 from train.model.bundle import load_bundle
 
 

@@ -10,8 +10,8 @@ import pytest
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
 from tests.train.runs import config, same, weights
+from train.fit.record.run_folder import RunFolder, TrainError
 from train.fit.run import train
-from train.fit.run_folder import RunFolder, TrainError
 
 
 def test_a_run_is_not_overwritten_nor_mixed_up(

@@ -18,9 +18,9 @@ from train.captions.caption_set import caption_set
 from train.captions.vocabulary import build_vocabulary
 from train.config import Recipe
 from train.fit.best_epoch import BestEpochTracker
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import EpochLog, Saved
 from train.fit.run import train
-from train.fit.run_folder import TrainError
 from train.fit.trainer import Trainer
 from train.model.bundle import load_bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
@@ -115,7 +115,7 @@ def test_quick_epochs_are_written_once_at_the_end(
         write_atomically(path, write)
 
     monkeypatch.setattr("train.model.bundle.write_atomically", remember)
-    monkeypatch.setattr("train.fit.run_folder.write_atomically", remember)
+    monkeypatch.setattr("train.fit.record.run_folder.write_atomically", remember)
     reports = train(config(cache, tmp_path / "run", epochs=5))
     for report in reports:
         if isinstance(report, EpochLog) and report.epoch < 4:

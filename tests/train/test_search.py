@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,25 @@ def test_other_captions_of_the_search_leave_the_first_ones_alone(config: SearchC
                 assert h.log_probs == pytest.approx(expected.flatten().tolist(), abs=1e-4)
             more += len(others)
     assert (more > 0) == (not config.sample and config.beam_size > 1)
+
+
+def test_the_search_goes_on_no_longer_for_other_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    step = CaptionDecoder.step
+
+    def counted(self: CaptionDecoder, inputs: torch.Tensor, state: Any) -> Any:
+        steps[-1] += len(inputs)
+        return step(self, inputs, state)
+
+    monkeypatch.setattr(CaptionDecoder, "step", counted)
+    config = SearchConfig(3, max_length=20, length_penalty=0.0)
+    for seed in range(8):
+        model, photos = decoder(seed), features(8, seed)
+        for others in (0, 2):
+            steps.append(0)
+            search_several(model, photos, config, others=others)
+    assert steps[::2] == steps[1::2]
+    assert min(steps) < max(steps)  # some searches end early
 
 
 def test_several_captions_are_the_best_of_all() -> None:

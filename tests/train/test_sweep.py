@@ -30,9 +30,9 @@ from tests.conftest import ROOT, MakeCache, skeleton
 from tests.pipeline.test_cli import cap
 from train.config import BEST, Recipe, SweepConfig, TrainConfig
 from train.fit.data_recipe import data_recipe
+from train.fit.record.run_table import RunsError, find_runs, runs_table
 from train.fit.reports import SweepNotice, SweepResult, TrialLog
 from train.fit.run import train
-from train.fit.sweeps.run_table import RunsError, find_runs, runs_table
 from train.fit.sweeps.study import (
     SweepError,
     default_recipe,
@@ -486,7 +486,7 @@ def test_the_commands_sweep_and_list(make_cache: MakeCache, tmp_path: Path) -> N
     result = json.loads(cap(*arguments, "--min-count", 1, "--device", "cpu", "--json")[0])
     assert result["trials"] == 1
     table, _ = cap("runs", out)
-    assert table.splitlines()[1].startswith(f"{out}/trial-000")
+    assert table.splitlines()[2].startswith(f"{out}/trial-000")
     (listed,) = json.loads(cap("runs", out, "--json")[0])
     assert listed["cider"] == result["cider"]
     assert listed["settings"]["hidden_size"] == 512
@@ -500,7 +500,7 @@ def write_metrics(folder: Path, *epochs: dict[str, Any], torn: bool = False) -> 
     (folder / "metrics.jsonl").write_text("\n".join(lines))
 
 
-def test_runs_are_ranked_by_their_best_epoch(tmp_path: Path) -> None:
+def test_runs_that_record_nothing_of_their_photos_are_listed_in_no_order(tmp_path: Path) -> None:
     write_metrics(
         tmp_path / "good",
         {"epoch": 0, "step": 10, "loss": 5.0},
@@ -512,14 +512,16 @@ def test_runs_are_ranked_by_their_best_epoch(tmp_path: Path) -> None:
     write_metrics(tmp_path / "old", {"epoch": 0, "val_loss": 1.0})
     write_metrics(tmp_path / "begun", {"epoch": 0, "step": 10, "loss": 5.0})
     found = find_runs(tmp_path)
-    assert [one.path.name for one in found] == ["better", "good", "old", "begun"]
-    assert (found[1].cider, found[1].best_epoch, found[1].epochs) == (0.4, 0, 2)
-    assert (found[2].cider, found[2].val_loss) == (None, 1.0)
-    assert (found[3].epochs, found[3].val_loss) == (0, None)
+    assert [one.path.name for one in found] == ["begun", "better", "good", "old"]
+    assert {(one.group, one.rank, one.judged_on) for one in found} == {(None, None, None)}
+    assert (found[2].cider, found[2].best_epoch, found[2].epochs) == (0.4, 0, 2)
+    assert (found[3].cider, found[3].val_loss) == (None, 1.0)
+    assert (found[0].epochs, found[0].val_loss) == (0, None)
     assert "no best.cap" in found[0].problem
-    table = runs_table(found).splitlines()
+    headline, _, *table = runs_table(found).splitlines()
+    assert headline == "not recorded what these were judged on, so they are in no order:"
     assert table[2].split()[1:] == ["40.00", "10.00", "3.0000", "2"]
-    assert table[4].split()[1:] == ["-", "-", "-", "0"]
+    assert table[0].split()[1:] == ["-", "-", "-", "0"]
 
 
 def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
@@ -541,10 +543,8 @@ def test_a_run_is_listed_with_the_scores_of_the_model_it_chose(
     assert listed.epochs == 2
     # A run without a model has no known settings, so it makes no setting differ.
     write_metrics(tmp_path / "begun", {"epoch": 0, "step": 10, "loss": 5.0})
-    header = runs_table(find_runs(tmp_path)).splitlines()[0]
+    header = runs_table(find_runs(tmp_path)).splitlines()[1]
     assert header.split() == ["run", "CIDEr", "BLEU-4", "val", "loss", "done"]
-    by_beam = dataclasses.replace(listed, settings={"select_by": "beam"})
-    assert "CIDEr, beam" in runs_table([by_beam, by_beam])
 
 
 def test_a_run_is_listed_with_the_epoch_that_was_chosen_if_its_models_are_unreadable(

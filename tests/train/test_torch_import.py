@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
-from train.torch_import import spin_briefly
+from train.torch_import import seeded_generator, spin_briefly
 
 
 @pytest.fixture
@@ -72,3 +73,19 @@ def test_torchvision_is_imported_without_the_compiler() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert result.stdout.split() == ["refused", "False", "True", "True"]
+
+
+def test_random_numbers_are_there_in_a_process_of_ours() -> None:
+    """PyTorch makes no generator before a module is imported that we leave out."""
+    code = (
+        "from train.torch_import import import_torch, seeded_generator\n"
+        "import_torch()\n"
+        "import torch\n"
+        "print(*torch.randperm(5, generator=seeded_generator(3)).tolist())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    expected = torch.randperm(5, generator=torch.Generator().manual_seed(3)).tolist()
+    assert result.stdout.split() == [str(number) for number in expected]
+    assert torch.equal(torch.randperm(5, generator=seeded_generator(3)), torch.tensor(expected))

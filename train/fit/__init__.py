@@ -1,1 +1,1 @@
-"""Whole runs: the training loop, validation, the run folder, and sweeps over many runs."""
+"""Whole runs: the training loop, validation, what a run leaves behind; and sweeps."""

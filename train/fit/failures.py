@@ -9,7 +9,7 @@ import torch
 
 from train.config import FixedRecipe
 from train.device import is_out_of_memory
-from train.fit.run_folder import TrainError
+from train.fit.record.run_folder import TrainError
 
 
 @contextlib.contextmanager

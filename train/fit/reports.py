@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from train.captions.vocabulary import SPECIALS
-from train.fit.best_epoch import FEWEST_PHOTOS
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ class Started:
         )
 
     def _choice(self) -> str:
+        from train.fit.best_epoch import FEWEST_PHOTOS  # which imports torch
+
         if self.by_loss or self.val_photos >= FEWEST_PHOTOS:
             return ""
         photos = _counted(self.val_photos, "validation photo")
@@ -86,35 +87,52 @@ class Started:
 
 @dataclass(frozen=True)
 class StepLog:
-    """The mean loss since the last log line; made every `log_every` steps.
+    """The mean loss and the speed since the last log line.
 
-    The epoch counts from 0, the step from 1.
+    One is made every `log_every` steps, or by time, and at the end of an epoch. The epoch counts
+    from 0, the step from 1.
     """
 
     epoch: int
     epochs: int
     step: int
-    steps: int
+    steps: int  # in the epoch
     loss: float  # mean cross-entropy per target token, smoothed or not, or minus the mean reward
     captions_per_s: float
     rewarded: bool = False  # self-critical: the reward is CIDEr-D, 0 to 10
     smoothed: bool = False  # the loss is against smoothed targets
+    learning_rate: float = 0.0  # of the last of these steps
+    steps_per_s: float = 0.0
+    all_steps: int = 0  # trained since the start of training, this one included
+    # At most, until the last epoch of this kind is done; None before an epoch has been validated.
+    seconds_left: float | None = None
+
+    @property
+    def objective(self) -> str:
+        """What the loss is: cross-entropy, smoothed (the same against smoothed targets), reward."""
+        if self.rewarded:
+            return "reward"
+        return "smoothed" if self.smoothed else "cross-entropy"
 
     @property
     def perplexity(self) -> float | None:
         """None if the loss is not the cross-entropy of the true words, of which it is made."""
-        return None if self.rewarded or self.smoothed else _perplexity(self.loss)
+        return None if self.rewarded or self.smoothed else perplexity_of(self.loss)
+
+    def measure(self) -> str:
+        """The loss, under the name of what it is."""
+        if self.rewarded:
+            return f"Reward: {-self.loss:.4f}"
+        if self.smoothed:
+            return f"Smoothed loss: {self.loss:.4f}"
+        return f"Loss: {self.loss:.4f}, Perplexity: {perplexity_of(self.loss):.2f}"
 
     def line(self) -> str:
-        if self.rewarded:
-            measure = f"Reward: {-self.loss:.4f}"
-        elif self.smoothed:
-            measure = f"Smoothed loss: {self.loss:.4f}"
-        else:
-            measure = f"Loss: {self.loss:.4f}, Perplexity: {_perplexity(self.loss):.2f}"
+        left = f", at most {duration(self.seconds_left)} left" if self.seconds_left else ""
         return (
             f"Epoch [{self.epoch + 1}/{self.epochs}], Step [{self.step}/{self.steps}], "
-            f"{measure}, {self.captions_per_s:,.0f} captions/s"
+            f"{self.measure()}, {per_second(self.steps_per_s)} steps/s, "
+            f"{self.captions_per_s:,.0f} captions/s{left}"
         )
 
 
@@ -136,14 +154,21 @@ class EpochLog:
     seconds: float
     steps: int | None = None  # since the start of training; None in self-critical epochs
     seconds_left: float = 0.0  # at most, until the last epoch of this kind is done
+    photos: int = 0  # that were validated on
+    all_steps: int = 0  # since the start of training, self-critical ones included
+
+    @property
+    def perplexity(self) -> float:
+        """Of the validation captions."""
+        return perplexity_of(self.val_loss)
 
     def line(self) -> str:
         done = f"{self.steps:,} steps, " if self.steps is not None else ""
-        left = f", at most {_duration(self.seconds_left)} left" if self.seconds_left else ""
+        left = f", at most {duration(self.seconds_left)} left" if self.seconds_left else ""
         return (
             f"Epoch [{self.epoch + 1}/{self.epochs}] done in {self.seconds:.1f} s, {done}"
             f"Validation loss: {self.val_loss:.4f}, "
-            f"Perplexity: {_perplexity(self.val_loss):.2f}, "
+            f"Perplexity: {self.perplexity:.2f}, "
             f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}, "
             f"{self.distinct:.0%} distinct{' (best so far)' if self.best else ''}{left}"
         )
@@ -160,7 +185,7 @@ class StartScores:
     def line(self) -> str:
         return (
             f"Before training: Validation loss: {self.val_loss:.4f}, "
-            f"Perplexity: {_perplexity(self.val_loss):.2f}, "
+            f"Perplexity: {perplexity_of(self.val_loss):.2f}, "
             f"BLEU-4: {100 * self.bleu_4:.2f}, CIDEr: {100 * self.cider:.2f}"
         )
 
@@ -283,7 +308,8 @@ class SweepResult:
         return {**asdict(self), "folder": str(self.folder), "settings": settings}
 
 
-def _perplexity(loss: float) -> float:
+def perplexity_of(loss: float) -> float:
+    """Of a mean cross-entropy per word."""
     return math.exp(min(loss, 700.0))  # beyond 700 the exponential overflows
 
 
@@ -295,7 +321,15 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _duration(seconds: float) -> str:
+def per_second(rate: float) -> str:
+    """`0.04`, `1.8`, `92`, `1,950`: with as many digits as tell something."""
+    if rate < 1:
+        return f"{rate:.2g}"
+    return f"{rate:.1f}" if rate < 10 else f"{rate:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `3 min 20 s`, `12 min`, `2 h 5 min`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 10:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"

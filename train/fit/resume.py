@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cache.store import DIGEST_BYTES, FeatureCache, open_cache
 from train.config import FixedRecipe, TrainConfig
-from train.fit.run_folder import Checkpoint, TrainError
+from train.fit.record.run_folder import Checkpoint, TrainError
 from train.fit.validation import ValidationPhotos
 
 

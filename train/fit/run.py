@@ -1,6 +1,6 @@
 """A training run: data and decoder set up, epochs trained, the best model chosen and saved.
 
-`train` runs or resumes one. Its folder is described in `train.fit.run_folder`.
+`train` runs or resumes one. Its folder is described in `train.fit.record.run_folder`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ from train.fit.failures import (
     too_large_step,
     too_large_validation,
 )
+from train.fit.record.drawn_curves import DrawnCurves
+from train.fit.record.metrics import epoch_record, step_record
+from train.fit.record.pace import Pace
+from train.fit.record.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
+from train.fit.record.tensorboard import Board, check_tensorboard
 from train.fit.reports import (
     Advice,
     EpochLog,
@@ -42,30 +47,42 @@ from train.fit.reports import (
 )
 from train.fit.resume import check_resumable, data_identity, resumed_photos, run_settings
 from train.fit.run_data import load_run_data
-from train.fit.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle, read_training
 from train.model.start_model import load_start_model, new_decoder
 from train.step.cuda.kernel_choice import begin_kernels
 from train.step.objective import product_dtype
+from train.step.optimizer import learning_rate
 
 
 def train(
-    config: TrainConfig, *, saves_within_epochs: bool = True
+    config: TrainConfig,
+    *,
+    saves_within_epochs: bool = True,
+    notice_of_curves: Callable[[str], object] | None = None,
 ) -> Generator[TrainReport | None, None, None]:
     """Train as configured. Yields a report, or None, after every step.
 
     Closing the generator between two steps saves the run, so that it can be resumed at that step.
     The files of finished epochs are written after `SAVE_PAUSE_S` and when training ends, also with
     an error. saves_within_epochs: also save models within epochs, as `save_every` says.
+    notice_of_curves: draw the run's curves, and call this with one line if that fails; None: do not
+    draw.
 
     Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
     """
+    if config.tensorboard:
+        check_tensorboard()
     with RunFolder(config.out) as folder:
         try:
-            run = _Run(config, folder, saves_within_epochs=saves_within_epochs)
-            with run.metrics:
+            run = _Run(
+                config,
+                folder,
+                saves_within_epochs=saves_within_epochs,
+                notice_of_curves=notice_of_curves,
+            )
+            with run.curves, run.metrics, run.board:
                 try:
                     yield run.started()
                     yield from run.epochs()
@@ -73,6 +90,7 @@ def train(
                     run.save_position()
                     raise
                 finally:
+                    run.curves.draw_last()  # meanwhile, the models are written
                     folder.write_kept()
         except WriteError as error:
             raise folder.failure(error) from None
@@ -86,6 +104,7 @@ class _PendingLog:
     steps: int  # in the epoch
     loss: Tensor
     captions: int
+    count: int  # of these steps
 
 
 def _reads_losses_late(device: torch.device) -> bool:
@@ -110,7 +129,12 @@ class _Run:
     """A run between two steps. `epoch` and `step` are those of the next step to train."""
 
     def __init__(
-        self, config: TrainConfig, folder: RunFolder, *, saves_within_epochs: bool
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        *,
+        saves_within_epochs: bool,
+        notice_of_curves: Callable[[str], object] | None,
     ) -> None:
         self._saves_within_epochs = saves_within_epochs
         self.folder = folder
@@ -134,6 +158,7 @@ class _Run:
         self.validation_captions = self.data.validation_captions
         self.validation_photos = self.data.validation_photos
         torch.manual_seed(config.seed)
+        self._steps = self._steps_of_epochs()
         self._check_save_every()
         with out_of_memory_as(lambda: too_large_decoder(self.device, recipe, len(self.vocabulary))):
             decoder = new_decoder(recipe, cache, self.vocabulary, start)
@@ -164,8 +189,10 @@ class _Run:
         else:
             self.folder.start(overwrite=config.overwrite, needed_bytes=self._needed_bytes())
         self.metrics = self.folder.open_metrics()
+        self.board = Board(folder.path if config.tensorboard else None, self._all_steps())
+        self.curves = DrawnCurves(folder.path, notice_of_curves)
         self._saved_at = time.monotonic()
-        self._logged_at = time.perf_counter()
+        self._pace = Pace(recipe, config.log_every)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         check_resumable(checkpoint, self.config, self.recipe, self._identity)
@@ -233,10 +260,15 @@ class _Run:
                 self.epoch = recipe.epochs
                 continue
             started_at = time.perf_counter()
+            from_start = self.step == 0
             yield from self._train_epoch()
             self._check_weights()
+            trained_at = time.perf_counter()
             val_loss, scores, best = self._validate_epoch()
-            seconds = time.perf_counter() - started_at
+            now = time.perf_counter()
+            seconds = now - started_at
+            if from_start:
+                self._pace.end_epoch(seconds, now - trained_at)
             log = EpochLog(
                 epoch=self.epoch,
                 epochs=epochs,
@@ -248,18 +280,14 @@ class _Run:
                 seconds=seconds,
                 steps=None if rewarded else (self.epoch + 1) * self._epoch_steps,
                 seconds_left=seconds * (planned - self.epoch - 1),
+                photos=scores.count,
+                all_steps=self._all_steps(),
             )
-            self.metrics.write(
-                {
-                    "epoch": self.epoch,
-                    "val_loss": val_loss,
-                    "bleu_4": scores.bleu_4,
-                    "cider": scores.cider,
-                    "distinct": scores.distinct,
-                    "best": best,
-                }
-            )
+            self.metrics.write(epoch_record(log))
+            self.board.add_epoch(log)
             self.epoch, self.step = self.epoch + 1, 0
+            if self.epoch < epochs:
+                self.curves.prepare()
             self._last_model_at = self.epoch, self.step
             self._keep_checkpoint()
             # A kill costs no more than the pause, or than one epoch if that is longer.
@@ -335,8 +363,8 @@ class _Run:
         best = self.best_epoch.update(ValidatedEpoch(epoch, val_loss, scores.ciders, rewarded))
         if best:
             facts = facts or self._facts() | {"epoch": epoch}
-            chosen_by = {"select_by": self.config.select_by}
-            facts = {**facts, "config": {**facts["config"], **chosen_by}}
+            settings = {**facts["config"], "select_by": self.config.select_by}
+            facts = {**facts, "config": settings, "judged_on": self._judged_on()}
             self._keep_model("best.cap", val_loss, scores, facts)
         return val_loss, scores, best
 
@@ -363,10 +391,10 @@ class _Run:
 
     def _train_epoch(self) -> Generator[TrainReport | None, None, None]:
         """Train the rest of the current epoch, log, and save models in between."""
-        log_every, reads_late = self.config.log_every, _reads_losses_late(self.device)
+        reads_late = _reads_losses_late(self.device)
         losses: list[Tensor] = []
-        captions, self._logged_at = 0, time.perf_counter()
-        first_step = self.step
+        captions, first_step = 0, self.step
+        self._pace.begin_epoch()
         for result in self._train_steps():
             if result.step == first_step:
                 self._trained_on |= self._training
@@ -377,9 +405,9 @@ class _Run:
                 pending, self._pending_log = self._pending_log, None
                 yield self._log(pending)
             save, last = self._is_time_to_save(), self.step == result.steps
-            if self.step % log_every == 0 or last or save:
+            if self._pace.is_time_to_log(self.step, len(losses)) or last or save:
                 mean_loss = torch.stack(losses).mean()
-                pending = _PendingLog(self.step, result.steps, mean_loss, captions)
+                pending = _PendingLog(self.step, result.steps, mean_loss, captions, len(losses))
                 losses.clear()
                 captions = 0
                 if reads_late and not (last or save):
@@ -422,10 +450,9 @@ class _Run:
     def _log(self, pending: _PendingLog) -> StepLog:
         """Read the loss, which waits for the device. Raises TrainError if it is not finite."""
         recipe, loss = self.recipe, self._check_finite(float(pending.loss), pending.step)
-        now = time.perf_counter()
-        seconds, self._logged_at = now - self._logged_at, now
-        self.metrics.write({"epoch": self.epoch, "step": pending.step, "loss": loss})
-        return StepLog(
+        seconds = self._pace.since_last_line()
+        steps_left = pending.steps - pending.step
+        log = StepLog(
             self.epoch,
             recipe.all_epochs,
             pending.step,
@@ -434,7 +461,30 @@ class _Run:
             pending.captions / seconds,
             rewarded=self.epoch >= recipe.epochs,
             smoothed=recipe.label_smoothing > 0,
+            learning_rate=self._learning_rate(pending),
+            steps_per_s=pending.count / seconds,
+            all_steps=self._all_steps() - self.step + pending.step,
+            seconds_left=self._pace.seconds_left(self.epoch, steps_left, seconds / pending.count),
         )
+        self.metrics.write(step_record(log))
+        self.board.add_steps(log)
+        self.curves.draw_if_due()
+        return log
+
+    def _learning_rate(self, pending: _PendingLog) -> float:
+        """Of the last of the steps."""
+        recipe = self.recipe
+        if self.epoch >= recipe.epochs:
+            return recipe.self_critical_rate
+        position = self.epoch * pending.steps + pending.step - 1
+        return learning_rate(recipe, position, recipe.epochs * pending.steps)
+
+    def _all_steps(self) -> int:
+        """Steps since the start of training."""
+        steps, rewarded_steps = self._steps
+        epochs = self.recipe.epochs
+        rewarded = max(0, self.epoch - epochs)
+        return min(self.epoch, epochs) * steps + rewarded * rewarded_steps + self.step
 
     def _check_finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):
@@ -462,7 +512,7 @@ class _Run:
 
     def _check_save_every(self) -> None:
         """Raise TrainError if `save_every` saves no model at all."""
-        every, steps = self.config.save_every, max(self._steps_of_epochs())
+        every, steps = self.config.save_every, max(self._steps)
         if every is not None and every > steps:
             raise TrainError(
                 f"{self.config.out}: no epoch has more than {steps:,} steps, and steps are counted "
@@ -476,7 +526,7 @@ class _Run:
         model = weights + _BYTES_PER_WORD * len(self.vocabulary)
         # Weights, two moments and the average.
         checkpoint = (3 + bool(recipe.average_decay)) * weights
-        steps, rewarded_steps = self._steps_of_epochs()
+        steps, rewarded_steps = self._steps
         models = 2
         if not self._saves_within_epochs:
             pass
@@ -543,6 +593,22 @@ class _Run:
             "step": self.step,
             "captions": len(self.training_captions),
             "config": run_settings(self.config),
+            "trained_on": {
+                "cache": self.cache.path.name,
+                "photos": int(self._training.sum()),
+                "captions": len(self.training_captions),
+            },
+            "judged_on": self._judged_on(),
+        }
+
+    def _judged_on(self) -> dict[str, str | int]:
+        """What the validation scores are of: those of equal `id` compare."""
+        photos = self.validation_photos
+        return {
+            "id": photos.content_sha256,
+            "cache": photos.cache_name,
+            "photos": len(photos.rows),
+            "captions": len(self.validation_captions),
         }
 
     def _keep_checkpoint(self) -> None:

@@ -25,7 +25,7 @@ from train.captions.photo_split import (
 )
 from train.captions.vocabulary import Vocabulary, build_vocabulary, usual_length
 from train.config import FixedRecipe, TrainConfig
-from train.fit.run_folder import TrainError
+from train.fit.record.run_folder import TrainError
 from train.fit.validation import ValidationPhotos
 from train.model.start_model import StartModel
 

@@ -28,6 +28,7 @@ from train.search.rollout import sample
 from train.step.dropout import draw_masks
 from train.step.objective import Objective
 from train.step.packed_batch import pack
+from train.torch_import import seeded_generator
 
 # Words in a sample; of COCO's captions about one in a thousand is longer. Where the captions are
 # long, a sample has as many words as they have.
@@ -100,7 +101,7 @@ class SelfCritical:
         photos: (B,) rows of the cache; views: (B,). Returns the number of tokens and the mean
         CIDEr-D of the samples (0 to 10).
         """
-        generator = torch.Generator(self._captions.device).manual_seed(seed)
+        generator = seeded_generator(seed, self._captions.device)
         features = self._captions.photo_features(photos, views)
         features = _dropout(features, self._decoder.config.feature_dropout, generator)
         self._decoder.eval()

@@ -121,6 +121,35 @@ class ValidationPhotos:
         cache = self._cache
         return f"{cache.photos_sha256} {cache.captions_sha256} {len(self.rows)}"
 
+    @functools.cached_property
+    def content_sha256(self) -> str:
+        """Tells what is scored apart: the photos, by their bytes, or by their ids where those are
+        not known, with their captions and how these are tokenized. Not the cache, nor the order.
+        """
+        table, digests, ids = self._cache.captions, self._cache.digests, self._cache.image_ids
+        text, offsets = table.texts.text, table.texts.offsets
+        starts, stops = (np.searchsorted(table.rows, self.rows, side) for side in _SIDES)
+        entries = []
+        for row, start, stop in zip(
+            self.rows.tolist(), starts.tolist(), stops.tolist(), strict=True
+        ):
+            digest = digests[row].tobytes()
+            ends = offsets[start : stop + 1]
+            captions = text[ends[0] : ends[-1]].tobytes()
+            lengths = np.diff(ends).astype("<i8").tobytes()
+            entries.append((digest if any(digest) else digest + ids.raw(row), lengths, captions))
+        entries.sort()
+        whole = hashlib.sha256(table.tokenizer.encode())
+        for photo, lengths, captions in entries:
+            # With the lengths of all parts, no two sets have the same bytes.
+            whole.update(b"%d %d " % (len(photo), len(lengths)) + photo + lengths + captions)
+        return whole.hexdigest()
+
+    @property
+    def cache_name(self) -> str:
+        """The name of the file that they are in."""
+        return self._cache.path.name
+
     def is_recorded_as(self, identity: str) -> bool:
         """Whether a recorded identity is that of these photos, as far as the record tells."""
         return identity in (self.identity, self._identity_without_rows)

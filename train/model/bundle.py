@@ -27,7 +27,8 @@ from cache.record import EncoderRecord
 from train.captions.vocabulary import Vocabulary, VocabularyError
 from train.model.decoder import CaptionDecoder, DecoderConfig
 
-VERSION = 1
+VERSION = 2
+_OLDER = 1  # without `start_after_photo`; models that do without it are still written so
 _KEY = "cap_bundle"
 _MEMBERS = {"version", "decoder", "vocabulary", "encoder", "training"}  # besides the checksum
 _BEFORE_DIGITS = rb"\"crc32\": \""  # in the header, where the record is a string in JSON
@@ -53,10 +54,14 @@ class Bundle:
 
     def save(self, path: Path) -> None:
         """Write atomically. Raises WriteError."""
+        sizes = asdict(self.decoder.config)
+        version = VERSION if sizes["start_after_photo"] else _OLDER
+        if version == _OLDER:
+            del sizes["start_after_photo"]  # which programs that know only that version refuse
         record = {
-            "version": VERSION,
+            "version": version,
             "crc32": _NO_DIGITS,
-            "decoder": asdict(self.decoder.config),
+            "decoder": sizes,
             "vocabulary": self.vocabulary.as_dict(),
             "encoder": asdict(self.encoder),
             "training": dict(self.training),
@@ -90,9 +95,10 @@ def load_bundle(path: str | Path, device: torch.device | None = None) -> Bundle:
     """
     path = find_bundle(Path(path))
     record, tensors = _read(path, weights=True)
-    if record.get("version") != VERSION:
+    if record.get("version") not in (_OLDER, VERSION):
         raise BundleError(
-            f"{path}: model format {record.get('version')}, this program reads {VERSION}"
+            f"{path}: model format {record.get('version')}, this program reads {_OLDER} and "
+            f"{VERSION}"
         )
     try:
         decoder = CaptionDecoder(DecoderConfig(**record["decoder"]))

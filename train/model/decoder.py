@@ -7,8 +7,9 @@
 Step 1 reads the photo and predicts the first word. Each later step reads the true previous word.
 The default sizes are those of the classic CNN-LSTM captioner (Vinyals et al., 2015, «Show and
 Tell»). With `photo_every_step` the photo is added to every word, so that the LSTM need not remember
-it. With `tie_embeddings` the same vector serves to read and to predict a word (Press & Wolf, 2017),
-and `transform` maps the LSTM's outputs to the size of an embedding.
+it. With `start_after_photo` step 1 reads the photo and then `<start>`. With `tie_embeddings` the
+same vector serves to read and to predict a word (Press & Wolf, 2017), and `transform` maps the
+LSTM's outputs to the size of an embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from train.captions.caption_set import Batch
-from train.captions.vocabulary import PAD
+from train.captions.vocabulary import PAD, START
 from train.config import Recipe
 
 # Standard deviation of the first word vectors that are tied, and of a photo that is added to them.
@@ -55,6 +56,9 @@ class DecoderConfig:
     feature_dropout: float = 0.0  # on the photo's features
     tie_embeddings: bool = False
     photo_every_step: bool = False  # the LSTM reads the photo with every word, not only at step 1
+    # At step 1 the LSTM reads the photo and then <start>. No recipe trains that, only others have:
+    # `cap import-classic`. Their models predict <start> after the photo, which is no word.
+    start_after_photo: bool = False
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, *, feature_dim: int, vocab_size: int) -> DecoderConfig:
@@ -113,12 +117,13 @@ class CaptionDecoder(nn.Module):
     def hidden(self, features: Tensor, inputs: Tensor) -> Tensor:
         """The LSTM's outputs (B, T, H). Padding comes after the words, so it cannot affect them."""
         photo = self.read_photo(features).unsqueeze(1)  # (B, 1, E)
-        words = self.embed(inputs)
+        before = int(self.config.start_after_photo)  # outputs before that of step 1
+        words = self.embed(nn.functional.pad(inputs, (before, 0), value=START))
         if self.config.photo_every_step:
             words = words + photo
-        steps = torch.cat([photo, words], dim=1)  # (B, T, E)
+        steps = torch.cat([photo, words], dim=1)  # (B, before + T, E)
         outputs, _ = self.lstm(self.dropout(steps))
-        return self.dropout(outputs)  # type: ignore[no-any-return]
+        return self.dropout(outputs[:, before:])  # type: ignore[no-any-return]
 
     def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy per target token, without padding."""
@@ -147,6 +152,14 @@ class CaptionDecoder(nn.Module):
         self, inputs: Tensor, state: DecoderState | None
     ) -> tuple[Tensor, DecoderState]:
         """`step`, with the LSTM's outputs (B, H) in place of their logits."""
+        outputs, next_state = self._read(inputs, state)
+        if state is None and self.config.start_after_photo:
+            start = self.embed.weight[START].expand(len(inputs), -1)
+            outputs, next_state = self._read(start, next_state)
+        return outputs, next_state
+
+    def _read(self, inputs: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """The LSTM's outputs (B, H) of one input (B, E), and the state after it."""
         photo = inputs if state is None else state.photo
         lstm_state = None if state is None else (state.hidden, state.cell)
         if state is not None and self.config.photo_every_step:

@@ -69,11 +69,17 @@ class StartModel:
 def load_start_model(path: Path, cache: FeatureCache) -> StartModel:
     """The model in a file or a run folder.
 
-    Raises BundleError if there is none, and CacheError if it was trained on features of another
-    encoder or captions of another tokenizer than the cache holds.
+    Raises BundleError if there is none or if training does not compute its kind of decoder, and
+    CacheError if it was trained on features of another encoder or captions of another tokenizer
+    than the cache holds.
     """
     file = find_bundle(path)
     bundle = load_bundle(file)
+    if bundle.decoder.config.start_after_photo:
+        raise BundleError(
+            f"{file}: an imported model, which reads <start> after the photo; training cannot go "
+            "on from it, so leave out --from-model"
+        )
     difference = bundle.encoder.difference(cache.encoder)
     if difference is not None:
         raise CacheError(f"{file}: trained on features with {difference} as in {cache.path}")

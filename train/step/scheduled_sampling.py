@@ -15,6 +15,7 @@ from train.captions.caption_set import Batch
 from train.captions.vocabulary import PAD
 from train.step.objective import Objective
 from train.step.packed_batch import pack
+from train.torch_import import seeded_generator
 
 
 def with_sampled_words(objective: Objective, batch: Batch, share: float, seed: int) -> Batch:
@@ -22,7 +23,7 @@ def with_sampled_words(objective: Objective, batch: Batch, share: float, seed: i
 
     The targets remain the true words.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     inputs = batch.inputs
     draws = torch.rand(inputs.shape, generator=generator).to(inputs.device)
     caption, place = ((draws < share) & (inputs != PAD)).nonzero(as_tuple=True)

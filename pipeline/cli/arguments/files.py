@@ -42,7 +42,9 @@ CACHE_OR_CAPTIONS = _wanted("a feature cache or a captions file", Kind.CACHE, Ki
 WEIGHTS = _wanted("a file of a network's weights", Kind.WEIGHTS)
 PICTURES = _wanted("photos", Kind.PICTURE, Kind.FOLDER, leaves=[Kind.TEXT])
 RUNS = _wanted("a folder of runs", *_FOLDERS)
+PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
+GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
 
 # By the names of the parameters, in all commands.
@@ -53,9 +55,11 @@ _BY_NAME = {
     "images": PHOTOS,
     "captions": CAPTIONS,
     "source": CACHE_OR_CAPTIONS,
-    "weights": WEIGHTS,
-    "paths": PICTURES,
+    **dict.fromkeys(("weights", "encoder_file", "decoder_file"), WEIGHTS),
+    "vocab_file": PICKLE,
+    **dict.fromkeys(("paths", "like"), PICTURES),
     "folder": RUNS,
+    "gallery": GALLERY,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
@@ -63,13 +67,15 @@ _OUT = {
     "sweep": NEW_FOLDER,
     "demo": NEW_FOLDER,
     "evaluate": NEW_FOLDER,
+    "import-classic": NEW_FOLDER,
+    "compare-encoders": NEW_FOLDER,
     "build-vocab": NEW_TEXT,
 }
 # Else found missing only after the weights are read, which may be downloaded.
 _MUST_BE_THERE = ("reuse", "only")
 _WEIGHTS_NAME = re.compile(r"random|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
-_OWN_FOLDER = ("train", "sweep")
+_OWN_FOLDER = ("train", "sweep", "import-classic")
 # A log or notes may be in a run's folder before it begins.
 _FEW_ENTRIES, _MANY_ENTRIES = 10, 1000
 _WITHOUT_FILE = ("sidecar", "metadata")  # values of --captions that name no file

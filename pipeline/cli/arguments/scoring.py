@@ -19,6 +19,8 @@ def check_what_is_scored(
     tokenizer: str | None,
     all_photos: bool,
     out: Path | None,
+    gallery: Path | None,
+    images: Path | None,
     searches: bool,
 ) -> None:
     """Raise WrongArguments unless there is one source of captions and one of references, and every
@@ -43,3 +45,12 @@ def check_what_is_scored(
         raise WrongArguments("--tokenizer is for --captions; a cache and a model know theirs")
     if predictions is None and all_photos:
         raise WrongArguments("--all has no effect without --predictions")
+    if gallery is not None:
+        if human:
+            raise WrongArguments("--gallery shows captions of a model or of a file, not of people")
+        if cache is None:
+            raise WrongArguments("--gallery needs a --cache, which knows the files of its photos")
+        if images is None:
+            raise WrongArguments("--gallery needs --images, the folder of the cache's photos")
+    elif images is not None:
+        raise WrongArguments("--images has no effect without --gallery")

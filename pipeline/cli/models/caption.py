@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,6 +20,7 @@ from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import (
     CaptionColumn,
     Device,
+    Gallery,
     ImageColumn,
     Json,
     MovedWeights,
@@ -87,6 +89,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for a model's scores and captions.  [default: the model's]"),
     ] = None,
+    gallery: Gallery = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the cache's photos, for --gallery.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -110,12 +116,21 @@ def evaluate(
         tokenizer=tokenizer,
         all_photos=all_photos,
         out=out,
+        gallery=gallery,
+        images=images,
         searches=searches,
     )
-    with errors():
+    with errors(), contextlib.ExitStack() as stack:
         start_torch(device if model is not None else "cpu")
         from pipeline.evaluation import evaluate as stage
 
+        shown, others = None, 0
+        if gallery is not None and images is not None and cache is not None:
+            from pipeline.gallery.of_evaluation import EvaluationGallery
+            from pipeline.gallery.of_predictions import others_of
+
+            others = others_of(search)
+            shown = stack.enter_context(EvaluationGallery(gallery, images, cache))
         if model is not None and cache is not None:
             with ProgressLine("captioning", "photos", after_s=_SOON_S) as line:
                 result = stage.evaluate(
@@ -128,9 +143,16 @@ def evaluate(
                     meteor=not no_meteor,
                     spice=spice,
                     report=line.update_timed,
+                    others=others,
                 )
             _say_all(result.scores.notices)
             _show(result, as_json)
+            if shown is not None:
+                with ProgressLine("gallery", "photos", after_s=_SOON_S) as line:
+                    report = line.update_timed
+                    whole = only is None
+                    said = shown.write_model(result, model, search, whole=whole, report=report)
+                say(said)
             if result.problem is not None:  # the scores are shown all the same
                 raise result.problem
             say(f"written to {result.scores_file} and {result.predictions_file}")
@@ -151,6 +173,10 @@ def evaluate(
             )
             _say_all(scored.scores.notices)
             _show(scored, as_json)
+            if shown is not None:
+                with ProgressLine("gallery", "photos", after_s=_SOON_S) as line:
+                    said = shown.write_file(scored, predictions, report=line.update_timed)
+                say(said)
         else:
             people = stage.evaluate_people(**references, **scoring)
             _say_all(people.notices)
@@ -232,6 +258,7 @@ def predict(
     log_probs: Annotated[
         bool, typer.Option("--log-probs", help="Add each word's log-probability to --json.")
     ] = False,
+    gallery: Gallery = None,
 ) -> None:
     """Caption photos, one line each: path, tab and caption.
 
@@ -246,7 +273,8 @@ def predict(
     if null and _STDIN not in paths:
         raise WrongArguments("--null has no effect without - for paths on standard input")
     search = _searched(dataclasses.replace(search, captions=captions))
-    with errors():
+    kept = "no gallery was written" if gallery is not None else ""
+    with errors(kept), contextlib.ExitStack() as stack:
         start_torch(device)
         from pipeline.captioner.captioner import Captioner
         from pipeline.captioner.photo_names import find_photos
@@ -256,7 +284,15 @@ def predict(
         _say_all(left_out)
         if not names:
             raise CapError(f"{' '.join(paths)}: no photos found")
-        captioner = Captioner.load(model, device=device, weights=weights, search_config=search)
+        shown, others = None, 0
+        if gallery is not None:
+            from pipeline.gallery.gallery import Gallery as Writer
+            from pipeline.gallery.of_predictions import finish, others_of, shown_prediction
+
+            shown, others = stack.enter_context(Writer(gallery)), others_of(search)
+        captioner = Captioner.load(
+            model, device=device, weights=weights, search_config=search, others=others
+        )
         failed = 0
         # On a terminal, the captions themselves are the progress.
         after_s = math.inf if sys.stdout.isatty() else _SOON_S
@@ -271,7 +307,12 @@ def predict(
                     for caption in prediction.captions:
                         text = " ".join(caption.words) if words else caption.caption
                         print(f"{one_field(prediction.path)}\t{text}", flush=True)
+                if shown is not None:
+                    photo = shown_prediction(prediction, captioner.bundle.vocabulary)
+                    shown.add(photo, None if prediction.error else prediction.path)
                 line.update_timed(done, len(names))
+        if shown is not None:
+            say(finish(shown, model, captioner))
         if (doubt := captioner.doubt()) is not None:
             say(
                 f"{model}: its captions mean little ({doubt}); train it on more photos or more "

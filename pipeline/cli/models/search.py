@@ -70,9 +70,10 @@ def search(
         opened = open_cache(cache)
         if like is not None and not like.exists():
             raise CapError(f"{like}: no such file")
-        asked: dict[str, object] = {"like": str(like)}
+        asked: dict[str, object] = {"words": None, "unknown": None, "like": None}
         with ProgressLine("searching", "photos", after_s=_SOON_S) as line:
             if like is not None:
+                asked["like"] = str(like)
                 found = photo_search.search_by_photo(
                     opened, like, top, device=device, weights=weights, report=line.update_timed
                 )
@@ -83,7 +84,7 @@ def search(
                 query = photo_search.Query.of(words, bundle.vocabulary)
                 if query.unknown:
                     say(f"words that the model does not know: {', '.join(query.unknown)}")
-                asked = {"words": list(query.words), "unknown": list(query.unknown)}
+                asked |= {"words": list(query.words), "unknown": list(query.unknown)}
                 found = photo_search.search_by_words(
                     bundle, opened, query, top, view=view, report=line.update_timed
                 )
@@ -92,7 +93,7 @@ def search(
             photos = [
                 {**photo.as_dict(), "path": path} for photo, path in zip(found, paths, strict=True)
             ]
-            print_json({**asked, "cache": os.fspath(cache), "photos": photos})
+            print_json({"cache": os.fspath(cache), **asked, "photos": photos})
             return
         for photo, path in zip(found, paths, strict=True):
             score = f"{photo.score:+.2f}" if like is None else f"{photo.score:.3f}"

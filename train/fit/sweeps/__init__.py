@@ -1,1 +1,1 @@
-"""Many runs: the table of them, and sweeps with their trials, their study and their processes."""
+"""Many runs of one search: its trials, its study and its processes."""

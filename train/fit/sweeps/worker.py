@@ -78,7 +78,7 @@ def work(pipe: Connection, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from train.fit.run_folder import TrainError
+    from train.fit.record.run_folder import TrainError
 
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

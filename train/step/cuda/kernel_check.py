@@ -10,6 +10,7 @@ from train.model.flat_parameters import IMPOSSIBLE_LOGIT
 from train.step.cuda.launch import KernelError
 from train.step.kernels import Kernels
 from train.step.torch_kernels import TorchKernels
+from train.torch_import import seeded_generator
 
 
 def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
@@ -30,7 +31,7 @@ class _Check:
         self._both = (kernels, reference)
         self._device = device
         self._dtype = dtype
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = seeded_generator(0)
 
     def run(self, vocabulary: int, captions: int, size: int) -> None:
         self._products(captions, size)

@@ -6,6 +6,8 @@
       epoch-0-step-1000.cap …   a model every `save_every` steps; if that is not set, the last three
                        of those saved at intervals
       metrics.jsonl    one JSON object for each log line and each epoch
+      curves.png       what metrics.jsonl says, drawn; by `cap train`
+      tensorboard/     the same for TensorBoard, if asked for
       checkpoint.pt    decoder, optimizer and position, which `--resume` reads
       run.lock         empty; there while a process trains, which has it locked
 
@@ -17,8 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import math
 import os
 import shutil
 from dataclasses import dataclass, fields
@@ -29,8 +29,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cache.atomic import WriteError, still_named, write_atomically, write_text
+from cache.atomic import WriteError, still_named, write_atomically
 from cache.errors import CapError
+from train.fit.record.curves import is_ours
+from train.fit.record.metrics import MetricsLog, drop_after
 from train.model.bundle import Bundle
 
 CHECKPOINT_VERSION = 3
@@ -145,13 +147,19 @@ class RunFolder:
                 "or name another --out"
             )
         self.check_space(needed_bytes)
-        for path in [*earlier_run, self._metrics]:
+        for path in [*earlier_run, self._metrics, *self._pictures()]:
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         """The models and the checkpoint of a run. Other models in the folder are not its own."""
         written = ("best.cap", "last.cap", "epoch-[0-9]*-step-[0-9]*.cap", "checkpoint.pt")
         return [path for name in written for path in self.path.glob(name)]
+
+    def _pictures(self) -> list[Path]:
+        """The curves of an earlier run, drawn and for TensorBoard."""
+        drawn = self.path / "curves.png"
+        events = list((self.path / "tensorboard").glob("events.out.tfevents.*"))
+        return events + ([drawn] if is_ours(drawn) else [])
 
     def check_space(self, needed_bytes: int) -> None:
         """Raise TrainError if files of `needed_bytes` do not fit, in the place of those there."""
@@ -250,58 +258,27 @@ class RunFolder:
         write_atomically(self._checkpoint, write)
 
     def drop_metrics_after(self, epoch: int, step: int) -> None:
-        """Remove the log lines of steps beyond this position, which will be trained again."""
-        if not self._metrics.exists():
-            return
-        kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                position = (record["epoch"], record.get("step", math.inf))
-            except (ValueError, KeyError):
-                continue  # a line that was cut off when the process was killed
-            if position <= (epoch, step):
-                kept.append(line + "\n")
-        write_text(self._metrics, "".join(kept))
+        """Remove the log lines of steps beyond this position, which will be trained again.
+
+        Raises WriteError.
+        """
+        drop_after(self._metrics, epoch, step)
 
     def open_metrics(self) -> MetricsLog:
         """The log, to append to. Raises WriteError."""
         return MetricsLog(self._metrics)
 
 
-class MetricsLog:
-    """Appends JSON lines to a file, each of them flushed at once. A context manager closes it."""
+def validated_on(run: Path) -> str | None:
+    """`Checkpoint.validated_on` of a run's folder; None without a checkpoint that says it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Raises WriteError."""
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After a failure some text is left, which closing tries to write once more.
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def _failure(self, error: OSError) -> WriteError:
-        return WriteError(f"{self._path}: cannot write ({error.strerror})")
+    No tensor is read.
+    """
+    try:
+        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        return str(state["validated_on"])
+    except Exception:  # torch.load raises a dozen types for damaged files
+        return None
 
 
 def _link(old: Path, new: Path) -> bool:

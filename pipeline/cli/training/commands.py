@@ -1,4 +1,6 @@
-"""The commands from a cache to models: build-vocab, train, sweep, runs."""
+"""The commands that make models, and what belongs to them: build-vocab, train, sweep, runs,
+import-classic.
+"""
 
 from __future__ import annotations
 
@@ -82,33 +84,22 @@ def train(*, config: TrainConfig, as_json: Json = False) -> None:
 
     with errors(kept):
         start_torch(config.device)
-        from train.fit.reports import (
-            Advice,
-            EpochLog,
-            OutOfPatience,
-            Saved,
-            Started,
-            StartScores,
-            StepLog,
-        )
+        from pipeline.cli.training.progress import TrainingProgress
+        from train.fit.reports import EpochLog, Started
         from train.fit.run import train as run_training
 
         best, stopped = None, False
-        with _between_steps() as interrupted, contextlib.closing(run_training(config)) as reports:
+        with (
+            _between_steps() as interrupted,
+            TrainingProgress(every_step_log=config.log_every is not None) as progress,
+            contextlib.closing(run_training(config, notice_of_curves=progress.say)) as reports,
+        ):
             for report in reports:
-                match report:
-                    case Started():
-                        started = True
-                        say(report.summary())
-                    case StepLog():
-                        say(report.line())
-                    case EpochLog():
-                        say(report.line())
-                        best = report if report.best else best
-                    case OutOfPatience() | StartScores() | Advice():
-                        say(report.line())
-                    case Saved():
-                        say(f"saved {report.path}")
+                if report is not None:
+                    progress.show(report)
+                started = started or isinstance(report, Started)
+                if isinstance(report, EpochLog) and report.best:
+                    best = report
                 if interrupted():
                     stopped = True
                     break
@@ -188,17 +179,26 @@ def sweep(*, config: SweepConfig, as_json: Json = False) -> None:
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with runs below it.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="PNG to draw the training curves of the runs into, over one another."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List runs with their scores, best first.
 
-    The settings in which the runs differ are shown too.
+    Only scores of the same validation photos compare: runs are ranked among those that were judged
+    alike. What their data and settings differ in is shown too.
 
-    Example: cap runs runs/
+    Example: cap runs runs/ --plot runs.png
     """
     with errors():
-        from train.fit.sweeps.run_table import find_runs, runs_table
+        from train.fit.record.run_table import find_runs, plot_runs, runs_table
 
+        if plot is not None:
+            from train.fit.record.curves import check_replaceable
+
+            check_replaceable(plot)
         found = find_runs(folder)
         for run in found:
             if run.problem:
@@ -207,3 +207,6 @@ def runs(
             print_json([run.as_dict() for run in found])
         else:
             print(runs_table(found))
+        if plot is not None:
+            drawn = plot_runs(folder, found, plot)
+            say(f"drew {drawn} run{'' if drawn == 1 else 's'} into {plot}")

@@ -1,0 +1,1 @@
+"""The commands from a cache to models, and how they show training."""

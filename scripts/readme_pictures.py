@@ -1,0 +1,91 @@
+"""Make the pictures of the documentation: a gallery of the demo's drawn scenes, in Chromium.
+
+    python scripts/readme_pictures.py                  # runs `cap demo` first, which takes a minute
+    python scripts/readme_pictures.py --demo demo      # takes the scenes and the model of that one
+
+Writes docs/images/gallery.png. Needs `chromium`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from cache.errors import CapError
+from pipeline.demo.config import DemoConfig
+from pipeline.demo.run import run_demo
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.gallery.of_evaluation import EvaluationGallery
+from train.config import SearchConfig
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+WINDOW = (1280, 880)
+MOST_BYTES = 200_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="the folder of a finished `cap demo`")
+    arguments = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            demo = arguments.demo
+            if demo is None:
+                demo = Path(temporary) / "demo"
+                for report in run_demo(DemoConfig(out=demo)):
+                    print(report if isinstance(report, str) else report.summary())
+            page = gallery_of(demo, Path(temporary) / "gallery")
+            photograph(page, IMAGES / "gallery.png")
+    except CapError as error:
+        sys.exit(f"error: {error}")
+
+
+def gallery_of(demo: Path, folder: Path) -> Path:
+    """The page of the demo's held-out scenes, in `folder`."""
+    cache, run, search = demo / "test.h5", demo / "run", SearchConfig()
+    with EvaluationGallery(folder, demo / "test", cache) as gallery:
+        result = evaluate(run, cache, search, out=folder.parent, meteor=False, others=2)
+        gallery.write_model(result, run, search, whole=True)
+    print(f"{result.scores.count} scenes, CIDEr {100 * result.scores.cider:.1f}")
+    return folder / "index.html"
+
+
+def photograph(page: Path, picture: Path) -> None:
+    """A picture of the top of a page, with a palette of 256 colours.
+
+    Raises CapError without Chromium, and if the picture is too large for a repository.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        raise CapError("chromium: not found (on Debian: apt install chromium)")
+    shot = page.with_name("shot.png")
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses it to root
+    subprocess.run(
+        [
+            *(chromium, "--headless", "--disable-gpu", "--hide-scrollbars", *root),
+            *(f"--window-size={WINDOW[0]},{WINDOW[1]}", "--virtual-time-budget=5000"),
+            *(f"--screenshot={shot}", page.as_uri()),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(shot) as image:
+        colours = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        colours.save(picture, "PNG", optimize=True)
+    size = picture.stat().st_size
+    if size > MOST_BYTES:
+        raise CapError(f"{picture}: has {size / 1e3:.0f} kB, more than {MOST_BYTES / 1e3:.0f}")
+    print(f"{picture}: {size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
