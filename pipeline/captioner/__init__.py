@@ -1,7 +1,31 @@
-"""A trained model at work on photos: from files, from memory, and from a cache."""
+"""A trained model at work on photos: from files, from memory, from a cache, and over HTTP.
 
-from pipeline.captioner.captioner import Captioner
-from pipeline.captioner.forks import ForkError
-from pipeline.captioner.predictions import Caption, CaptionError, Prediction
+Its names are imported when they are asked for, because they bring PyTorch; the settings of the
+server, which the command line shows, do not need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.captioner.captioner import Captioner
+    from pipeline.captioner.forks import ForkError
+    from pipeline.captioner.predictions import Caption, CaptionError, Prediction
 
 __all__ = ["Caption", "CaptionError", "Captioner", "ForkError", "Prediction"]
+
+_MODULES = {
+    "Caption": "predictions",
+    "CaptionError": "predictions",
+    "Captioner": "captioner",
+    "ForkError": "forks",
+    "Prediction": "predictions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

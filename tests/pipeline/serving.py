@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ class Server:
     process: subprocess.Popen[str]
     port: int
     address: str
+    said: str  # the line on standard output
 
     def ask(self, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
         """(status, JSON or text) of a GET, or of a POST if there is a body."""
@@ -94,8 +96,8 @@ def started(code: str, *arguments: object) -> Iterator[Server]:
             line = process.stdout.readline()  # at its end, if the process ends
             said.seek(0)
             assert "http://127.0.0.1:" in line, said.read()
-            address = line.strip().rpartition(": ")[2]
-            yield Server(process, int(address.rpartition(":")[2]), address)
+            address = re.findall(r"http://[0-9.:]+", line)[0]
+            yield Server(process, int(address.rpartition(":")[2]), address, line)
         finally:
             process.kill()
             process.communicate()

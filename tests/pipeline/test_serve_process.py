@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import resource
 import shutil
 import signal
@@ -50,7 +52,7 @@ def cap_serve(model: Path, *options: object) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    with cap_serve(model, "--max-bytes", MAX_BYTES, "--batch", 4) as running:
+    with cap_serve(model, "--max-bytes", MAX_BYTES, "--batch", 4, "--json") as running:
         yield running
         assert running.process.poll() is None  # whatever the tests have done to it
         running.process.send_signal(signal.SIGINT)
@@ -76,6 +78,10 @@ def test_two_hundred_requests_eight_at_a_time_are_all_answered(
     assert [status for status, _ in answers] == [200] * 200
     assert [found["caption"] for _, found in answers] == expected * 50
     assert max(found["batch"] for _, found in answers) > 1
+
+
+def test_the_command_prints_where_it_answers(server: Server, model: Path) -> None:
+    assert json.loads(server.said) == {"model": str(model), "address": server.address}
 
 
 def connect(server: Server) -> socket.socket:
@@ -194,6 +200,7 @@ def test_a_server_that_is_told_to_stop_answers_what_has_begun_and_ends_well(
         assert b'"caption":"' in answer
         assert read_all(idle) == b""
         assert server.process.wait(30) == 0
+        assert server.said == f"{model}: {server.address}\n"
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +241,6 @@ document.body.dispatchEvent(event);
 def test_the_page_captions_photos_that_are_chosen_dropped_and_pasted(
     server: Server, browser: Any, photos: Path, tmp_path: Path
 ) -> None:
-    import base64
-
     markup = "<img src=x onerror='window.hacked=1'>.jpg"
     shutil.copy(photos / "b.jpg", tmp_path / markup)
     (tmp_path / "large.jpg").write_bytes(bytes(MAX_BYTES + 1))

@@ -57,7 +57,7 @@ def test_every_command_of_the_readme_parses(line: str) -> None:
     elif program == "python":
         assert (ROOT / arguments[0]).exists()
     else:
-        assert program in ("python3", ".venv/bin/pip", ".")
+        assert program in ("python3", ".venv/bin/pip", ".", "curl")
 
 
 def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:

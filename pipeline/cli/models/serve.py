@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,8 @@ import typer
 from cache.errors import CapError
 from pipeline.captioner.serve.config import ServeConfig
 from pipeline.cli.errors import WrongArguments, errors
-from pipeline.cli.options import Device, MovedWeights, options
-from pipeline.cli.terminal import say
+from pipeline.cli.options import Device, Json, MovedWeights, options
+from pipeline.cli.terminal import print_json, say
 from train.config import SearchConfig, SearchError, check_search, with_enough_beams
 from train.torch_import import start_torch
 
@@ -32,6 +33,7 @@ def serve(
     search: SearchConfig,
     weights: MovedWeights = None,
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Serve a model: a page to try it, and captions as JSON.
 
@@ -69,7 +71,10 @@ def serve(
         )
 
         def started(address: str) -> None:
-            print(f"{model}: {address}", flush=True)
+            if as_json:
+                print_json({"model": os.fspath(model), "address": address}, indent=None)
+            else:
+                print(f"{model}: {address}", flush=True)
 
         photos = serve(captioner, config, bound, model=model, started=started)
         say(f"stopped; {photos:,} photos were captioned")
