@@ -71,13 +71,18 @@ new_stage() {
     done
 }
 
-# usage: inside COMMAND…
-# Runs a command in the stage, with its variables and those that reach a package registry.
-inside() {
-    env -i "PATH=$PATH" ${PIP_FIND_LINKS:+"PIP_FIND_LINKS=$PIP_FIND_LINKS"} \
+# usage: enter COMMAND…
+# Becomes a command in the stage, with its variables and those that reach a package registry.
+enter() {
+    exec env -i "PATH=$PATH" ${PIP_FIND_LINKS:+"PIP_FIND_LINKS=$PIP_FIND_LINKS"} \
         ${HTTPS_PROXY:+"HTTPS_PROXY=$HTTPS_PROXY"} ${SSL_CERT_FILE:+"SSL_CERT_FILE=$SSL_CERT_FILE"} \
         "TORCH_INDEX=${TORCH_INDEX:-}" "${variables[@]}" \
         chroot "$root" sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
+}
+
+# usage: inside COMMAND…
+inside() {
+    (enter "$@")
 }
 
 stage=0 user=0 variables=("X=") entry=()
@@ -126,7 +131,7 @@ mount --bind "$model" "$root/model"
 mount -o remount,ro,bind "$root/model"
 mount -o remount,ro "$root"
 entry=("${entry[@]/8000/$port}")
-inside setpriv --reuid "$user" --regid "$user" --clear-groups --no-new-privs --bounding-set=-all \
+enter setpriv --reuid "$user" --regid "$user" --clear-groups --no-new-privs --bounding-set=-all \
     --inh-caps=-all "${entry[@]}" &
 server=$!
 if inside setpriv --reuid "$user" --clear-groups --regid "$user" touch /tmp/x 2>/dev/null; then

@@ -70,8 +70,10 @@ def top_level_names(file: Path) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.ImportFrom) and file.name == "__init__.py":
-            names |= {alias.name for alias in node.names}  # a package offers what it imports
+        elif isinstance(node, ast.ImportFrom | ast.If) and file.name == "__init__.py":
+            # A package offers what it imports, also if it does so late, and tells type checkers.
+            imports = [each for each in ast.walk(node) if isinstance(each, ast.ImportFrom)]
+            names |= {alias.name for each in imports for alias in each.names}
     return names
 
 
