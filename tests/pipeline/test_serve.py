@@ -85,12 +85,17 @@ async def send(client: Any, photo: bytes, name: str = "a.jpg") -> Any:
     return await client.post("/caption", files={"file": (name, photo)})
 
 
-async def post_to(served: Served, content_type: bytes, receive: Any) -> list[Any]:
-    """The messages of the answer to a request whose body is what `receive` gives."""
+async def post_to(
+    served: Served, content_type: bytes, receive: Any, told: Callable[[], None] = lambda: None
+) -> list[Any]:
+    """The messages of the answer to a request whose body is what `receive` gives. told: is called
+    at each of them.
+    """
     answers: list[Any] = []
 
     async def answer(message: Any) -> None:
         answers.append(message)
+        told()
 
     scope = {
         "type": "http",
@@ -254,6 +259,7 @@ def test_a_file_may_have_so_many_bytes_and_not_one_more(
 def test_a_refused_body_is_not_read_to_its_end(captioner: Captioner) -> None:
     """Of two gigabytes, read for no longer than it takes to see the answer."""
     sent = 0
+    sent_at: list[int] = []
 
     async def questions(client: Any, served: Served) -> tuple[list[Any], int]:
         async def receive() -> dict[str, Any]:
@@ -262,7 +268,7 @@ def test_a_refused_body_is_not_read_to_its_end(captioner: Captioner) -> None:
             await asyncio.sleep(0.001)
             return {"type": "http.request", "body": bytes(65_536), "more_body": True}
 
-        answers = await post_to(served, b"image/png", receive)
+        answers = await post_to(served, b"image/png", receive, lambda: sent_at.append(sent))
         return answers, served._budget.used_bytes
 
     answers, used = asked(captioner, questions, limits=Limits(linger_s=0.2))
@@ -270,6 +276,9 @@ def test_a_refused_body_is_not_read_to_its_end(captioner: Captioner) -> None:
     assert (b"connection", b"close") in answers[0]["headers"]
     assert [answer.get("more_body") for answer in answers] == [None, True, None]
     assert (used, sent < 1 << 30) == (0, True)
+    start, whole, end = sent_at
+    assert start == whole == 65_536
+    assert end > whole  # after the answer, for those who send on before they look at it
 
 
 def test_too_many_pixels_are_not_decoded(

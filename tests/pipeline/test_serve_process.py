@@ -159,19 +159,22 @@ def test_slow_and_malformed_requests_end(impatient: Server, sent: bytes, answere
     assert impatient.ask("/healthz")[0] == 200
 
 
-def test_a_thousand_open_connections_leave_room_for_others(impatient: Server, photos: Path) -> None:
+def test_a_thousand_open_connections_leave_room_for_others(server: Server, photos: Path) -> None:
     photo = (photos / "a.jpg").read_bytes()
+    files = Path(f"/proc/{server.process.pid}/fd")
+    before = len(list(files.iterdir()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
     try:
         with contextlib.ExitStack() as stack:
             for number in range(1000):
-                connection = stack.enter_context(connect(impatient))
+                connection = stack.enter_context(connect(server))
                 with contextlib.suppress(ConnectionError):
-                    connection.sendall((b"", b"GET", head("Content-Length: 9"))[number % 3])
+                    connection.sendall((b"", b"GET", b"", head("Content-Length: 9"))[number % 4])
                 if number % 250 == 249:
-                    wait_for(lambda: impatient.ask("/healthz")[0] == 200)
-            wait_for(lambda: impatient.caption(photo)[0] == 200)
+                    wait_for(lambda: server.ask("/healthz")[0] == 200)
+            assert len(list(files.iterdir())) < before + 300
+        wait_for(lambda: server.caption(photo)[0] == 200)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
