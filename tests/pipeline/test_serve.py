@@ -339,6 +339,7 @@ def test_a_full_queue_says_come_later_and_the_server_stays_well(
         refused, health = await send(client, photo), await client.get("/healthz")
         held.set()
         answers = await asyncio.gather(*sent)
+        assert (await client.head("/healthz")).status_code == 200
         return refused, health, answers, (await client.get("/metrics")).text
 
     refused, health, answers, metrics = asked(captioner, questions, replace(SMALL, queue=6))

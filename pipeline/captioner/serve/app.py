@@ -140,6 +140,7 @@ class Served:
             responses={503: {"model": Health, "description": "The last batch failed."}},
             summary="Whether the server works",
         )(self.healthz)
+        app.head("/healthz", include_in_schema=False)(self.healthz)  # some probes ask so
         app.get(
             "/metrics",
             response_class=Response,
