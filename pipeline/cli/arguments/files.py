@@ -46,6 +46,7 @@ PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
 GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
+NEW_PICTURE = _wanted("a picture to write", Kind.PICTURE)
 
 # By the names of the parameters, in all commands.
 _BY_NAME = {
@@ -60,6 +61,7 @@ _BY_NAME = {
     **dict.fromkeys(("paths", "like"), PICTURES),
     "folder": RUNS,
     "gallery": GALLERY,
+    "plot": NEW_PICTURE,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
