@@ -2,34 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks import tensor_pickles
+from pipeline.encoder.networks.tensor_pickles import Foreign
+
+_DEPTH = 6  # of dictionaries within dictionaries
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """Tensors by name, as they are at one place of a file."""
+
+    place: tuple[str, ...]  # the keys that lead there: none, or ("state_dict",)
+    tensors: dict[str, Tensor]
+    versions: dict[str, int]  # of modules, by their path; where the file knows them
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict's file by name. Raises EncoderError."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    """The tensors of a file by name; of several state dicts, those of the largest.
 
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+    Raises EncoderError.
+    """
+    return max(read_state_dicts(path), key=lambda state: len(state.tensors)).tensors
+
+
+def read_state_dicts(path: Path) -> list[StateDict]:
+    """Every state dict in a file, as the file orders them; at least one.
+
+    Reads what `torch.save` and safetensors write: state dicts, checkpoints that contain some, and
+    whole networks. Of a file with more than tensors in it, the rest is ignored. Raises
+    EncoderError.
+    """
+    try:
+        content = _read(path)
     except Exception as error:  # torch.load and safetensors raise a dozen kinds on a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, UnpicklingError):  # its text advises to run the code in the file
-            reason = "no state dict, or one with more than tensors in it"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "damaged, or of another kind"
         raise EncoderError(f"{path}: not a weights file ({reason[:120]})") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    found = list(_state_dicts(content, ()))
+    if not found:
         raise EncoderError(f"{path}: holds no state dict")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    return found
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors" or _is_safetensors(path):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if _is_torchscript(path):  # torch.load would make a program of it
+        raise ValueError("a TorchScript archive; save the network's state_dict() instead")
+    with warnings.catch_warnings():
+        # Of a network that was saved as an object before 2020, PyTorch compares the source code.
+        warnings.simplefilter("ignore")
+        return torch.load(
+            path, map_location="cpu", pickle_module=tensor_pickles, weights_only=False
+        )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors does, whatever it is called: the length of a JSON
+    object, and the object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[4:] == b"\0\0\0\0{"
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def _state_dicts(content: object, place: tuple[str, ...]) -> Iterator[StateDict]:
+    """The state dicts in what a file contains, the outer ones first."""
+    if isinstance(content, Foreign):
+        if "_modules" in content.attributes:
+            yield _of_network(content, place)
+            return
+        content = {**content.items, **content.attributes}
+    if not isinstance(content, dict) or len(place) > _DEPTH:
+        return
+    tensors = {str(key): value for key, value in dict.items(content) if isinstance(value, Tensor)}
+    if tensors:
+        yield StateDict(place, tensors, _versions(content))
+    for key, value in dict.items(content):
+        if isinstance(key, str):
+            yield from _state_dicts(value, (*place, key))
+
+
+def _versions(content: dict[Any, Any]) -> dict[str, int]:
+    """What `torch.nn.Module.state_dict` notes beside the tensors."""
+    metadata = getattr(content, "_metadata", None)
+    if not isinstance(metadata, Mapping):
+        return {}
+    return {
+        str(path): facts["version"]
+        for path, facts in dict.items(dict(metadata))
+        if isinstance(facts, dict) and isinstance(facts.get("version"), int)
+    }
+
+
+def _of_network(network: Foreign, place: tuple[str, ...]) -> StateDict:
+    """The state dict of a network that was saved as an object."""
+    tensors: dict[str, Tensor] = {}
+    left: list[tuple[str, object]] = [("", network)]
+    for prefix, module in left:  # grows meanwhile
+        if not isinstance(module, Foreign) or prefix.count(".") > 64:  # a module may hold itself
+            continue
+        for kind in ("_parameters", "_buffers"):
+            table = module.attributes.get(kind)
+            for name, value in dict.items(table) if isinstance(table, dict) else ():
+                if isinstance(value, Tensor):
+                    tensors[f"{prefix}{name}"] = value
+        table = module.attributes.get("_modules")
+        for name, value in dict.items(table) if isinstance(table, dict) else ():
+            left.append((f"{prefix}{name}.", value))
+    return StateDict(place, tensors, {})
