@@ -154,6 +154,7 @@ class Captioner:
             image_size=self.encoder.record.image_size,
             views=self._views,
             readers=min(MOST_THREADS, reader_count(None)),
+            filter=self.encoder.preprocessing.filter,
             advice="caption it and those behind it when the drive answers again",
         ) as loader:
             for request, batch in zip(requests, loader, strict=True):

@@ -28,7 +28,7 @@ from torchvision import models
 from pipeline.demo.painting import COLORS, NOUNS
 from pipeline.demo.scenes import LAYOUTS, PLACES, draw_scene
 from pipeline.encoder.encoder import normalizer
-from pipeline.photos.preprocessing import preprocess
+from pipeline.photos.preprocessing import IMAGENET, preprocess
 
 BACKBONE = "shufflenet_v2_x0_5"
 FIRST_SEED = 1_000_000
@@ -104,7 +104,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.learning_rate, total_steps=steps * epochs
     )
-    normalize = normalizer(torch.device("cpu"), torch.float32)
+    normalize = normalizer(torch.device("cpu"), torch.float32, IMAGENET)
     started = time.perf_counter()
     for epoch in range(epochs):
         half_size = epoch < arguments.half_size_epochs

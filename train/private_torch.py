@@ -142,16 +142,19 @@ def cudnn_convolution(
 # Photos.
 
 
-def resize_into(photos: Tensor, out: Tensor) -> None:
-    """Resize `photos` (B, C, H, W) uint8 into `out` (B, C, h, w) uint8, bilinear with antialiasing.
+def resize_into(photos: Tensor, out: Tensor, filter: str = "bilinear") -> None:
+    """Resize `photos` (B, C, H, W) uint8 into `out` (B, C, h, w) uint8, with antialiasing.
 
-    `torch._C._nn._upsample_bilinear2d_aa`, since 1.13 or earlier, for uint8 since 2.1.
-    `interpolate` calls it, but has no `out`. Without it: `interpolate` and a copy.
+    filter: `bilinear` or `bicubic`.
+
+    `torch._C._nn._upsample_bilinear2d_aa` and `_upsample_bicubic2d_aa`, since 1.13 or earlier, for
+    uint8 since 2.1. `interpolate` calls them, but has no `out`. Without them: `interpolate` and a
+    copy.
     """
     size = list(out.shape[2:])
-    operation = _private("_C._nn._upsample_bilinear2d_aa")
+    operation = _private(f"_C._nn._upsample_{filter}2d_aa")
     if operation is None:
-        out.copy_(functional.interpolate(photos, size, mode="bilinear", antialias=True))
+        out.copy_(functional.interpolate(photos, size, mode=filter, antialias=True))
     else:
         operation(photos, size, False, None, None, out=out)
 

@@ -62,7 +62,7 @@ class Parts:
         backbone = load_backbone(record.backbone, record.weights)
         self._encoder = Encoder(backbone, device=device, precision=record.precision)
         self._plain = backbone.network.to(device)
-        self._normalize = normalizer(device, torch.float32)
+        self._normalize = normalizer(device, torch.float32, backbone.preprocessing)
         self._ending = contextlib.ExitStack()
         self.gpu_decoder_note = ""  # why there is none, or which photos it takes
         self._plain_backbone()

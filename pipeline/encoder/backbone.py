@@ -16,6 +16,7 @@ from pipeline.encoder.errors import EncoderError, PrecisionError
 from pipeline.encoder.fusion.batchnorm import fold_batchnorm
 from pipeline.encoder.fusion.fused_convolutions import fuse_convolutions
 from pipeline.encoder.shapes import run_on_meta
+from pipeline.photos.preprocessing import IMAGENET, Preprocessing
 from train.device import is_out_of_memory
 
 # The batch size for which the weights are laid out in memory. Any other size works, too.
@@ -32,6 +33,8 @@ class Backbone:
     weights_sha256: str
     feature_dim: int
     network: nn.Module  # float32, on the CPU, in eval mode, frozen
+    preprocessing: Preprocessing = IMAGENET
+    image_size: int = 224  # what it was trained for, both sides
     # The latest fast network, by (device, dtype, image size). It is kept so that the network that
     # was compared with float32 is the one that is then used.
     _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.cuda_graph import CapturedGraphs
 from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.recorded_weights import recorded_backbone
-from pipeline.photos.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
+from pipeline.photos.preprocessing import Preprocessing
 from train.allocator import keep_freed_memory
 from train.device import is_out_of_memory
 
@@ -50,7 +51,7 @@ def _record(
         feature_dim=backbone.feature_dim,
         image_size=image_size,
         views=views,
-        preprocessing=PREPROCESSING,
+        preprocessing=str(backbone.preprocessing),
         precision=precision,
     )
 
@@ -61,14 +62,16 @@ def load_recorded(
     """The backbone behind a cache or a model, from its record.
 
     weights, near: as for `recorded_backbone`. Raises EncoderError if the recorded weights are not
-    found, or if preprocessing has changed since.
+    found, or if this version does not know the recorded preprocessing. Its preprocessing is the
+    recorded one, whatever is usual for the network by now.
     """
-    if record.preprocessing != PREPROCESSING:
+    preprocessing = Preprocessing.parse(record.preprocessing)
+    if preprocessing is None:
         raise EncoderError(
             f"features were made with preprocessing {record.preprocessing!r}, "
-            f"this version has {PREPROCESSING!r}; extract again"
+            "which this version does not know; extract again"
         )
-    return recorded_backbone(record, weights, near)
+    return replace(recorded_backbone(record, weights, near), preprocessing=preprocessing)
 
 
 class Encoder:
@@ -92,7 +95,8 @@ class Encoder:
         self._network = backbone.fast_network(device, dtype, image_size)
         # Until it has run once. Then the plain network's memory is no longer needed.
         self._backbone: Backbone | None = backbone
-        self._normalize = normalizer(device, dtype)
+        self.preprocessing = backbone.preprocessing
+        self._normalize = normalizer(device, dtype, backbone.preprocessing)
         self._graphs = CapturedGraphs(self._forward, device) if device.type == "cuda" else None
         self._failure_told = False
         self._max_photos = sys.maxsize  # at once; reduced when the device runs out of memory
@@ -226,11 +230,13 @@ class QueuedFeatures:
         return features
 
 
-def normalizer(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def normalizer(
+    device: torch.device, dtype: torch.dtype, preprocessing: Preprocessing
+) -> Callable[[Tensor], Tensor]:
     """(B, 3, S, S) uint8 → normalized, channels last, in one multiplication and one addition."""
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std, device=device).view(3, 1, 1)
     scale = 1 / (255 * std)
-    shift = -torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) / std
+    shift = -torch.tensor(preprocessing.mean, device=device).view(3, 1, 1) / std
 
     def normalize(pixels: Tensor) -> Tensor:
         images = pixels.contiguous(memory_format=torch.channels_last).float()

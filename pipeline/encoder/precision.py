@@ -31,7 +31,9 @@ def encode_plain(backbone: Backbone, pixels: Tensor, device: torch.device) -> Te
     if device.type != "cpu":
         network = copy_with(network, lambda tensor: tensor.to(device))
     with torch.inference_mode(), reproducible_kernels(device):
-        return backbone.run(network, normalizer(device, torch.float32)(pixels.to(device)))
+        return backbone.run(
+            network, normalizer(device, torch.float32, backbone.preprocessing)(pixels.to(device))
+        )
 
 
 def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precision: str) -> None:

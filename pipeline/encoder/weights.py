@@ -40,7 +40,15 @@ def load_backbone(name: str, weights: str) -> Backbone:
         sha256 = weights_sha256(headless.network.state_dict())
         weights = weights if path is None else os.path.abspath(path)
     headless.network.eval().requires_grad_(False)
-    return Backbone(name, weights, sha256, headless.feature_dim, headless.network)
+    return Backbone(
+        name,
+        weights,
+        sha256,
+        headless.feature_dim,
+        headless.network,
+        headless.preprocessing,
+        headless.image_size,
+    )
 
 
 def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | None]:

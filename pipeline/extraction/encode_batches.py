@@ -62,7 +62,8 @@ def encode_batches(
     DecoderError, StalledError, VanishedError, ShortageError, ReaderError or EncoderError, the
     latter also for wrong features, see `FeatureChecks`.
     """
-    make_decoder = gpu_decoder(decoder, device, record.image_size, record.views)
+    filter = backbone.preprocessing.filter
+    make_decoder = gpu_decoder(decoder, device, record.image_size, record.views, filter)
     on_gpu = make_decoder is not None
     loader = PhotoLoader(
         batches,
@@ -75,6 +76,7 @@ def encode_batches(
         files=on_gpu,
         both=1 if on_gpu else 0,
         pin_memory=device.type == "cuda",
+        filter=filter,
     )
     source: PhotoLoader | GpuBatches = loader
     if make_decoder is not None:

@@ -310,6 +310,7 @@ def _fastest_precision(
         image_size=config.image_size,
         views=("full",),
         readers=min(MOST_THREADS, reader_count(config.workers)),
+        filter=backbone.preprocessing.filter,
     )
     with loader:
         for batch in loader:

@@ -121,10 +121,11 @@ def _cosines(
     ago, with the digests that they should have, but a file may vanish or change at any time.
     """
     size, views = encoder.record.image_size, encoder.record.views
+    filter = encoder.preprocessing.filter
     for chunk in np.array_split(rows, -(-len(rows) // _BATCH_PHOTOS)):
         pixels, read = [], []
         for row in chunk.tolist():
-            photo = read_photo(images / cache.paths[row], size, views)
+            photo = read_photo(images / cache.paths[row], size, views, filter=filter)
             if photo.pixels is None:
                 yield row, f"{photo.error} (it was there a moment ago)"
             elif not np.array_equal(photo.digest, cache.digests[row]):

@@ -20,7 +20,7 @@ from cache.store import DIGEST_BYTES
 from pipeline.photos.decoding import ImageError
 from pipeline.photos.drive.shortages import check_shortage
 from pipeline.photos.memory_budget import Reservation, file_budget, pixel_budget
-from pipeline.photos.preprocessing import preprocess
+from pipeline.photos.preprocessing import BILINEAR, preprocess
 
 # A larger file is not a photo, and reading it would only take memory.
 MAX_FILE_BYTES = 1 << 29
@@ -37,29 +37,38 @@ class ReadPhoto:
 
 
 def read_photo(
-    path: Path, size: int, views: tuple[str, ...], out: Tensor | None = None
+    path: Path,
+    size: int,
+    views: tuple[str, ...],
+    out: Tensor | None = None,
+    filter: str = BILINEAR,
 ) -> ReadPhoto:
     """Read, digest and decode one file. An error with the file is returned, not raised.
 
-    out: where the pixels go; see `preprocess`. Its content is undefined if there is an error. Waits
-    while other readers decode so much that the memory for this photo is not to be had. Raises
-    ShortageError if files, memory or the drive fall short.
+    out, filter: where the pixels go, and how; see `preprocess`. The content of `out` is undefined
+    if there is an error. Waits while other readers decode so much that the memory for this photo is
+    not to be had. Raises ShortageError if files, memory or the drive fall short.
     """
     try:
         with file_budget().reservation() as of_file:
-            return photo_of(path, read_file(path, of_file), size, views, out)
+            return photo_of(path, read_file(path, of_file), size, views, out, filter)
     except Exception as error:
         return reading_fails(path, error)
 
 
 def photo_of(
-    path: Path, data: bytes, size: int, views: tuple[str, ...], out: Tensor | None = None
+    path: Path,
+    data: bytes,
+    size: int,
+    views: tuple[str, ...],
+    out: Tensor | None = None,
+    filter: str = BILINEAR,
 ) -> ReadPhoto:
     """`read_photo` of a file whose bytes are known."""
     digest = file_digest(data)
     try:
         with pixel_budget().reservation() as of_pixels:
-            return ReadPhoto(preprocess(data, size, views, out, of_pixels), digest)
+            return ReadPhoto(preprocess(data, size, views, out, of_pixels, filter), digest)
     except Exception as error:
         return reading_fails(path, error, digest)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from cache.store import DIGEST_BYTES
 from pipeline.photos.drive.silence import GLANCE_S, STALL_S, Silence, StalledError
 from pipeline.photos.drive.witnesses import Witnesses
+from pipeline.photos.preprocessing import BILINEAR
 from pipeline.photos.readers.processes import ProcessReaders
 from pipeline.photos.readers.task import Buffer, FileInMemory, Loaded, Readers, Task, Wanted
 from pipeline.photos.readers.threads import ThreadReaders
@@ -74,7 +75,7 @@ class PhotoLoader:
     path_of: the photo of a row. batch_rows: the places of every batch, however few rows are
     requested. processes: whether the readers are processes, and not threads. files:
     whether JPEGs that a GPU can decode are left to it; this needs processes. both: of how many
-    batches, from the first on, such JPEGs are decoded as well.
+    batches, from the first on, such JPEGs are decoded as well. filter: see `preprocess`.
 
     Iteration raises StalledError if no photo arrives for `stall_s` seconds, whose message ends with
     `advice`; VanishedError if the drive seems to be gone; ShortageError; and ReaderError. An error
@@ -94,6 +95,7 @@ class PhotoLoader:
         files: bool = False,
         both: int = 0,
         pin_memory: bool = False,
+        filter: str = BILINEAR,
         stall_s: float = STALL_S,
         advice: str = "what is done is kept, run the same command again to continue",
     ) -> None:
@@ -113,6 +115,7 @@ class PhotoLoader:
                 views=views,
                 pin_memory=pin_memory,
                 files=files,
+                filter=filter,
             )
         else:
             self._readers = ThreadReaders(
@@ -121,6 +124,7 @@ class PhotoLoader:
                 image_size=image_size,
                 views=views,
                 pin_memory=pin_memory,
+                filter=filter,
             )
         self._free: deque[Buffer] = deque()
         self._finished = threading.Condition()

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.photos.gpu.decoder import GpuDecoder, JpegFile
 from pipeline.photos.gpu.nvjpeg import NvjpegError
 from pipeline.photos.jpeg_header import gpu_size, read_header
-from pipeline.photos.preprocessing import empty_pixels, preprocess
+from pipeline.photos.preprocessing import BILINEAR, empty_pixels, preprocess
 from pipeline.photos.views import VIEWS
 from tests.gpu_stand_in import StandInDecoder, resize_kernels
 
@@ -48,10 +48,13 @@ class Photos:
 
 
 def gpu_decoder(
-    views: tuple[str, ...] = ("full",), **options: int
+    views: tuple[str, ...] = ("full",), filter: str = BILINEAR, **options: int
 ) -> tuple[GpuDecoder, StandInDecoder]:
     stand_in = StandInDecoder()
-    made = GpuDecoder(CPU, SIZE, views, batch_decoder=stand_in, kernels=resize_kernels(), **options)
+    kernels = resize_kernels()
+    made = GpuDecoder(
+        CPU, SIZE, views, filter=filter, batch_decoder=stand_in, kernels=kernels, **options
+    )
     return made, stand_in
 
 

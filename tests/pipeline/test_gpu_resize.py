@@ -14,12 +14,13 @@ from torch.nn.functional import interpolate
 
 from pipeline.photos.gpu.resize import ALIGNMENT, KERNELS, SOURCE, BatchResize, can_resize
 from pipeline.photos.gpu.resize_tables import ResizeTable, resize_table
-from pipeline.photos.preprocessing import preprocess
+from pipeline.photos.preprocessing import BICUBIC, BILINEAR, preprocess
 from pipeline.photos.views import VIEWS
 from tests.gpu_stand_in import resize_kernels
 from train.step.cuda.launch import Function, KernelError, compile_source
 
 CPU = torch.device("cpu")
+FILTERS = BILINEAR, BICUBIC
 SIZES = [
     *[(1, 1), (1, 9), (9, 1), (2, 3), (17, 5), (31, 32), (33, 32), (64, 64), (97, 211)],
     *[(63, 65), (224, 224), (224, 300), (480, 640), (427, 640), (640, 359), (288, 32), (1000, 40)],
@@ -46,11 +47,11 @@ def applied(table: ResizeTable, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray((sums + half) >> table.precision).clip(0, 255).astype(np.uint8)
 
 
-def by_torch(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def by_torch(pixels: NDArray[np.uint8], height: int, width: int, filter: str) -> NDArray[np.uint8]:
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     if batch.shape[2:] == (height, width):
         return pixels
-    resized: torch.Tensor = interpolate(batch, (height, width), mode="bilinear", antialias=True)
+    resized: torch.Tensor = interpolate(batch, (height, width), mode=filter, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -73,20 +74,23 @@ def by_kernels(
     return out.permute(0, 1, 4, 2, 3)
 
 
-def by_preprocess(pixels: NDArray[np.uint8], size: int, views: tuple[str, ...]) -> torch.Tensor:
+def by_preprocess(
+    pixels: NDArray[np.uint8], size: int, views: tuple[str, ...], filter: str = BILINEAR
+) -> torch.Tensor:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=0)
-    return preprocess(file.getvalue(), size, views)
+    return preprocess(file.getvalue(), size, views, filter=filter)
 
 
+@pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("out_length", [1, 2, 32, 224, 256])
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 32, 33, 100, 223, 224, 225, 640, 1999, 4001])
-def test_tables_resize_an_axis_as_torch_does(length: int, out_length: int) -> None:
+def test_tables_resize_an_axis_as_torch_does(length: int, out_length: int, filter: str) -> None:
     pixels = photo(length, 8)
-    table = resize_table(length, out_length)
+    table = resize_table(length, out_length, filter)
     assert (table.first >= 0).all()
     assert (table.first + table.weights.shape[1] <= length).all()
-    assert np.array_equal(applied(table, pixels), by_torch(pixels, out_length, 8))
+    assert np.array_equal(applied(table, pixels), by_torch(pixels, out_length, 8, filter))
 
 
 def test_an_axis_of_the_same_length_stays_as_it_is() -> None:
@@ -96,29 +100,24 @@ def test_an_axis_of_the_same_length_stays_as_it_is() -> None:
     assert np.array_equal(applied(table, photo(300, 2)), photo(300, 2))
 
 
-def test_another_filter_makes_another_table() -> None:
-    """Of a filter with negative weights; Pillow's bicubic one, whose weights have more bits."""
-
-    def cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        x = np.abs(x)
-        near = (1.5 * x - 2.5) * x * x + 1
-        return np.where(x < 1, near, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
-
+def test_the_bicubic_filter_is_pillows() -> None:
+    """It has negative weights; Pillow's have more bits."""
     pixels = np.repeat(photo(90, 1), 40, axis=1)
-    table = resize_table(90, 40, cubic, 2.0)
+    table = resize_table(90, 40, BICUBIC)
     assert (table.weights < 0).any()
     expected = np.asarray(Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC))
     assert np.abs(applied(table, pixels).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("size", [32, 64, 224, 288])
-def test_a_batch_of_every_size_has_the_pixels_of_preprocess(size: int) -> None:
+def test_a_batch_of_every_size_has_the_pixels_of_preprocess(size: int, filter: str) -> None:
     views = ("full",)
     photos = [photo(*shape) for shape in SIZES if can_resize(*shape, views)]
     assert len(photos) > 14
-    pixels = by_kernels(photos, size, views, BatchResize(CPU, size, views, resize_kernels()))
-    for given, result in zip(photos, pixels, strict=True):
-        assert torch.equal(result, by_preprocess(given, size, views)), given.shape
+    resize = BatchResize(CPU, size, views, resize_kernels(), filter)
+    for given, result in zip(photos, by_kernels(photos, size, views, resize), strict=True):
+        assert torch.equal(result, by_preprocess(given, size, views, filter)), given.shape
 
 
 @pytest.mark.parametrize("size", [33, 64, 75])

@@ -174,9 +174,9 @@ def test_files_of_the_first_batch_may_be_decoded_as_well(folder: Path) -> None:
 def test_a_file_that_is_too_large_for_its_slot_is_decoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = Layout.of(8, VIEWS, 32, files=True)
+    layout = Layout.of(8, VIEWS, 32, files=True, filter="bilinear")
     assert layout.slot_bytes >= layout.room_bytes >= 1 << 18
-    small = Layout(8, VIEWS, 32, room_bytes=1024, slot_bytes=1 << 15)
+    small = Layout(8, VIEWS, 32, room_bytes=1024, slot_bytes=1 << 15, filter="bilinear")
     monkeypatch.setattr(Layout, "of", lambda *_, **__: small)
     large, larger = folder / "010.jpg", folder / "012.jpg"
     Image.effect_noise((140, 140), 90).save(large, quality=90)

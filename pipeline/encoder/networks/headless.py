@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pipeline.photos.preprocessing import IMAGENET, Preprocessing
+
 
 @dataclass(frozen=True)
 class Headless:
@@ -13,3 +15,5 @@ class Headless:
 
     network: nn.Module
     feature_dim: int
+    preprocessing: Preprocessing = IMAGENET
+    image_size: int = 224  # what it was trained for, both sides

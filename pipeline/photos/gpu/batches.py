@@ -26,7 +26,7 @@ from cache.errors import CapError
 from pipeline.photos.gpu.decoder import GpuDecoder, JpegFile
 from pipeline.photos.gpu.nvjpeg import NoHardwareError, NvjpegDecoder, NvjpegError
 from pipeline.photos.photo_loader import LoadedBatch, PhotoLoader
-from pipeline.photos.preprocessing import empty_pixels
+from pipeline.photos.preprocessing import BILINEAR, empty_pixels
 from train.step.cuda.launch import KernelError
 
 _INPUTS = 4  # one is filled, one waits, and the encoder has two
@@ -40,11 +40,16 @@ class DecoderError(CapError):
 
 
 def gpu_decoder(
-    choice: str, device: torch.device, image_size: int, views: tuple[str, ...]
+    choice: str,
+    device: torch.device,
+    image_size: int,
+    views: tuple[str, ...],
+    filter: str = BILINEAR,
 ) -> Callable[[], GpuDecoder] | None:
     """What makes the decoder of a GPU; None if readers decode.
 
-    choice: `auto`, `cpu` or `gpu`. Raises DecoderError if the last one cannot be had.
+    choice: `auto`, `cpu` or `gpu`. filter: see `preprocess`. Raises DecoderError if the
+    last one cannot be had.
     """
     if choice == "cpu" or (choice == "auto" and device.type != "cuda"):
         return None
@@ -56,7 +61,7 @@ def gpu_decoder(
         if choice == "gpu":
             raise _absent(error) from None
         return None
-    return lambda: GpuDecoder(device, image_size, views, batch_decoder=hardware)
+    return lambda: GpuDecoder(device, image_size, views, filter=filter, batch_decoder=hardware)
 
 
 def _absent(reason: Exception) -> DecoderError:

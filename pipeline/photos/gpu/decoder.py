@@ -31,6 +31,7 @@ from pipeline.photos.gpu.resize import (
     Layout,
     compile_resize,
 )
+from pipeline.photos.preprocessing import BILINEAR
 
 _BUFFERS = 3
 # One file that it does not take fails a whole batch of the decoder. The bad one is searched by
@@ -62,6 +63,7 @@ class GpuDecoder:
         image_size: int,
         views: tuple[str, ...],
         *,
+        filter: str = BILINEAR,
         batch_decoder: BatchDecoder | None = None,
         kernels: Mapping[str, Launched] | None = None,
         scratch_bytes: int = 720 << 20,
@@ -78,7 +80,7 @@ class GpuDecoder:
         self.device = device
         self._batch_decoder = NvjpegDecoder(device) if batch_decoder is None else batch_decoder
         kernels = compile_resize(device) if kernels is None else kernels
-        self._resize = BatchResize(device, image_size, views, kernels)
+        self._resize = BatchResize(device, image_size, views, kernels, filter)
         self._buffer_bytes = scratch_bytes // _BUFFERS
         self._column_bytes = self._buffer_bytes // 2 * self._resize.column_sets
         self._columns = torch.empty(self._column_bytes, dtype=torch.uint8, device=device)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.photos.gpu.resize_tables import resize_table
-from pipeline.photos.preprocessing import corner, is_thin, size_for_crops
+from pipeline.photos.preprocessing import BILINEAR, corner, is_thin, size_for_crops
 from train.step.cuda.launch import Function, architecture, compile_source, load_functions
 
 SOURCE = Path(__file__).with_name("resize.cu")
@@ -93,10 +93,11 @@ class BatchResize:
         size: int,
         views: tuple[str, ...],
         kernels: Mapping[str, Launched],
+        filter: str = BILINEAR,
         table_bytes: int = 64 << 20,
     ) -> None:
         """table_bytes: of the device's memory for tables. Sizes are forgotten when it is full."""
-        self.device, self.size, self.views = device, size, views
+        self.device, self.size, self.views, self._filter = device, size, views, filter
         self._horizontal_kernel, self._vertical_kernel = (kernels[name] for name in KERNELS)
         self._stride = _multiple(size * 3, 4)
         # A crop and its mirror image are computed once, and crops of the same columns share these.
@@ -182,7 +183,7 @@ class BatchResize:
 
     def _add(self, keys: list[int]) -> bool:
         """Compute what these sizes need. False if the tables have no room left beside others."""
-        new = _NewTables(self._found, self._used, self.size)
+        new = _NewTables(self._found, self._used, self.size, self._filter)
         axes = {}
         for key in keys:
             height, width = key >> 32, key & 0xFFFFFFFF
@@ -272,17 +273,17 @@ class _NewTables:
     """Tables that are known, and those that have to be copied behind them."""
 
     def __init__(
-        self, known: dict[tuple[int, int, int], _PlacedTable], end: int, size: int
+        self, known: dict[tuple[int, int, int], _PlacedTable], end: int, size: int, filter: str
     ) -> None:
         self.parts: list[NDArray[np.uint8]] = []
         self.end = end
-        self._known, self._size = known, size
+        self._known, self._size, self._filter = known, size, filter
 
     def find(self, length: int, out_length: int, start: int) -> _PlacedTable:
         """`size` places of an axis of `length` pixels that becomes `out_length`."""
         key = length, out_length, start
         if key not in self._known:
-            table = resize_table(length, out_length)
+            table = resize_table(length, out_length, self._filter)
             window = slice(start, start + self._size)
             first, weights = table.first[window], table.weights[window]
             taps = weights.shape[1]

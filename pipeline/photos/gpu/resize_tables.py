@@ -33,19 +33,32 @@ class ResizeTable(NamedTuple):
     precision: int
 
 
-def triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The filter of bilinear resizing."""
+def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.maximum(1.0 - np.abs(x), 0.0)
 
 
-def resize_table(
-    length: int, out_length: int, filter: Filter = triangle, reach: float = 1.0
-) -> ResizeTable:
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' cubic with a = -0.5, as torch's with antialiasing and Pillow's."""
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+# By the names of `Preprocessing.filter`: the filter of the distance in pixels of the smaller axis,
+# and the distance beyond which it is zero.
+_FILTERS: dict[str, tuple[Filter, float]] = {
+    "bilinear": (_triangle, 1.0),
+    "bicubic": (_cubic, 2.0),
+}
+
+
+def resize_table(length: int, out_length: int, filter: str = "bilinear") -> ResizeTable:
     """The table for an axis of `length` pixels that becomes `out_length`.
 
-    filter: of the distance in pixels of the smaller axis, zero beyond `reach`. Equal lengths give
-    every pixel back.
+    filter: `bilinear` or `bicubic`. Equal lengths give every pixel back.
     """
+    of_distance, reach = _FILTERS[filter]
     scale = length / out_length
     support = reach * scale if scale >= 1.0 else reach
     inverse = 1.0 / scale if scale >= 1.0 else 1.0
@@ -56,7 +69,7 @@ def resize_table(
     size = np.clip(size, 0, 2 * math.ceil(support) + 1)
     most = max(1, int(size.max()))
     at = np.arange(most)
-    weights = filter((at + first[:, None] - center[:, None] + 0.5) * inverse)
+    weights = of_distance((at + first[:, None] - center[:, None] + 0.5) * inverse)
     weights[at >= size[:, None]] = 0.0
     total = np.zeros(out_length)
     for column in weights.T:  # one after the other, because the order of a sum decides its last bit

@@ -38,16 +38,25 @@ class Layout:
     image_size: int
     room_bytes: int  # for files, of one photo
     slot_bytes: int
+    filter: str  # see `preprocess`
 
     @classmethod
-    def of(cls, batch_rows: int, views: tuple[str, ...], image_size: int, *, files: bool) -> Layout:
+    def of(
+        cls,
+        batch_rows: int,
+        views: tuple[str, ...],
+        image_size: int,
+        *,
+        files: bool,
+        filter: str,
+    ) -> Layout:
         """files: whether there is memory for files at all."""
         share = int(memory_bytes() * _SHARE_OF_MEMORY) // (BUFFERS * batch_rows)
         slot, room = (
             min(most, share // _PAGE * _PAGE) if files else 0
             for most in (_MOST_FILE_BYTES, _MEAN_FILE_BYTES)
         )
-        return cls(batch_rows, views, image_size, room, slot)
+        return cls(batch_rows, views, image_size, room, slot, filter)
 
     @property
     def photo_bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cache.errors import CapError
+from pipeline.photos.preprocessing import BILINEAR
 from pipeline.photos.readers.memory import BUFFERS, Layout, map_memory
 from pipeline.photos.readers.start import started_readers
 from pipeline.photos.readers.task import Buffer, FileInMemory, Loaded, Task
@@ -42,11 +43,12 @@ class ProcessReaders:
         views: tuple[str, ...],
         pin_memory: bool = False,
         files: bool = False,
+        filter: str = BILINEAR,
     ) -> None:
         """pin_memory: whether a GPU copies the pixels. files: whether a task may want the files
-        that a GPU can decode.
+        that a GPU can decode. filter: see `preprocess`.
         """
-        self._layout = Layout.of(batch_rows, views, image_size, files=files)
+        self._layout = Layout.of(batch_rows, views, image_size, files=files, filter=filter)
         self._pin_memory = pin_memory
         self._count = count
         self._buffers = 0

@@ -106,9 +106,9 @@ class Reader:
                         loaded.files[wanted.row] = FileInMemory(start, length, *shape)
                         if not wanted.pixels:
                             return file_digest(data).tobytes()
-                    read = photo_of(path, bytes(data), *self._kind, out)
+                    read = photo_of(path, bytes(data), *self._kind, out, self._layout.filter)
         if read is None:
-            read = read_photo(path, *self._kind, out)
+            read = read_photo(path, *self._kind, out, self._layout.filter)
         note(loaded, wanted.row, read)
         if read.pixels is None:
             out.zero_()

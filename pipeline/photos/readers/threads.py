@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from pipeline.photos.photo_file import read_photo
-from pipeline.photos.preprocessing import empty_pixels
+from pipeline.photos.preprocessing import BILINEAR, empty_pixels
 from pipeline.photos.readers.task import Buffer, Loaded, Task, note
 
 _EXIT_S = 0.5  # how long threads that were asked to end may take
@@ -29,9 +29,10 @@ class ThreadReaders:
         image_size: int,
         views: tuple[str, ...],
         pin_memory: bool = False,
+        filter: str = BILINEAR,
     ) -> None:
         self._batch_rows, self._image_size, self._views = batch_rows, image_size, views
-        self._pin_memory = pin_memory
+        self._pin_memory, self._filter = pin_memory, filter
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._photos = 0  # a few may go uncounted when threads count at once
         self._buffers = 0
@@ -83,7 +84,9 @@ class ThreadReaders:
             if self._stopped:
                 break
             place = task.buffer.pixels[wanted.place]
-            read = read_photo(Path(wanted.path), self._image_size, self._views, out=place)
+            read = read_photo(
+                Path(wanted.path), self._image_size, self._views, out=place, filter=self._filter
+            )
             digests.append(read.digest.tobytes())
             note(loaded, wanted.row, read)
             if read.pixels is None:
