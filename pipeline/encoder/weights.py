@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.encoder.backbone import Backbone, is_within
 from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.networks.random_weights import random_network
-from pipeline.encoder.networks.torchvision_models import classifiers
-from pipeline.encoder.networks.torchvision_networks import headless_network
-from pipeline.encoder.networks.weights_files import read_weights_file
+from pipeline.encoder.networks.torchvision_weights import at_size, torchvision_network
 from pipeline.encoder.networks.weights_sha256 import weights_sha256
 
 RANDOM = "random"
 
 
-def load_backbone(name: str, weights: str) -> Backbone:
+def load_backbone(name: str, weights: str, image_size: int | None = None) -> Backbone:
     """Build a torchvision classifier, drop its head, load and freeze its weights.
 
     weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), a file with a state dict
-    (`.pth`, `.safetensors`; the head may be missing or have another size), or `random` (seeded,
-    with measured BatchNorm statistics). The backbone has the whole path of a file, because a
-    relative one would lead nowhere from another folder. Raises EncoderError, also for weights that
-    are not finite.
+    (`.pth`, `.safetensors`; the head may be missing or have another size; see `docs/backbones.md`),
+    or `random` (seeded, with measured BatchNorm statistics). image_size: for a network that takes
+    images of one size only; by default that of its weights. The hash of its weights is that without
+    another size. The backbone has the whole path of a file, because a relative one would lead
+    nowhere from another folder. Raises EncoderError, also for weights that are not finite.
     """
+    said = None
     if weights == RANDOM:
         headless, sha256 = random_network(name)
     else:
-        headless = headless_network(name, device="meta")
-        state, path = _read_weights(name, weights)
+        headless, path, said = torchvision_network(name, weights)
         source = f"{name} {weights}" if path is None else str(path)
-        _load_strictly(headless.network, state, f"{source}: not weights of {name}")
         _check_finite(headless.network.state_dict(), source)
         sha256 = weights_sha256(headless.network.state_dict())
         weights = weights if path is None else os.path.abspath(path)
+    if image_size is not None:
+        headless = at_size(name, headless, image_size)
     headless.network.eval().requires_grad_(False)
     return Backbone(
         name,
@@ -48,57 +47,8 @@ def load_backbone(name: str, weights: str) -> Backbone:
         headless.network,
         headless.preprocessing,
         headless.image_size,
+        said,
     )
-
-
-def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | None]:
-    """(state dict, the file that it is from; None if published). Raises EncoderError."""
-    published = classifiers().get_model_weights(name)
-    if weights in published.__members__:
-        try:
-            state = published[weights].get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the download has a wrong hash
-            raise EncoderError(
-                f"cannot download {name} {weights} ({error}); give a file with --weights PATH"
-            ) from None
-        return dict(state), None
-    path = Path(os.path.expanduser(weights))  # unlike Path.expanduser, leaves ~nobody as it is
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        names = ", ".join(published.__members__) or "none"
-        raise EncoderError(
-            f"{weights}: no such weights file, and not a published name of {name} ({names})"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise EncoderError(f"{weights}: cannot read ({reason})") from None
-    return read_weights_file(path), path
-
-
-def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
-    """Load every tensor of the headless network, as float32. Other tensors (the head) are ignored.
-
-    Raises EncoderError, whose message starts with `complaint`, if a tensor is missing or has
-    another shape, or if there are many others.
-    """
-    own = network.state_dict()
-    loaded = {}
-    for key, tensor in own.items():
-        if key not in state:
-            if key.endswith("num_batches_tracked"):  # absent in old files, unused when frozen
-                loaded[key] = torch.zeros((), dtype=torch.int64)
-                continue
-            raise EncoderError(f"{complaint} (no {key})")
-        given = state[key]
-        if given.shape != tensor.shape:
-            raise EncoderError(
-                f"{complaint} ({key} is {tuple(given.shape)}, must be {tuple(tensor.shape)})"
-            )
-        loaded[key] = given.to(tensor.dtype).contiguous()
-    if len(state) > len(own) + 16:
-        raise EncoderError(f"{complaint} (it has {len(state)} tensors, the network {len(own)})")
-    network.load_state_dict(loaded, assign=True)
 
 
 def _check_finite(state: Mapping[str, Tensor], source: str) -> None:

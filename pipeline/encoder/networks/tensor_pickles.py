@@ -53,6 +53,9 @@ class _Constructor:
 
     __slots__ = ()
 
+    def __call__(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
 
 class _Tensor(_Constructor):
     def __call__(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class StateDict:
     place: tuple[str, ...]  # the keys that lead there: none, or ("state_dict",)
     tensors: dict[str, Tensor]
     versions: dict[str, int]  # of modules, by their path; where the file knows them
+
+    @classmethod
+    def of(cls, content: dict[Any, Any], place: tuple[str, ...] = ()) -> Self:
+        """What is a tensor in a dictionary."""
+        # Not content.items(): in a file, an attribute of this name may stand before the method.
+        tensors = {str(key): each for key, each in dict.items(content) if isinstance(each, Tensor)}
+        return cls(place, tensors, _versions(content))
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
@@ -96,9 +103,9 @@ def _state_dicts(content: object, place: tuple[str, ...]) -> Iterator[StateDict]
         content = {**content.items, **content.attributes}
     if not isinstance(content, dict) or len(place) > _DEPTH:
         return
-    tensors = {str(key): value for key, value in dict.items(content) if isinstance(value, Tensor)}
-    if tensors:
-        yield StateDict(place, tensors, _versions(content))
+    state = StateDict.of(content, place)
+    if state.tensors:
+        yield state
     for key, value in dict.items(content):
         if isinstance(key, str):
             yield from _state_dicts(value, (*place, key))
@@ -107,11 +114,11 @@ def _state_dicts(content: object, place: tuple[str, ...]) -> Iterator[StateDict]
 def _versions(content: dict[Any, Any]) -> dict[str, int]:
     """What `torch.nn.Module.state_dict` notes beside the tensors."""
     metadata = getattr(content, "_metadata", None)
-    if not isinstance(metadata, Mapping):
+    if not isinstance(metadata, dict):
         return {}
     return {
         str(path): facts["version"]
-        for path, facts in dict.items(dict(metadata))
+        for path, facts in dict.items(metadata)
         if isinstance(facts, dict) and isinstance(facts.get("version"), int)
     }
 
