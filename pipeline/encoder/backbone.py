@@ -35,7 +35,8 @@ class Backbone:
     network: nn.Module  # float32, on the CPU, in eval mode, frozen
     preprocessing: Preprocessing = IMAGENET
     image_size: int = 224  # what it was trained for, both sides
-    said: str | None = None  # where in a file its weights were, if there is something to say
+    notices: tuple[str, ...] = ()  # about where in a file its weights were
+    details: tuple[str, ...] = ()  # notices that ask for nothing
     # The latest fast network, by (device, dtype, image size). It is kept so that the network that
     # was compared with float32 is the one that is then used.
     _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.encoder.backbone import Backbone, is_within
 from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks.fitting_weights import Taken
 from pipeline.encoder.networks.random_weights import random_network
 from pipeline.encoder.networks.torchvision_weights import at_size, torchvision_network
 from pipeline.encoder.networks.weights_sha256 import weights_sha256
@@ -27,7 +28,7 @@ def load_backbone(name: str, weights: str, image_size: int | None = None) -> Bac
     another size. The backbone has the whole path of a file, because a relative one would lead
     nowhere from another folder. Raises EncoderError, also for weights that are not finite.
     """
-    said = None
+    said = Taken()
     if weights == RANDOM:
         headless, sha256 = random_network(name)
     else:
@@ -47,7 +48,8 @@ def load_backbone(name: str, weights: str, image_size: int | None = None) -> Bac
         headless.network,
         headless.preprocessing,
         headless.image_size,
-        said,
+        said.notices,
+        said.details,
     )
 
 

@@ -146,8 +146,8 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
         skeleton=skeleton,
         known=None if same else known,
         updates=updates(config),
-        notices=[*notices, *unlike_siblings(config.out, skeleton)],
-        details=details,
+        notices=[*backbone.notices, *notices, *unlike_siblings(config.out, skeleton)],
+        details=[*backbone.details, *details],
     )
 
 

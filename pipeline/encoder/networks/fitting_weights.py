@@ -128,12 +128,20 @@ def load_fit(network: nn.Module, fit: Fit, complaint: str) -> None:
         raise EncoderError(f"{complaint} (it has {len(foreign)} tensors more: {first}, …)")
 
 
-def taken_from(fit: Fit, rivals: Sequence[Fit]) -> str | None:
-    """What there is to say about where the tensors were; None if nothing."""
-    if not fit.where:
-        return None
-    others = ", ".join(each.where or "the outermost" for each in rivals)
-    return f"weights taken from {fit.where}" + (f"; {others} would fit, too" if others else "")
+@dataclass(frozen=True)
+class Taken:
+    """What there is to say about where in a file weights were found."""
+
+    notices: tuple[str, ...] = ()  # others would have fitted, too
+    details: tuple[str, ...] = ()  # ask for nothing
+
+
+def taken(source: str, fit: Fit, rivals: Sequence[Fit]) -> Taken:
+    if rivals:
+        others = ", ".join(each.where or "its outermost tensors" for each in rivals)
+        place = fit.where or "its outermost tensors"
+        return Taken(notices=(f"{source}: weights taken from {place}; {others} would fit, too",))
+    return Taken(details=(f"{source}: weights taken from {fit.where}",)) if fit.where else Taken()
 
 
 def _fit(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.encoder.errors import EncoderError
-from pipeline.encoder.networks.fitting_weights import best_fit, load_fit, taken_from
+from pipeline.encoder.networks.fitting_weights import Taken, best_fit, load_fit, taken
 from pipeline.encoder.networks.headless import Headless
 from pipeline.encoder.networks.torchvision_models import classifiers
 from pipeline.encoder.networks.torchvision_networks import (
@@ -28,7 +28,7 @@ from pipeline.encoder.networks.weights_files import StateDict, read_state_dicts
 _TRAINING_HEADS = ("aux1", "aux2", "AuxLogits")
 
 
-def torchvision_network(name: str, weights: str) -> tuple[Headless, Path | None, str | None]:
+def torchvision_network(name: str, weights: str) -> tuple[Headless, Path | None, Taken]:
     """(the network with its weights, their file, what there is to say about them).
 
     weights: a published name (downloaded once) or a file. A network of one image size has that of
@@ -51,9 +51,8 @@ def torchvision_network(name: str, weights: str) -> tuple[Headless, Path | None,
         preprocessing = headless.preprocessing
     if has_one_size(name):
         size = headless.image_size
-    said = taken_from(fit, rivals)
     headless = dataclasses.replace(headless, preprocessing=preprocessing, image_size=size)
-    return headless, path, None if said is None else f"{source}: {said}"
+    return headless, path, taken(source, fit, rivals)
 
 
 def at_size(name: str, headless: Headless, image_size: int) -> Headless:
