@@ -11,24 +11,40 @@ from torch import Tensor, nn
 
 from pipeline.encoder.backbone import Backbone, is_within
 from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks.headless import Headless
+from pipeline.encoder.networks.own_network import own_network
 from pipeline.encoder.networks.random_weights import random_network
+from pipeline.encoder.networks.sources import PRETRAINED, RANDOM, TIMM, CodeFile, code_file
+from pipeline.encoder.networks.timm_networks import (
+    as_timm_names,
+    measure_batchnorm,
+    resize_network,
+    timm_network,
+)
 from pipeline.encoder.networks.torchvision_models import classifiers
 from pipeline.encoder.networks.torchvision_networks import headless_network
 from pipeline.encoder.networks.weights_files import read_weights_file
 from pipeline.encoder.networks.weights_sha256 import weights_sha256
 
-RANDOM = "random"
 
+def load_backbone(name: str, weights: str, image_size: int | None = None) -> Backbone:
+    """Build a network without its head, load and freeze its weights.
 
-def load_backbone(name: str, weights: str) -> Backbone:
-    """Build a torchvision classifier, drop its head, load and freeze its weights.
+    name: of a torchvision classifier, of one of timm's networks (`timm:NAME`), or of a function
+    that makes a network (`FILE.py:FUNCTION`), which is then run. image_size: of the photos, where a
+    network has to be made for it; None for the network's own.
 
-    weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), a file with a state dict
+    weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), or `pretrained` of timm's
+    networks, a file with a state dict
     (`.pth`, `.safetensors`; the head may be missing or have another size), or `random` (seeded,
     with measured BatchNorm statistics). The backbone has the whole path of a file, because a
     relative one would lead nowhere from another folder. Raises EncoderError, also for weights that
     are not finite.
     """
+    if (code := code_file(name)) is not None:
+        return _own_backbone(code, weights)
+    if name.startswith(TIMM):
+        return _timm_backbone(name, weights, image_size)
     if weights == RANDOM:
         headless, sha256 = random_network(name)
     else:
@@ -39,6 +55,10 @@ def load_backbone(name: str, weights: str) -> Backbone:
         _check_finite(headless.network.state_dict(), source)
         sha256 = weights_sha256(headless.network.state_dict())
         weights = weights if path is None else os.path.abspath(path)
+    return _frozen(name, weights, sha256, headless)
+
+
+def _frozen(name: str, weights: str, sha256: str, headless: Headless) -> Backbone:
     headless.network.eval().requires_grad_(False)
     return Backbone(
         name,
@@ -49,6 +69,42 @@ def load_backbone(name: str, weights: str) -> Backbone:
         headless.preprocessing,
         headless.image_size,
     )
+
+
+def _timm_backbone(name: str, weights: str, image_size: int | None) -> Backbone:
+    """One of timm's networks. The hash is that of its weights as they are before they are resampled
+    for `image_size`, and, if they are random, before statistics are measured.
+    """
+    headless = timm_network(name, pretrained=weights == PRETRAINED)
+    network = headless.network
+    source = f"{name} {weights}"
+    if weights not in (RANDOM, PRETRAINED):
+        path = _existing(weights, f"timm's own weights are called {PRETRAINED!r}")
+        source, weights = str(path), os.path.abspath(path)
+        state = as_timm_names(network, read_weights_file(path))
+        _load_strictly(network, state, f"{source}: not weights of {name}")
+    _check_finite(network.state_dict(), source)
+    sha256 = weights_sha256(network.state_dict())
+    if weights == RANDOM:
+        measure_batchnorm(network, headless.image_size)
+    if image_size not in (None, headless.image_size):
+        assert image_size is not None
+        resize_network(network, name, image_size)
+    return _frozen(name, weights, sha256, headless)
+
+
+def _own_backbone(code: CodeFile, weights: str) -> Backbone:
+    """The network that a function of the user's makes, with the weights that it brings."""
+    if weights:
+        raise EncoderError(
+            f"{code.path}:{code.function} makes a network with its weights; leave out --weights "
+            f"{weights}"
+        )
+    content = code.read()
+    headless = own_network(code, content)
+    state = headless.network.state_dict()
+    _check_finite(state, f"{code.path}:{code.function}")
+    return _frozen(code.recorded(content), str(code.path), weights_sha256(state), headless)
 
 
 def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | None]:
@@ -62,18 +118,22 @@ def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | No
                 f"cannot download {name} {weights} ({error}); give a file with --weights PATH"
             ) from None
         return dict(state), None
+    names = ", ".join(published.__members__) or "none"
+    path = _existing(weights, f"and not a published name of {name} ({names})")
+    return read_weights_file(path), path
+
+
+def _existing(weights: str, otherwise: str) -> Path:
+    """A file. Raises EncoderError if it cannot be had; `otherwise` is added if there is none."""
     path = Path(os.path.expanduser(weights))  # unlike Path.expanduser, leaves ~nobody as it is
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        names = ", ".join(published.__members__) or "none"
-        raise EncoderError(
-            f"{weights}: no such weights file, and not a published name of {name} ({names})"
-        ) from None
+        raise EncoderError(f"{weights}: no such weights file, {otherwise}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise EncoderError(f"{weights}: cannot read ({reason})") from None
-    return read_weights_file(path), path
+    return path
 
 
 def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
