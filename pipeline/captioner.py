@@ -119,7 +119,8 @@ class Captioner:
         """Load a model from its file or a run folder, together with the encoder behind it.
 
         weights: where the backbone's weights are now, if they are neither where the model's record
-        says nor near the model. They must be the same weights. Raises BundleError, EncoderError,
+        says nor near the model. They must be the same weights. If the encoder is a program,
+        FILE.py:FUNCTION, it is run only if it is named here. Raises BundleError, EncoderError,
         DeviceError, SearchError or ViewError.
         """
         chosen = resolve_device(device)

@@ -147,7 +147,8 @@ def _features(network: nn.Module, images: Tensor) -> Tensor:
     """What torchvision's network gives to its last layer."""
     seen: list[Tensor] = []
     if isinstance(network, models.SqueezeNet):
-        return network.features(images).mean((2, 3))
+        features: Tensor = network.features(images)
+        return features.mean((2, 3))
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     network(images)

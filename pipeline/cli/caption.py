@@ -22,8 +22,10 @@ from pipeline.cli.options import (
     ImageColumn,
     Json,
     MovedWeights,
+    OwnBackbone,
     choice,
     options,
+    own_or_moved,
 )
 from pipeline.cli.terminal import ProgressLine, complain, one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
@@ -224,6 +226,7 @@ def predict(
         ),
     ] = False,
     search: SearchConfig,
+    backbone: OwnBackbone = None,
     weights: MovedWeights = None,
     device: Device = "auto",
     as_json: Annotated[
@@ -246,6 +249,7 @@ def predict(
     if null and _STDIN not in paths:
         raise WrongArguments("--null has no effect without - for paths on standard input")
     search = _searched(dataclasses.replace(search, captions=captions))
+    weights = own_or_moved(backbone, weights)
     with errors():
         start_torch(device)
         from pipeline.captioner import Captioner, find_photos

@@ -21,6 +21,7 @@ from cache.errors import CapError
 from pipeline.captioner import Captioner
 from pipeline.demo.config import DemoConfig
 from pipeline.demo.scenes import Scene, draw_scene, named_right
+from pipeline.encoder.networks.sources import default_weights
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
@@ -92,7 +93,7 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
     with _writing(config.out):
         _prepare(config.out)
     own = config.weights is None and config.backbone == OWN_BACKBONE
-    weights = config.weights or (str(OWN_WEIGHTS) if own else "IMAGENET1K_V1")
+    weights = config.weights or (str(OWN_WEIGHTS) if own else default_weights(config.backbone))
     if own:
         yield (
             f"backbone: a {OWN_BACKBONE} that was trained on other drawn scenes, because a network "

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -128,9 +128,11 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     """Check what is asked for. Writes nothing. Raises as `extract` does."""
     devices = resolve_devices(config.device)
     begin_warm_up(devices[0])
-    backbone = load_backbone(config.backbone, config.weights)
+    backbone = load_backbone(config.backbone, config.weights, config.image_size)
+    image_size = config.image_size or backbone.image_size
+    config = replace(config, image_size=image_size)
     precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
-    record = encoder_record(backbone, config.image_size, config.views, precision)
+    record = encoder_record(backbone, image_size, config.views, precision)
     same = config.reuse is not None and config.out.exists() and config.out.samefile(config.reuse)
     known = None if config.reuse is None else open_known(config.reuse, record)
     if same and not config.overwrite and not config.update:
@@ -298,6 +300,7 @@ def _fastest_precision(
     """(precision, notices, details: why the faster ones do not do)."""
     if fast_precisions(device) == ("float32",):
         return "float32", [], []
+    assert config.image_size is not None
     pixels: list[torch.Tensor] = []
     first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
     loader = PhotoLoader(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,7 @@ def _coarse_noise() -> Tensor:
 
 
 def _enlarged(noise: Tensor) -> Tensor:
-    enlarged: Tensor = nn.functional.interpolate(noise, (224, 224), mode="bicubic")
-    return enlarged
+    return nn.functional.interpolate(noise, (224, 224), mode="bicubic")
 
 
 def _noise_of_all_sizes() -> Tensor:
@@ -59,7 +60,7 @@ def _noise_of_all_sizes() -> Tensor:
         grey = torch.randn(_CALIBRATION_IMAGES, 1, size, size)
         layer = 0.9 * grey + 0.44 * torch.randn(_CALIBRATION_IMAGES, 3, size, size)
         noise += _enlarged(layer)
-    return noise / len(sizes) ** 0.5
+    return noise / math.sqrt(len(sizes))
 
 
 def _measure(network: nn.Module, images: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.encoder.errors import EncoderError
-from pipeline.encoder.networks.fitting_weights import Taken, best_fit, load_fit, taken
+from pipeline.encoder.networks.files.fitting_weights import Taken, best_fit, load_fit, taken
+from pipeline.encoder.networks.files.weights_files import (
+    StateDict,
+    existing_file,
+    read_state_dicts,
+)
 from pipeline.encoder.networks.headless import Headless
 from pipeline.encoder.networks.torchvision_models import classifiers
 from pipeline.encoder.networks.torchvision_networks import (
@@ -21,7 +25,6 @@ from pipeline.encoder.networks.torchvision_networks import (
     headless_network,
     published_preprocessing,
 )
-from pipeline.encoder.networks.weights_files import StateDict, read_state_dicts
 
 # Heads in the middle of GoogLeNet and Inception, for their training alone. They are kept where a
 # file has them, because the SHA-256 of its weights has always covered them.
@@ -84,17 +87,8 @@ def _states(name: str, weights: str) -> tuple[list[StateDict], Path | None]:
                 f"cannot download {name} {weights} ({error}); give a file with --weights PATH"
             ) from None
         return [StateDict.of(state)], None
-    path = Path(os.path.expanduser(weights))  # unlike Path.expanduser, leaves ~nobody as it is
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        names = ", ".join(published.__members__) or "none"
-        raise EncoderError(
-            f"{weights}: no such weights file, and not a published name of {name} ({names})"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise EncoderError(f"{weights}: cannot read ({reason})") from None
+    names = ", ".join(published.__members__) or "none"
+    path = existing_file(weights, f"and not a published name of {name} ({names})")
     return read_state_dicts(path), path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 import zipfile
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.encoder.errors import EncoderError
-from pipeline.encoder.networks import tensor_pickles
-from pipeline.encoder.networks.tensor_pickles import Foreign
+from pipeline.encoder.networks.files import tensor_pickles
+from pipeline.encoder.networks.files.tensor_pickles import Foreign
 
 _DEPTH = 6  # of dictionaries within dictionaries
 
@@ -34,6 +35,19 @@ class StateDict:
         # Not content.items(): in a file, an attribute of this name may stand before the method.
         tensors = {str(key): each for key, each in dict.items(content) if isinstance(each, Tensor)}
         return cls(place, tensors, _versions(content))
+
+
+def existing_file(weights: str, otherwise: str) -> Path:
+    """A file. Raises EncoderError if it cannot be had; `otherwise` is added if there is none."""
+    path = Path(os.path.expanduser(weights))  # unlike Path.expanduser, leaves ~nobody as it is
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise EncoderError(f"{weights}: no such weights file, {otherwise}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise EncoderError(f"{weights}: cannot read ({reason})") from None
+    return path
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

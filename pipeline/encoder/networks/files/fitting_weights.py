@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encoder.errors import EncoderError
-from pipeline.encoder.networks.weights_files import StateDict
+from pipeline.encoder.networks.files.weights_files import StateDict
 
 # Modules around others that keep their names: of DataParallel, torch.compile, FSDP and activation
 # checkpointing. They may be anywhere in a name.
