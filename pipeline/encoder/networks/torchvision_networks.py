@@ -17,7 +17,9 @@ from pipeline.encoder.networks.torchvision_models import classifiers
 from pipeline.photos.preprocessing import BICUBIC, BILINEAR, Preprocessing
 from train.option import nearest, or_list
 
-_HALF = (0.5, 0.5, 0.5)
+# Networks that were trained in TensorFlow. With weights, torchvision sets their `transform_input`:
+# they turn ImageNet's mean and standard deviation into 0.5 themselves. Here, the pixels have them.
+_TRANSFORMED = ("googlenet", "inception_v3")
 
 
 def headless_network(name: str, device: str, image_size: int | None = None) -> Headless:
@@ -32,10 +34,6 @@ def headless_network(name: str, device: str, image_size: int | None = None) -> H
         raise EncoderError(_not_a_classifier(name))
     network = _built(name, device, image_size)
     preprocessing, size = published_preprocessing(name)
-    if hasattr(network, "transform_input"):
-        # Networks that were trained in TensorFlow. With weights, torchvision turns the pixels of
-        # ImageNet's mean and standard deviation into these, in the network.
-        preprocessing = Preprocessing(preprocessing.filter, _HALF, _HALF)
     if has_one_size(name):  # torchvision's default weights may be for another than the constructor
         size = image_size or int(getattr(network, "image_size", size))
     return Headless(network, _remove_head(name, network), preprocessing, size)
@@ -59,6 +57,8 @@ def published_preprocessing(name: str, weights: str = "DEFAULT") -> tuple[Prepro
     transforms = entry.transforms()
     filter = BICUBIC if transforms.interpolation.value == BICUBIC else BILINEAR
     mean, std = tuple(transforms.mean), tuple(transforms.std)
+    if name.lower() in _TRANSFORMED:
+        mean = std = (0.5, 0.5, 0.5)
     return Preprocessing(filter, mean, std), int(transforms.crop_size[0])
 
 
@@ -118,7 +118,7 @@ def _options(name: str) -> dict[str, Any]:
     """Two constructors announce another default of this option, unless they are given it. Filtering
     the warning would change the filters of the whole process, for its other threads too.
     """
-    return {"init_weights": True} if name.lower() in ("googlenet", "inception_v3") else {}
+    return {"init_weights": True} if name.lower() in _TRANSFORMED else {}
 
 
 def _size_option(name: str) -> str | None:

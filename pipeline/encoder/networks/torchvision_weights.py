@@ -50,8 +50,6 @@ def torchvision_network(name: str, weights: str) -> tuple[Headless, Path | None,
     _drop_training_heads(headless.network, fit.tensors)
     load_fit(headless.network, fit, complaint)
     preprocessing, size = published_preprocessing(name, weights)
-    if hasattr(headless.network, "transform_input"):
-        preprocessing = headless.preprocessing
     if has_one_size(name):
         size = headless.image_size
     headless = dataclasses.replace(headless, preprocessing=preprocessing, image_size=size)

@@ -8,6 +8,7 @@ such names: what counts is how many of the network's tensors are found, with the
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ def best_fit(
         if not counts:
             fits.append(_fit(state, tensors, "", spellings[0], 0, len(own)))
         most = max(counts.values(), default=0)
+        prefixes = set[str]()
         for (number, prefix), count in sorted(counts.items(), key=lambda item: item[0][0]):
-            if count == most:
+            if count == most and prefix not in prefixes:
+                prefixes.add(prefix)
                 fits.append(_fit(state, tensors, prefix, spellings[number], count, len(own)))
     best = max(fits, key=lambda fit: (fit.count, fit.is_average))  # the first of equals
     rivals = [
@@ -106,7 +109,10 @@ def load_fit(network: nn.Module, fit: Fit, complaint: str) -> None:
     metadata = OrderedDict((path, {"version": version}) for path, version in versions.items())
     setattr(given, "_metadata", metadata)  # noqa: B010 # where load_state_dict looks for it
     try:
-        result = network.load_state_dict(given, strict=False, assign=True)
+        with warnings.catch_warnings():
+            if versions[""] != getattr(network, "_version", 1):
+                warnings.simplefilter("ignore")  # an old MNASNet advises to train it anew
+            result = network.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
         for name, tensor in given.items():
             if name in own and tensor.shape != own[name].shape:
@@ -158,11 +164,16 @@ def _fit(
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    versions = {
-        _unwrapped(path + ".").removeprefix(prefix).rstrip("."): version
-        for path, version in state.versions.items()
-        if _unwrapped(path + ".").startswith(prefix) or not prefix
-    }
+    # A part of a network, or a sequence of its parts, has versions of its own.
+    versions = (
+        {}
+        if spelling is not str
+        else {
+            _unwrapped(path + ".").removeprefix(prefix).rstrip("."): version
+            for path, version in state.versions.items()
+            if _unwrapped(path + ".").startswith(prefix) or not prefix
+        }
+    )
     return Fit(state.place, prefix, count, count == needed, below, versions)
 
 
@@ -194,7 +205,7 @@ def _endings(name: str) -> Iterator[str]:
 
 
 def _without_wrappers(tensors: dict[str, Tensor], own: dict[str, torch.Size]) -> dict[str, Tensor]:
-    if any(name in tensors for name in own):
+    if any(part in _WRAPPERS for name in own for part in name.split(".")):
         return tensors
     return {_unwrapped(name): tensor for name, tensor in tensors.items()}
 
