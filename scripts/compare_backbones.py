@@ -3,7 +3,8 @@
     python scripts/compare_backbones.py --out comparison.jsonl
 
 Each network gets random weights, drawn by torchvision, and BatchNorm statistics of seeded pictures.
-It is saved to a file, as torchvision saves it. `load_backbone` loads that file. Then the features
+Residual branches are scaled as training does it: otherwise deep networks are chaotic, and rounding
+alone changes their features. It is saved to a file, as torchvision saves it. `load_backbone` loads that file. Then the features
 of a few pictures are compared: those of torchvision's own network, by a hook before its last layer,
 with those of the backbone, plain and fast, in float32 on the CPU. The network that torchvision
 builds has the options that it has with published weights (`transform_input` of two networks).
@@ -30,6 +31,7 @@ from torchvision.transforms.functional import normalize
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.fusion.batchnorm import BATCHNORMS
 from pipeline.encoder.networks.known_backbones import KNOWN_BACKBONES
+from pipeline.encoder.networks.random_weights import scale_branches
 from pipeline.encoder.precision import encode_plain
 from pipeline.encoder.weights import load_backbone
 
@@ -62,6 +64,7 @@ def compare(name: str, count: int) -> dict[str, Any]:
     """One network: the least cosine and the largest difference of its features."""
     torch.manual_seed(0)
     reference = models.get_model(name, weights=None, **_options(name)).eval()
+    scale_branches(reference)
     _measure(reference, 224 if not name.startswith("inception") else 299)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"

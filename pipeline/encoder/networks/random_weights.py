@@ -23,13 +23,13 @@ def random_network(name: str) -> tuple[Headless, str]:
     With BatchNorm's initial statistics, the activations of a deep ResNet grow beyond float16 (5e7
     at depth 152). Measured statistics may differ in the last bit between machines, so the hash
     covers the seeded weights alone. Residual branches have the scale that training gives them; see
-    `_scale_branches`.
+    `scale_branches`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
         headless = headless_network(name, device="cpu")
         network = headless.network
-        scaled = _scale_branches(network)
+        scaled = scale_branches(network)
         sha256 = weights_sha256(network.state_dict())
         # ResNets, and networks without residual branches, have had these statistics since 0.1.0. No
         # hash covers them.
@@ -78,7 +78,7 @@ def _measure(network: nn.Module, images: Tensor) -> None:
         module.momentum = momentum
 
 
-def _scale_branches(network: nn.Module) -> bool:
+def scale_branches(network: nn.Module) -> bool:
     """Let each of a network's L residual branches add 1/L of the variance of the blocks' input.
 
     De and Smith (2020) find that in trained residual networks the branches are about 1/√L as large
