@@ -58,7 +58,8 @@ def timm_names(pattern: str = "") -> list[str]:
     """timm's names of networks, sorted; those that match a pattern such as `vit*`. Raises
     EncoderError if timm is missing.
     """
-    names: list[str] = _package().list_models(pattern)
+    timm = _package()
+    names = {*timm.list_models(pattern), *timm.list_models(pattern, pretrained=True)}
     return sorted(names)
 
 
@@ -107,6 +108,14 @@ def resize_network(network: nn.Module, name: str, image_size: int) -> None:
     set_size = getattr(network, "set_input_size", None)
     if set_size is None:
         return
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    for side in patch if isinstance(patch, tuple) else ():
+        if image_size % side:  # timm leaves the rest of the photo out
+            fits = image_size // side * side
+            raise EncoderError(
+                f"{name} cannot take {image_size}×{image_size} pixels: it sees patches of {side}; "
+                f"{f'{fits} or ' if fits else ''}{fits + side} would fit"
+            )
     try:
         set_size(img_size=(image_size, image_size))
     except Exception as error:  # whatever the network's code raises
