@@ -4,10 +4,11 @@
 
 Each network gets random weights, drawn by torchvision, and BatchNorm statistics of seeded pictures.
 Residual branches are scaled as training does it: otherwise deep networks are chaotic, and rounding
-alone changes their features. It is saved to a file, as torchvision saves it. `load_backbone` loads that file. Then the features
-of a few pictures are compared: those of torchvision's own network, by a hook before its last layer,
-with those of the backbone, plain and fast, in float32 on the CPU. The network that torchvision
-builds has the options that it has with published weights (`transform_input` of two networks).
+alone changes their features. The network is saved to a file, as torchvision saves it, and
+`load_backbone` loads that file. Then the features of a few pictures are compared: those of
+torchvision's own network, by a hook before its last layer, with those of the backbone, plain and
+fast, in float32 on the CPU. The network that torchvision builds has the options that it has with
+published weights (`transform_input` of two networks).
 
 Results are appended to --out, one JSON object a line; a network that is there already is not
 compared again, so the same command goes on after an interruption. At the end a table is printed.
