@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
+from cache.seal import attributes_of
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.captions.dataset import read_photos
@@ -39,6 +40,7 @@ from pipeline.extraction.reuse import KnownPhotos, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
+from pipeline.photos.preprocessing import Preprocessing
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from train.allocator import without_collections
 from train.captions.script import misfit
@@ -129,6 +131,7 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     devices = resolve_devices(config.device)
     begin_warm_up(devices[0])
     backbone = load_backbone(config.backbone, config.weights, config.image_size)
+    backbone = _with_recorded_filter(config, backbone)
     image_size = config.image_size or backbone.image_size
     config = replace(config, image_size=image_size)
     precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
@@ -151,6 +154,24 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
         notices=[*backbone.notices, *notices, *unlike_siblings(config.out, skeleton)],
         details=[*backbone.details, *details],
     )
+
+
+def _with_recorded_filter(config: ExtractConfig, backbone: Backbone) -> Backbone:
+    """The backbone with the filter of the cache that goes on, or that rows are taken from.
+
+    Before filters followed the networks, all photos were resized bilinearly. Such a cache goes on
+    as it was made. Another mean or standard deviation in its record stays a difference, because its
+    features are those of wrong pixels.
+    """
+    usual = backbone.preprocessing
+    for source in (None if config.overwrite else config.out, config.reuse):
+        found = None if source is None else attributes_of(source)
+        if found is not None and found.get("backbone") == backbone.name:
+            made = Preprocessing.parse(str(found.get("preprocessing")))
+            if made is not None and (made.mean, made.std) == (usual.mean, usual.std):
+                return replace(backbone, preprocessing=made)
+            return backbone
+    return backbone
 
 
 def updates(config: ExtractConfig) -> bool:

@@ -75,7 +75,7 @@ def _measure(network: nn.Module, images: Tensor) -> None:
         with torch.no_grad():
             network(images)
     for module, momentum in zip(batchnorms, momenta, strict=True):
-        module.momentum = momentum
+        module.eval().momentum = momentum
 
 
 def scale_branches(network: nn.Module) -> bool:
