@@ -1,4 +1,4 @@
-"""The frozen backbone: any torchvision classifier without its last linear layer.
+"""The frozen backbone: a network without its head.
 
 The network as torchvision builds it, in float32, is the reference. What runs is the same network
 with its convolutions fused (`fused_convolutions`), channels last in memory, in a chosen precision.
