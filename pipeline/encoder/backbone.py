@@ -99,7 +99,8 @@ class Backbone:
         """The features (B, D) that `network`, a form of this backbone, computes.
 
         images: (B, 3, S, S), normalized, on the network's device. Raises EncoderError if images of
-        this size do not give one vector each, and otherwise what the network raises.
+        this size do not give one vector each, PrecisionError if the network fails in low precision,
+        and otherwise what the network raises.
         """
         size = int(images.shape[-1])
         try:
@@ -107,6 +108,11 @@ class Backbone:
         except Exception as error:  # whatever the network's code raises
             if not is_out_of_memory(error):
                 self.check_image_size(size)  # raises if that is the reason
+                if images.dtype is not torch.float32:
+                    raise PrecisionError(
+                        f"{self.name} cannot run in {str(images.dtype).removeprefix('torch.')} "
+                        f"({reason_of(error)}); use --precision float32"
+                    ) from None
             raise
         checked = self._check_output(features, len(images))
         self._sizes.add(size)

@@ -12,7 +12,7 @@ from cache.store import open_cache
 from pipeline.captioner import Captioner
 from pipeline.encoder.encoder import Encoder, load_recorded
 from pipeline.encoder.errors import EncoderError
-from pipeline.encoder.precision import encode_plain
+from pipeline.encoder.precision import choose_precision, encode_plain
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.verify import verify_cache
 from tests.conftest import ROOT, write_photo
@@ -199,6 +199,30 @@ def test_a_network_whose_shapes_cannot_be_computed_alone_still_runs(tmp_path: Pa
     expected = encode_plain(backbone, pixels, CPU)
     assert torch.allclose(encoder.encode(pixels).float(), expected, atol=1e-3)
     assert load_recorded(encoder.record, str(path)).name == backbone.name
+
+
+def test_a_network_that_only_runs_in_float32_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "my.py"
+    path.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.basis = torch.ones(3, 5)\n"
+        "    def forward(self, x):\n"
+        "        x = x.mean((2, 3))\n"
+        "        return (x if float(x.sum()) > -1e9 else -x) @ self.basis\n"
+        "def make():\n"
+        "    return Net(), 5, {'image_size': 32}\n"
+    )
+    backbone = load_backbone(f"{path}:make", "")
+    pixels = random_pixels(2, 32)
+    precision, notices = choose_precision(
+        backbone, pixels, device=CPU, candidates=("bfloat16", "float32")
+    )
+    assert precision == "float32"
+    assert "cannot run in bfloat16 (" in notices[0]
+    assert notices[0].endswith("); use --precision float32")
 
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
