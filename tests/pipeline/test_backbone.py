@@ -11,6 +11,7 @@ from torchvision.transforms.functional import normalize
 
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks.random_weights import scale_branches
 from pipeline.encoder.networks.torchvision_networks import headless_network
 from pipeline.encoder.weights import load_backbone
 from tests.pipeline.test_encoder import CPU, random_pixels
@@ -48,10 +49,13 @@ def test_any_classifier_loses_its_head_and_keeps_its_features(
     """
     torch.manual_seed(1)
     whole = models.get_model(name, weights=None, **WITH_WEIGHTS.get(name, {})).eval()
-    if name == "inception_v3":  # untrained, it gives features that float16 cannot hold
-        with torch.no_grad():
-            for convolution in (each for each in whole.modules() if isinstance(each, nn.Conv2d)):
-                convolution.weight /= 4
+    scale_branches(whole)  # otherwise rounding alone changes an EfficientNet's features
+    batchnorms = [each for each in whole.modules() if isinstance(each, nn.BatchNorm2d)]
+    for batchnorm in batchnorms:  # without statistics, features are next to nothing or overflow
+        batchnorm.train().momentum = None
+    with torch.no_grad():
+        whole(random_pixels(4, size) / 128 - 1)
+    whole.eval()
     torch.save(whole.state_dict(), tmp_path / "w.pth")
     backbone = load_backbone(name, str(tmp_path / "w.pth"))
     assert backbone.feature_dim == feature_dim
@@ -65,10 +69,12 @@ def test_any_classifier_loses_its_head_and_keeps_its_features(
     with torch.no_grad():
         whole(normalize(pixels / 255, preset.mean, preset.std))
     expected = seen[0] if seen[0].dim() == 2 else seen[0].mean((2, 3))
+    largest = float(expected.abs().max())
+    assert largest > 0.1
     features = encoder.encode(pixels)
     assert features.shape == (2, feature_dim)
     assert features.dtype == torch.float16
-    torch.testing.assert_close(features.float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(features.float(), expected, rtol=2e-3, atol=2e-3 * largest)
 
 
 @pytest.mark.parametrize(
