@@ -129,22 +129,30 @@ def without_compiler() -> Iterator[None]:
     """Within this context, importing functions of `torch._dynamo.utils` does not import PyTorch's
     compiler, which they do when they are called.
 
-    `torchvision.ops.roi_align` imports one such function and calls it much later, if at all. The
-    compiler takes longer to import than torchvision and everything else together: 0.7 of the 3 s
-    in which `cap predict` captions a photo. Nothing changes if the compiler is imported already.
-    Importing anything else of the compiler raises ImportError; import again outside of the context.
+    `torchvision.ops.roi_align` imports one such function and calls it much later, if at all. timm
+    decorates functions that are not to be compiled, with `torch.compiler.disable`; they stay as
+    they are. The compiler takes longer to import than torchvision and everything else together: 0.7
+    of the 3 s in which `cap predict` captions a photo. Nothing changes if the compiler is imported
+    already. Importing anything else of the compiler raises ImportError; import again outside of the
+    context.
     """
     if _COMPILER in sys.modules:
         yield
         return
     package, utils = ModuleType(_COMPILER), ModuleType(_COMPILER_UTILS)
     package.__path__ = []  # a package with nothing else in it
+    package.disable = _undecorated  # type: ignore[attr-defined]
     utils.__getattr__ = _called_later  # type: ignore[method-assign]
     sys.modules |= {_COMPILER: package, _COMPILER_UTILS: utils}
     try:
         yield
     finally:
         del sys.modules[_COMPILER], sys.modules[_COMPILER_UTILS]
+
+
+def _undecorated(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+    """Instead of `torch._dynamo.disable`: the function itself, or a decorator that returns it."""
+    return _undecorated if function is None else function
 
 
 def _called_later(name: str) -> Callable[..., Any]:

@@ -75,7 +75,7 @@ _OUT = {
 }
 # Else found missing only after the weights are read, which may be downloaded.
 _MUST_BE_THERE = ("reuse", "only")
-_WEIGHTS_NAME = re.compile(r"random|[A-Z][A-Z0-9_]+")
+_WEIGHTS_NAME = re.compile(r"random|pretrained|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
 _OWN_FOLDER = ("train", "sweep", "import-classic")
 # A log or notes may be in a run's folder before it begins.
