@@ -20,7 +20,7 @@ from pipeline.encoder.networks.torchvision_models import classifiers
 from pipeline.encoder.shapes import run_on_meta
 from pipeline.photos.preprocessing import Preprocessing
 from train.option import nearest, or_list
-from train.torch_import import import_meta_kernels, without_compiler
+from train.torch_import import import_meta_kernels, seeded_generator, without_compiler
 
 _SEED = 0
 _CALIBRATION_IMAGES = 8
@@ -67,7 +67,7 @@ def measure_batchnorm(network: nn.Module, image_size: int) -> None:
     """Give BatchNorms the statistics of seeded images, as `random_network` does and why."""
     if not has_batchnorm(network):
         return
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = seeded_generator(_SEED)
     coarse = torch.randn(_CALIBRATION_IMAGES, 3, 14, 14, generator=generator)
     images = nn.functional.interpolate(coarse, (image_size, image_size), mode="bicubic")
     batchnorms = [module for module in network.modules() if isinstance(module, BATCHNORMS)]
