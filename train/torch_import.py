@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cache.share import cores, cores_in_mask
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # LLVM's read the others.
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _SPINS = "1000"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _META_KERNELS = "torch._meta_registrations"
 _COMPILER, _COMPILER_UTILS = "torch._dynamo", "torch._dynamo.utils"
@@ -41,6 +44,28 @@ def spin_briefly() -> None:
     """
     if not any(name in os.environ for name in _SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def share_machine() -> None:
+    """Compute as somebody who is not alone on the machine.
+
+    Does nothing once PyTorch is imported, because OpenMP has then read its settings.
+    """
+    if "torch" not in sys.modules:
+        spin_briefly()
+        use_share_of_cores()
+
+
+def use_share_of_cores() -> None:
+    """Let PyTorch start as many threads as a quota of cores allows, unless the user has said.
+
+    PyTorch obeys the affinity mask by itself, but knows nothing of a cgroup's quota. Threads beyond
+    the quota use it up early in each period, and then all stand still until the next. OpenMP reads
+    its settings when PyTorch is imported, so call this before. Child processes inherit the setting.
+    """
+    usable = cores()
+    if usable < cores_in_mask() and not any(name in os.environ for name in _THREADS):
+        os.environ["OMP_NUM_THREADS"] = str(usable)
 
 
 def start_torch(device: str) -> None:
