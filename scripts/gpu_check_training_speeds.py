@@ -9,7 +9,7 @@ import torch
 from gpu_check_steps import Figures, Run
 
 from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
-from pipeline.bench.train import bench_train
+from pipeline.bench.training.train import bench_train
 from train.config import BEST, CLASSIC, Recipe
 
 RECIPES: dict[str, Recipe] = {

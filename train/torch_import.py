@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cache.share import cores, cores_in_mask
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # LLVM's read the others.
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _SPINS = "1000"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _META_KERNELS = "torch._meta_registrations"
 _COMPILER, _COMPILER_UTILS = "torch._dynamo", "torch._dynamo.utils"
@@ -41,6 +44,28 @@ def spin_briefly() -> None:
     """
     if not any(name in os.environ for name in _SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def share_machine() -> None:
+    """Compute as somebody who is not alone on the machine.
+
+    Does nothing once PyTorch is imported, because OpenMP has then read its settings.
+    """
+    if "torch" not in sys.modules:
+        spin_briefly()
+        use_share_of_cores()
+
+
+def use_share_of_cores() -> None:
+    """Let PyTorch start as many threads as a quota of cores allows, unless the user has said.
+
+    PyTorch obeys the affinity mask by itself, but knows nothing of a cgroup's quota. Threads beyond
+    the quota use it up early in each period, and then all stand still until the next. OpenMP reads
+    its settings when PyTorch is imported, so call this before. Child processes inherit the setting.
+    """
+    usable = cores()
+    if usable < cores_in_mask() and not any(name in os.environ for name in _THREADS):
+        os.environ["OMP_NUM_THREADS"] = str(usable)
 
 
 def start_torch(device: str) -> None:
@@ -129,22 +154,30 @@ def without_compiler() -> Iterator[None]:
     """Within this context, importing functions of `torch._dynamo.utils` does not import PyTorch's
     compiler, which they do when they are called.
 
-    `torchvision.ops.roi_align` imports one such function and calls it much later, if at all. The
-    compiler takes longer to import than torchvision and everything else together: 0.7 of the 3 s
-    in which `cap predict` captions a photo. Nothing changes if the compiler is imported already.
-    Importing anything else of the compiler raises ImportError; import again outside of the context.
+    `torchvision.ops.roi_align` imports one such function and calls it much later, if at all. timm
+    decorates functions that are not to be compiled, with `torch.compiler.disable`; they stay as
+    they are. The compiler takes longer to import than torchvision and everything else together: 0.7
+    of the 3 s in which `cap predict` captions a photo. Nothing changes if the compiler is imported
+    already. Importing anything else of the compiler raises ImportError; import again outside of the
+    context.
     """
     if _COMPILER in sys.modules:
         yield
         return
     package, utils = ModuleType(_COMPILER), ModuleType(_COMPILER_UTILS)
     package.__path__ = []  # a package with nothing else in it
+    package.disable = _undecorated  # type: ignore[attr-defined]
     utils.__getattr__ = _called_later  # type: ignore[method-assign]
     sys.modules |= {_COMPILER: package, _COMPILER_UTILS: utils}
     try:
         yield
     finally:
         del sys.modules[_COMPILER], sys.modules[_COMPILER_UTILS]
+
+
+def _undecorated(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+    """Instead of `torch._dynamo.disable`: the function itself, or a decorator that returns it."""
+    return _undecorated if function is None else function
 
 
 def _called_later(name: str) -> Callable[..., Any]:

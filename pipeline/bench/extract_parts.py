@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cache.record import EncoderRecord
+from cache.share import cores
 from pipeline.bench.jpegs import BenchError
 from pipeline.bench.reading import decoding, rate_by_threads, reading
 from pipeline.encoder.encoder import Encoder, normalizer
@@ -52,7 +52,7 @@ class Parts:
     ) -> None:
         self._paths, self._device, self._at_least_s = paths, device, at_least_s
         self._batch_rows, self._size = batch_rows, record.image_size
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = cores()
         loaded = [(path, read_photo(path, self._size, ("full",)).pixels) for path in self._first()]
         self._readable = [path for path, pixels in loaded if pixels is not None]
         if not self._readable:

@@ -9,7 +9,6 @@ files of each kind are mixed in.
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from PIL import Image, ImageCms
 
 from cache.create import size_text
 from cache.errors import CapError
+from cache.share import cores
 
 PERIOD = 199  # files after which the pictures repeat
 
@@ -160,7 +160,7 @@ def _write(folder: Path, kinds: Sequence[_Kind], count: int) -> float:
         with open(f"{folder}/{number:0{_DIGITS}d}.jpg", "wb", buffering=0) as file:
             file.write(b"".join((head, _comment(number), rest)))
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(cores()) as threads:
         for _ in threads.map(write, range(count)):
             pass
     return total / count

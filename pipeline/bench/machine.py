@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cache.share import share
 from train.device import cpu_features
 
 
@@ -19,7 +19,9 @@ class Machine:
     """The hardware and versions behind a benchmark."""
 
     cpu: str
-    cores: int  # available to this process
+    cores: int  # that this process may use
+    all_cores: int
+    memory_gb: float  # that this process may use
     threads: int  # used by PyTorch
     cpu_features: tuple[str, ...]  # from `train.device.cpu_features`
     gpu: str | None
@@ -30,17 +32,21 @@ class Machine:
         features = f" ({', '.join(self.cpu_features)})" if self.cpu_features else ""
         gpu = f"; {self.gpu}" if self.gpu else ""
         return (
-            f"{self.cpu}{features}, {self.cores} cores, {self.threads} threads{gpu}; "
+            f"{self.cpu}{features}, {self.cores} of {self.all_cores} cores, "
+            f"{self.threads} threads, {self.memory_gb:.0f} GB of memory{gpu}; "
             f"torch {self.torch}, Python {self.python}"
         )
 
 
 def describe_machine(device: torch.device) -> Machine:
     """The machine as this process sees it, with the GPU's name if `device` is a GPU."""
+    found = share()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return Machine(
         cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=found.cores,
+        all_cores=found.all_cores,
+        memory_gb=found.memory_bytes / 1e9,
         threads=torch.get_num_threads(),
         cpu_features=cpu_features(),
         gpu=gpu,

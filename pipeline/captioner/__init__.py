@@ -9,10 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from train.torch_import import share_machine
+
 if TYPE_CHECKING:
     from pipeline.captioner.captioner import Captioner
     from pipeline.captioner.forks import ForkError
     from pipeline.captioner.predictions import Caption, CaptionError, Prediction
+
+share_machine()  # before PyTorch is imported, by any module of this package
 
 __all__ = ["Caption", "CaptionError", "Captioner", "ForkError", "Prediction"]
 

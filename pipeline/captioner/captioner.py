@@ -78,7 +78,8 @@ class Captioner:
         """Load a model from its file or a run folder, together with the encoder behind it.
 
         weights: where the backbone's weights are now, if they are neither where the model's record
-        says nor near the model. They must be the same weights. search: settings such as
+        says nor near the model. They must be the same weights. If the encoder is a program,
+        FILE.py:FUNCTION, it is run only if it is named here. search: settings such as
         `beam_size=5`, in place of those of `search_config`. others: as for `search_several`.
         Raises BundleError, EncoderError, DeviceError, SearchError, SettingError, ViewError or
         ForkError.

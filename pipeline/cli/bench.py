@@ -83,7 +83,7 @@ def bench_train(
     )
     with errors():
         from pipeline.bench.machine import describe_machine
-        from pipeline.bench.train import bench_train as run
+        from pipeline.bench.training.train import bench_train as run
         from train.device import resolve_device
 
         machine = describe_machine(resolve_device(device))
@@ -174,6 +174,47 @@ def bench_serve(
         say(result.machine.summary())
         if as_json:
             print_json({**dataclasses.asdict(result), "machine": result.machine.summary()})
+        else:
+            print(result.table())
+
+
+@bench.command("beside")
+def bench_beside(
+    processes: Annotated[
+        int, typer.Option(min=1, help="Busy processes beside which commands are measured.")
+    ] = 2,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Run each command this often; the median counts.")
+    ] = 3,
+    backbone: Backbone = "resnet50",
+    photos: Annotated[int, typer.Option(min=8, help="Photos to extract and caption.")] = 48,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long captioners are measured.")
+    ] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Measure what commands lose beside other work on the same cores.
+
+    Runs extraction, training and prediction alone and beside busy processes, in turns. Then
+    measures one, two, four and eight processes that caption one photo a call. All on the CPU, with
+    random weights; takes some minutes.
+
+    Example: cap bench beside --processes 2
+    """
+    with errors():
+        from pipeline.bench.beside import bench_beside as run
+
+        with ProgressLine("measuring", "steps") as line:
+            result = run(
+                processes=processes,
+                rounds=rounds,
+                backbone=backbone,
+                photos=photos,
+                seconds=seconds,
+                progress=line.update,
+            )
+        if as_json:
+            print_json(dataclasses.asdict(result))
         else:
             print(result.table())
 

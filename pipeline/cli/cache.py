@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.errors import WrongArguments, errors
-from pipeline.cli.options import CaptionColumn, Device, ImageColumn, Json, MovedWeights
+from pipeline.cli.options import (
+    CaptionColumn,
+    Device,
+    ImageColumn,
+    Json,
+    MovedWeights,
+    OwnBackbone,
+    own_or_moved,
+)
 from pipeline.cli.terminal import complain, one_field, one_line, print_json
 
 
@@ -137,6 +145,7 @@ def verify(
         typer.Option(help="Folder of the photos; without it, only checksums are checked."),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Photos to compare and encode again.")] = 64,
+    backbone: OwnBackbone = None,
     weights: MovedWeights = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -148,6 +157,7 @@ def verify(
 
     Example: cap verify val.h5 --images val2014
     """
+    weights = own_or_moved(backbone, weights)
     with errors():
         from pipeline.extraction.verify import verify_cache
 

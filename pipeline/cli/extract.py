@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pipeline.cli.errors import errors
+import typer
+
+from cache.errors import CapError
+from pipeline.cli.errors import WrongArguments, errors
 from pipeline.cli.options import Json, options
 from pipeline.cli.terminal import ProgressLine, duration, mention, one_line, print_json, say
 from pipeline.encoder.networks.known_backbones import KNOWN_BACKBONES, backbones_table
+from pipeline.encoder.networks.sources import TIMM
 from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
 from train.torch_import import start_torch
 
@@ -148,15 +152,38 @@ def _list_unreadable(cache: FeatureCache) -> None:
         )
 
 
-def backbones(as_json: Json = False) -> None:
+def backbones(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(help="timm:PATTERN, as in 'timm:vit*': the names of timm's networks."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the networks that `--backbone` takes.
 
-    For each: its features per photo, the size of the download and the accuracy on ImageNet of the
-    first of its published weights.
+    For each of torchvision: its features per photo, the size of the download and the accuracy on
+    ImageNet of the first of its published weights. Those of timm are listed by name, with the tags
+    of their weights behind a point.
 
     Example: cap backbones
     """
-    if as_json:
+    if pattern is not None:
+        if not pattern.startswith(TIMM):
+            raise WrongArguments(f"{pattern!r} is not timm:PATTERN, as in 'timm:vit*'")
+        with errors():
+            from pipeline.encoder.networks.timm_networks import timm_names
+
+            names = [TIMM + name for name in timm_names(pattern.removeprefix(TIMM))]
+            if not names:
+                raise CapError(f"{pattern}: timm has no such network")
+            if as_json:
+                print_json([{"name": name} for name in names])
+            else:
+                print("\n".join(names))
+    elif as_json:
         print_json([backbone.as_dict() for backbone in KNOWN_BACKBONES])
     else:
         print(backbones_table())
+        mention(
+            "timm:NAME takes a network of timm, FILE.py:FUNCTION your own; see docs/encoders.md"
+        )

@@ -10,14 +10,14 @@ import warnings
 from dataclasses import dataclass
 
 from pipeline.cli.process import OutputError, abandon_stdout, leave_at_once, open_streams
-from train.torch_import import spin_briefly
+from train.torch_import import share_machine
 
 
 def main() -> None:
     """Run the command line."""
     leave_at_once()
     open_streams()
-    spin_briefly()
+    share_machine()
     # About odd metadata and large photos. What matters of that becomes a photo's reason.
     warnings.filterwarnings("ignore", module=r"PIL|pillow_heif")
     ending = _Ending()

@@ -21,6 +21,7 @@ import typer
 
 from pipeline.cli.errors import WrongArguments
 from pipeline.encoder.networks.known_backbones import BACKBONE_NAMES
+from pipeline.encoder.networks.sources import code_file
 from pipeline.extraction.config import BACKBONE_HELP, CAPTION_COLUMN_HELP, IMAGE_COLUMN_HELP
 from train.config import DEVICE_HELP
 from train.option import Option, SettingError, described, or_list
@@ -32,12 +33,28 @@ Backbone = Annotated[
 ]
 ImageColumn = Annotated[str | None, typer.Option(help=IMAGE_COLUMN_HELP)]
 CaptionColumn = Annotated[str | None, typer.Option(help=CAPTION_COLUMN_HELP)]
+OwnBackbone = Annotated[
+    str | None,
+    typer.Option(help="FILE.py:FUNCTION, if that is the encoder: it is run only if you name it."),
+]
 MovedWeights = Annotated[
     str | None, typer.Option(help="Where the backbone's weights are now, if they were moved.")
 ]
 Gallery = Annotated[
     Path | None, typer.Option(help="Folder for a page with the photos and their captions.")
 ]
+
+
+def own_or_moved(backbone: str | None, weights: str | None) -> str | None:
+    """Where the encoder's numbers are, as two options say it. Raises WrongArguments."""
+    if backbone is not None and weights is not None:
+        raise WrongArguments(f"{backbone} brings its weights with it; leave out --weights")
+    if backbone is not None and code_file(backbone) is None:
+        raise WrongArguments(
+            f"--backbone is for a program, FILE.py:FUNCTION, and not {backbone!r}; the model "
+            "records any other backbone"
+        )
+    return backbone or weights
 
 
 def choice(help: str, words: Iterable[str]) -> Any:

@@ -22,7 +22,7 @@ from pipeline.captioner.captioner import Captioner
 from pipeline.demo.config import DemoConfig
 from pipeline.demo.scenes import Scene, draw_scene, named_right
 from pipeline.evaluation.evaluate import Evaluation, evaluate
-from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.config import ExtractOptions, settled
 from pipeline.extraction.extract import extract
 from pipeline.gallery.sheet import Tile, write_contact_sheet
 from train.config import CLASSIC, SearchConfig, TrainConfig
@@ -92,7 +92,7 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
     with _writing(config.out):
         _prepare(config.out)
     own = config.weights is None and config.backbone == OWN_BACKBONE
-    weights = config.weights or (str(OWN_WEIGHTS) if own else "IMAGENET1K_V1")
+    weights = config.weights or (str(OWN_WEIGHTS) if own else None)
     if own:
         yield (
             f"backbone: a {OWN_BACKBONE} that was trained on other drawn scenes, because a network "
@@ -109,13 +109,8 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
             truth = scenes
         yield f"drew {count} scenes into {config.out / split}"
         cache = config.out / f"{split}.h5"
-        yield (
-            f"$ cap extract-features --images {config.out / split} "
-            f"--captions {config.out / split}.csv --out {cache} "
-            f"--backbone {config.backbone} --weights {weights}"
-        )
-        for _ in extract(
-            ExtractConfig(
+        extraction, _ = settled(
+            ExtractOptions(
                 images=config.out / split,
                 out=cache,
                 captions=config.out / f"{split}.csv",
@@ -123,7 +118,13 @@ def run_demo(config: DemoConfig) -> Iterator[str | DemoResult]:
                 weights=weights,
                 device=config.device,
             )
-        ):
+        )
+        yield (
+            f"$ cap extract-features --images {config.out / split} "
+            f"--captions {config.out / split}.csv --out {cache} "
+            f"--backbone {config.backbone} --weights {extraction.weights}"
+        )
+        for _ in extract(extraction):
             pass
     run = config.out / "run"
     yield (

@@ -1,4 +1,4 @@
-"""The frozen backbone: any torchvision classifier without its last linear layer.
+"""The frozen backbone: a network without its head.
 
 The network as torchvision builds it, in float32, is the reference. What runs is the same network
 with its convolutions fused (`fused_convolutions`), channels last in memory, in a chosen precision.
@@ -35,6 +35,8 @@ class Backbone:
     network: nn.Module  # float32, on the CPU, in eval mode, frozen
     preprocessing: Preprocessing = IMAGENET
     image_size: int = 224  # what it was trained for, both sides
+    notices: tuple[str, ...] = ()  # about where in a file its weights were
+    details: tuple[str, ...] = ()  # notices that ask for nothing
     # The latest fast network, by (device, dtype, image size). It is kept so that the network that
     # was compared with float32 is the one that is then used.
     _fast: dict[tuple[torch.device, torch.dtype, int], nn.Module] = field(
@@ -74,17 +76,22 @@ class Backbone:
     def check_image_size(self, image_size: int) -> None:
         """Raise EncoderError unless images of this size give one vector each.
 
-        Computes shapes only, and nothing if the network has run on such images.
+        Computes shapes only, unless the network's code fails at that; and nothing if the network
+        has run on such images.
         """
         if image_size in self._sizes:
             return
+        shape = 2, 3, image_size, image_size
         try:
-            features = run_on_meta(self.network, (2, 3, image_size, image_size))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise EncoderError(
-                f"{self.name} cannot take {image_size}×{image_size} pixels ({reason})"
-            ) from None
+            features = run_on_meta(self.network, shape)
+        except Exception:  # whatever the network's code raises
+            try:
+                with torch.inference_mode():
+                    features = self.network(torch.zeros(shape))
+            except Exception as error:
+                raise EncoderError(
+                    f"{self.name} cannot take {image_size}×{image_size} pixels ({reason_of(error)})"
+                ) from None
         self._check_output(features, 2)
         self._sizes.add(image_size)
 
@@ -92,14 +99,20 @@ class Backbone:
         """The features (B, D) that `network`, a form of this backbone, computes.
 
         images: (B, 3, S, S), normalized, on the network's device. Raises EncoderError if images of
-        this size do not give one vector each, and otherwise what the network raises.
+        this size do not give one vector each, PrecisionError if the network fails in low precision,
+        and otherwise what the network raises.
         """
         size = int(images.shape[-1])
         try:
             features = network(images)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except Exception as error:  # whatever the network's code raises
             if not is_out_of_memory(error):
                 self.check_image_size(size)  # raises if that is the reason
+                if images.dtype is not torch.float32:
+                    raise PrecisionError(
+                        f"{self.name} cannot run in {str(images.dtype).removeprefix('torch.')} "
+                        f"({reason_of(error)}); use --precision float32"
+                    ) from None
             raise
         checked = self._check_output(features, len(images))
         self._sizes.add(size)
@@ -109,9 +122,20 @@ class Backbone:
         """The features (count, D). Raises EncoderError if they are something else."""
         if isinstance(features, Tensor) and features.shape == (count, self.feature_dim):
             return features
-        raise EncoderError(
-            f"{self.name} has no pooled vector before its last layer; choose another backbone"
+        found = (
+            f"numbers of shape {tuple(features.shape[1:])}"
+            if isinstance(features, Tensor) and len(features.shape) > 0
+            else f"a {type(features).__name__}"
         )
+        raise EncoderError(
+            f"{self.name} gives {found} for a photo and not one vector of {self.feature_dim}; "
+            "choose another backbone"
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a network's code says, in one line that is not long."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
 def is_within(tensor: Tensor, largest: float) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from cache.record import EncoderRecord
 from pipeline.encoder.backbone import Backbone
@@ -93,6 +93,10 @@ class Encoder:
         if device.type == "cpu":
             keep_freed_memory()  # the next batch needs blocks of the same sizes
         self._network = backbone.fast_network(device, dtype, image_size)
+        if not isinstance(self._network, fx.GraphModule) and _has_convolutions(self._network):
+            self.notices.append(
+                f"{backbone.name}: its code cannot be traced, so its layers are not fused"
+            )
         # Until it has run once. Then the plain network's memory is no longer needed.
         self._backbone: Backbone | None = backbone
         self.preprocessing = backbone.preprocessing
@@ -206,6 +210,11 @@ class Encoder:
             features = self._backbone.run(self._network, images)
             self._backbone = None
         return features.to(torch.float16)
+
+
+def _has_convolutions(network: nn.Module) -> bool:
+    """Whether fusing would matter: a transformer's only convolution cuts the photo in patches."""
+    return sum(isinstance(module, nn.Conv2d) for module in network.modules()) > 1
 
 
 class QueuedFeatures:

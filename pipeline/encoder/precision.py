@@ -17,7 +17,7 @@ from train.device import has_fast_bfloat16
 MIN_COSINE = 0.999  # of each photo
 MEAN_COSINE = 0.9999  # on average
 # Below this, features are wrong and not just rounded, in a precision that the user has chosen.
-_WRONG_COSINE = 0.9
+_WRONG_COSINE = {"float32": MIN_COSINE, "bfloat16": 0.9, "float16": 0.9}
 _CPU = torch.device("cpu")
 
 
@@ -51,7 +51,7 @@ def check_features(backbone: Backbone, pixels: Tensor, features: Tensor, precisi
     if torch.equal(features, plain):
         return
     cosine = float(nn.functional.cosine_similarity(features, plain, dim=0).nan_to_num(-1))
-    if cosine < _WRONG_COSINE:
+    if cosine < _WRONG_COSINE[precision]:
         advice = "" if precision == "float32" else "; use --precision float32 and another --out"
         raise EncoderError(
             f"{backbone.name} in {precision} gives wrong features (cosine {cosine:.2f} to those of "
@@ -142,12 +142,12 @@ def choose_precision(
             encoder = Encoder(
                 backbone, device=device, precision=precision, image_size=int(pixels.shape[-1])
             )
+            if device.type != "cpu" and not backbone.plain:  # not before, because of TRACING
+                _begin_plain_on_cpu(backbone, pixels[:1].clone())
+            fast = encoder.encode(pixels).float()
         except PrecisionError as error:
             notices.append(str(error))
             continue
-        if device.type != "cpu" and not backbone.plain:  # not before, because of TRACING
-            _begin_plain_on_cpu(backbone, pixels[:1].clone())
-        fast = encoder.encode(pixels).float()
         cosines = nn.functional.cosine_similarity(fast, reference).nan_to_num(-1)
         worst, mean = float(cosines.min()), float(cosines.mean())
         if worst >= MIN_COSINE and mean >= MEAN_COSINE:

@@ -4,41 +4,77 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.encoder.backbone import Backbone, is_within
 from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks.files.fitting_weights import Taken, best_fit, load_fit, taken
+from pipeline.encoder.networks.files.weights_files import (
+    StateDict,
+    existing_file,
+    read_state_dicts,
+)
+from pipeline.encoder.networks.headless import Headless
+from pipeline.encoder.networks.own_network import own_network
 from pipeline.encoder.networks.random_weights import random_network
-from pipeline.encoder.networks.torchvision_models import classifiers
-from pipeline.encoder.networks.torchvision_networks import headless_network
-from pipeline.encoder.networks.weights_files import read_weights_file
+from pipeline.encoder.networks.sources import PRETRAINED, RANDOM, TIMM, CodeFile, code_file
+from pipeline.encoder.networks.timm_networks import (
+    as_timm_names,
+    measure_batchnorm,
+    resize_network,
+    timm_network,
+)
+from pipeline.encoder.networks.torchvision_weights import at_size, torchvision_network
 from pipeline.encoder.networks.weights_sha256 import weights_sha256
 
-RANDOM = "random"
+_NOTHING = Taken()
 
 
-def load_backbone(name: str, weights: str) -> Backbone:
-    """Build a torchvision classifier, drop its head, load and freeze its weights.
+def load_backbone(name: str, weights: str, image_size: int | None = None) -> Backbone:
+    """Build a network without its head, load and freeze its weights.
 
-    weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), a file with a state dict
-    (`.pth`, `.safetensors`; the head may be missing or have another size), or `random` (seeded,
-    with measured BatchNorm statistics). The backbone has the whole path of a file, because a
+    name: of a torchvision classifier, of one of timm's networks (`timm:NAME`), or of a function
+    that makes a network (`FILE.py:FUNCTION`), which is then run. image_size: of the photos, where a
+    network has to be made for it; None for the network's own.
+
+    weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), or `pretrained` of timm's
+    networks, a file with a state dict (`.pth`, `.safetensors`, checkpoints of trainings; the head
+    may be missing or have another size; see `docs/backbones.md`), or `random` (seeded, with
+    measured BatchNorm statistics). The backbone has the whole path of a file, because a
     relative one would lead nowhere from another folder. Raises EncoderError, also for weights that
     are not finite.
     """
+    if (code := code_file(name)) is not None:
+        return _own_backbone(code, weights)
+    if name.startswith(TIMM):
+        return _timm_backbone(name, weights, image_size)
+    return _torchvision_backbone(name, weights, image_size)
+
+
+def _torchvision_backbone(name: str, weights: str, image_size: int | None) -> Backbone:
+    """One of torchvision's classifiers. The hash is that of its weights as they are before a ViT's
+    are resampled for `image_size`, and, if they are random, before statistics are measured.
+    """
+    said = Taken()
     if weights == RANDOM:
         headless, sha256 = random_network(name)
     else:
-        headless = headless_network(name, device="meta")
-        state, path = _read_weights(name, weights)
+        headless, path, said = torchvision_network(name, weights)
         source = f"{name} {weights}" if path is None else str(path)
-        _load_strictly(headless.network, state, f"{source}: not weights of {name}")
         _check_finite(headless.network.state_dict(), source)
         sha256 = weights_sha256(headless.network.state_dict())
         weights = weights if path is None else os.path.abspath(path)
+    if image_size is not None:
+        headless = at_size(name, headless, image_size)
+    return _frozen(name, weights, sha256, headless, said)
+
+
+def _frozen(
+    name: str, weights: str, sha256: str, headless: Headless, said: Taken = _NOTHING
+) -> Backbone:
     headless.network.eval().requires_grad_(False)
     return Backbone(
         name,
@@ -48,57 +84,56 @@ def load_backbone(name: str, weights: str) -> Backbone:
         headless.network,
         headless.preprocessing,
         headless.image_size,
+        said.notices,
+        said.details,
     )
 
 
-def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Path | None]:
-    """(state dict, the file that it is from; None if published). Raises EncoderError."""
-    published = classifiers().get_model_weights(name)
-    if weights in published.__members__:
-        try:
-            state = published[weights].get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the download has a wrong hash
-            raise EncoderError(
-                f"cannot download {name} {weights} ({error}); give a file with --weights PATH"
-            ) from None
-        return dict(state), None
-    path = Path(os.path.expanduser(weights))  # unlike Path.expanduser, leaves ~nobody as it is
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        names = ", ".join(published.__members__) or "none"
-        raise EncoderError(
-            f"{weights}: no such weights file, and not a published name of {name} ({names})"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise EncoderError(f"{weights}: cannot read ({reason})") from None
-    return read_weights_file(path), path
-
-
-def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
-    """Load every tensor of the headless network, as float32. Other tensors (the head) are ignored.
-
-    Raises EncoderError, whose message starts with `complaint`, if a tensor is missing or has
-    another shape, or if there are many others.
+def _timm_backbone(name: str, weights: str, image_size: int | None) -> Backbone:
+    """One of timm's networks. The hash is that of its weights as they are before they are resampled
+    for `image_size`, and, if they are random, before statistics are measured.
     """
-    own = network.state_dict()
-    loaded = {}
-    for key, tensor in own.items():
-        if key not in state:
-            if key.endswith("num_batches_tracked"):  # absent in old files, unused when frozen
-                loaded[key] = torch.zeros((), dtype=torch.int64)
-                continue
-            raise EncoderError(f"{complaint} (no {key})")
-        given = state[key]
-        if given.shape != tensor.shape:
-            raise EncoderError(
-                f"{complaint} ({key} is {tuple(given.shape)}, must be {tuple(tensor.shape)})"
+    headless = timm_network(name, pretrained=weights == PRETRAINED)
+    network = headless.network
+    source, said = f"{name} {weights}", Taken()
+    if weights not in (RANDOM, PRETRAINED):
+        path = existing_file(weights, f"timm's own weights are called {PRETRAINED!r}")
+        source, weights = str(path), os.path.abspath(path)
+        states = read_state_dicts(path)
+        fit, rivals = best_fit(states, network)
+        if not fit.complete:  # perhaps its authors called the tensors otherwise
+            stripped = StateDict(fit.place, fit.tensors, fit.versions)
+            fit, rivals = best_fit(
+                [
+                    replace(state, tensors=as_timm_names(network, state.tensors))
+                    for state in (stripped, *states)
+                ],
+                network,
             )
-        loaded[key] = given.to(tensor.dtype).contiguous()
-    if len(state) > len(own) + 16:
-        raise EncoderError(f"{complaint} (it has {len(state)} tensors, the network {len(own)})")
-    network.load_state_dict(loaded, assign=True)
+        load_fit(network, fit, f"{source}: not weights of {name}")
+        said = taken(source, fit, rivals)
+    _check_finite(network.state_dict(), source)
+    sha256 = weights_sha256(network.state_dict())
+    if weights == RANDOM:
+        measure_batchnorm(network, headless.image_size)
+    if image_size not in (None, headless.image_size):
+        assert image_size is not None
+        resize_network(network, name, image_size)
+    return _frozen(name, weights, sha256, headless, said)
+
+
+def _own_backbone(code: CodeFile, weights: str) -> Backbone:
+    """The network that a function of the user's makes, with the weights that it brings."""
+    if weights:
+        raise EncoderError(
+            f"{code.path}:{code.function} makes a network with its weights; leave out --weights "
+            f"{weights}"
+        )
+    content = code.read()
+    headless = own_network(code, content)
+    state = headless.network.state_dict()
+    _check_finite(state, f"{code.path}:{code.function}")
+    return _frozen(code.recorded(content), str(code.path), weights_sha256(state), headless)
 
 
 def _check_finite(state: Mapping[str, Tensor], source: str) -> None:

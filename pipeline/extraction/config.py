@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.encoder.networks.known_backbones import BACKBONE_NAMES
+from pipeline.encoder.networks.sources import default_weights, recorded_code, recorded_name
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
 from train.option import SettingError, about, option
@@ -26,7 +27,10 @@ IMAGE_COLUMN_HELP = (
 )
 CAPTION_COLUMN_HELP = "The same for the captions."
 BACKBONES = BACKBONE_NAMES  # the usual ones
-BACKBONE_HELP = "Any torchvision classifier; `cap backbones` lists them."
+BACKBONE_HELP = (
+    "Any torchvision classifier (`cap backbones` lists them), any network of timm (timm:NAME), or "
+    "your own (FILE.py:FUNCTION)."
+)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -62,7 +66,7 @@ class ExtractOptions:
     weights: str | None = option(
         None,
         "A torchvision name, a .pth or .safetensors file, or random.  [default: IMAGENET1K_V1, "
-        f"{_AS_BEGUN}]",
+        f"of timm pretrained, {_AS_BEGUN}]",
     )
     views: tuple[str, ...] | None = option(
         None,
@@ -72,7 +76,8 @@ class ExtractOptions:
     )
     image_size: int | None = option(
         None,
-        f"Width and height of a view in pixels.  [default: 224, {_AS_BEGUN}]",
+        "Width and height of a view in pixels.  [default: what the network was trained for, 224 "
+        f"for most, {_AS_BEGUN}]",
         min=32,
         max=4096,
     )
@@ -134,9 +139,10 @@ class ExtractConfig(ExtractOptions):
     backbone: str = "resnet152"
     weights: str = "IMAGENET1K_V1"
     views: tuple[str, ...] = ("full",)
-    image_size: int = 224
+    image_size: int | None = None  # what the network was trained for
 
 
+_USUAL_SIZE = 224
 _RECORDED = ("backbone", "weights", "views", "image_size", "tokenizer")
 
 
@@ -146,12 +152,15 @@ def settled(options: ExtractOptions) -> tuple[ExtractConfig, str | None]:
     What the options do not name is taken from the cache at --out that goes on, or else from
     --reuse, or else it is the default. Weights belong to a backbone: they are taken only if the
     backbone is that of the cache. Raises CacheError if the options name another backbone, image
-    size or other views than those of the cache at --out, before its weights are downloaded.
+    size or other views than those of the cache at --out, before its weights are downloaded; or if
+    the cache's backbone is code, which is not run unless the options name it.
     """
     from cache.record import CacheError
 
     given = {each.name: getattr(options, each.name) for each in fields(options)}
     source, recorded = _recorded(options)
+    if options.backbone is not None:
+        given["backbone"] = recorded_name(options.backbone)
     if source is not None and source == options.out:
         for name in ("backbone", "views", "image_size"):
             if given[name] not in (None, recorded.get(name)):
@@ -161,15 +170,27 @@ def settled(options: ExtractOptions) -> tuple[ExtractConfig, str | None]:
                 )
     if given["backbone"] not in (None, recorded.get("backbone")):
         recorded = {}
+    if source is not None and (code := recorded_code(recorded.get("backbone", ""))) is not None:
+        if options.backbone is None:
+            raise CacheError(
+                f"{source}: its encoder is a program, {code}, which is run only if you name it: "
+                f"--backbone {recorded['weights']}:{code.function}"
+            )
+        del recorded["weights"]  # they come with the program
+    given["backbone"] = options.backbone
     taken = {name: value for name, value in recorded.items() if given[name] is None}
     told = {
         name: value for name, value in given.items() if name not in _RECORDED or value is not None
     }
     config = ExtractConfig(**{**told, **taken})
+    weights = default_weights(config.backbone)
+    if given["weights"] is None and "weights" not in taken:
+        config = replace(config, weights=weights)
+    usual = {"weights": weights, "image_size": _USUAL_SIZE}
     unusual = [
         f"{name.replace('_', ' ')} {_text(value)}"
         for name, value in taken.items()
-        if value != getattr(ExtractConfig, name)
+        if value != usual.get(name, getattr(ExtractConfig, name))
     ]
     return config, f"as {source} was made: {', '.join(unusual)}" if unusual else None
 

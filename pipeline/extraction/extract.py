@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
 from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
+from cache.seal import attributes_of
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.captions.dataset import read_photos
@@ -39,6 +40,7 @@ from pipeline.extraction.reuse import KnownPhotos, open_known
 from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
+from pipeline.photos.preprocessing import Preprocessing
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from train.allocator import without_collections
 from train.captions.script import misfit
@@ -128,9 +130,12 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     """Check what is asked for. Writes nothing. Raises as `extract` does."""
     devices = resolve_devices(config.device)
     begin_warm_up(devices[0])
-    backbone = load_backbone(config.backbone, config.weights)
+    backbone = load_backbone(config.backbone, config.weights, config.image_size)
+    backbone = _with_recorded_filter(config, backbone)
+    image_size = config.image_size or backbone.image_size
+    config = replace(config, image_size=image_size)
     precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
-    record = encoder_record(backbone, config.image_size, config.views, precision)
+    record = encoder_record(backbone, image_size, config.views, precision)
     same = config.reuse is not None and config.out.exists() and config.out.samefile(config.reuse)
     known = None if config.reuse is None else open_known(config.reuse, record)
     if same and not config.overwrite and not config.update:
@@ -146,9 +151,27 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
         skeleton=skeleton,
         known=None if same else known,
         updates=updates(config),
-        notices=[*notices, *unlike_siblings(config.out, skeleton)],
-        details=details,
+        notices=[*backbone.notices, *notices, *unlike_siblings(config.out, skeleton)],
+        details=[*backbone.details, *details],
     )
+
+
+def _with_recorded_filter(config: ExtractConfig, backbone: Backbone) -> Backbone:
+    """The backbone with the filter of the cache that goes on, or that rows are taken from.
+
+    Before filters followed the networks, all photos were resized bilinearly. Such a cache goes on
+    as it was made. Another mean or standard deviation in its record stays a difference, because its
+    features are those of wrong pixels.
+    """
+    usual = backbone.preprocessing
+    for source in (None if config.overwrite else config.out, config.reuse):
+        found = None if source is None else attributes_of(source)
+        if found is not None and found.get("backbone") == backbone.name:
+            made = Preprocessing.parse(str(found.get("preprocessing")))
+            if made is not None and (made.mean, made.std) == (usual.mean, usual.std):
+                return replace(backbone, preprocessing=made)
+            return backbone
+    return backbone
 
 
 def updates(config: ExtractConfig) -> bool:
@@ -298,6 +321,7 @@ def _fastest_precision(
     """(precision, notices, details: why the faster ones do not do)."""
     if fast_precisions(device) == ("float32",):
         return "float32", [], []
+    assert config.image_size is not None
     pixels: list[torch.Tensor] = []
     first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
     loader = PhotoLoader(

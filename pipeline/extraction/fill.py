@@ -134,7 +134,7 @@ class CacheFiller:
                 batches,
                 devices,
                 images=config.images,
-                weights=config.weights,
+                weights=backbone.weights,
                 readers=readers,
                 decoder=config.decoder,
             )

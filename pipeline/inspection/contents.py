@@ -163,7 +163,7 @@ def checkpoint_facts(path: Path) -> Facts:
 
 
 def weights_facts(path: Path) -> Facts:
-    from pipeline.encoder.networks.weights_files import read_weights_file
+    from pipeline.encoder.networks.files.weights_files import read_weights_file
 
     state = read_weights_file(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

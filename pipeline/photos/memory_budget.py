@@ -6,15 +6,14 @@ held back by bytes, not by their number.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
-import os
 import threading
 from collections.abc import Callable, MutableSequence
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
+
+from cache.share import memory_bytes
 
 _LEAST_BYTES = 2 << 30
 _FILE_BYTES = 1 << 30
@@ -168,11 +167,3 @@ def _own_budgets() -> tuple[MemoryBudget, MemoryBudget]:
 
 def _pixel_bytes() -> int:
     return max(_LEAST_BYTES, int(memory_bytes() * _SHARE_OF_MEMORY))
-
-
-def memory_bytes() -> int:
-    """The memory of the machine, or of the container if that has less."""
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit ("max")
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(sizes)

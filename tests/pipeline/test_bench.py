@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from pipeline.bench import train
+from cache.errors import CapError
+from pipeline.bench import beside
 from pipeline.bench.captioning import predict
 from pipeline.bench.jpegs import (
     MEAN_BYTES,
@@ -26,8 +27,10 @@ from pipeline.bench.jpegs import (
     write_coco_like_photos,
 )
 from pipeline.bench.peak_memory import tree_memory_mb
+from pipeline.bench.training import train
 from pipeline.photos.decoding import decode
 from pipeline.photos.photo_file import read_photo
+from tests.pipeline.test_captioner import trained
 from tests.pipeline.test_cli import cap
 
 
@@ -276,3 +279,42 @@ def test_real_photos_have_what_the_mix_has(sample_data: Path, tmp_path: Path) ->
     assert len(made_sizes) == len(real_sizes)
     common = {size: count for size, count in real_sizes.items() if count > 1}
     assert {size: made_sizes[size] for size in common} == common
+
+
+def test_bench_beside_runs_commands_alone_and_beside_busy_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    busy: list[tuple[str, int]] = []
+
+    def run(command: str, folder: Path, backbone: str) -> float:
+        assert len(list((folder / "photos").iterdir())) == 8
+        own = Path("/proc/self/cmdline").read_bytes()
+        commands = [own]
+        while own in commands:  # a child that has not become another program yet
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
+        counting = sum(beside._COUNTING.encode() in each for each in commands)
+        busy.append((command, counting))
+        return 3.0 if counting else 1.5
+
+    monkeypatch.setattr(beside, "_run", run)
+    monkeypatch.setattr(beside, "_rate", lambda count, *_: 10.0 + count)
+    result = json.loads(
+        cap("bench", "beside", "--processes", 3, "--rounds", 2, "--photos", 8, "--json")[0]
+    )
+    once = [(name, count) for name in ("extract", "train", "predict") for count in (0, 3)]
+    assert busy == once * 2
+    assert [each["beside_s"] / each["alone_s"] for each in result["commands"]] == [2.0] * 3
+    assert result["captioners"] == {"1": 11.0, "2": 12.0, "4": 14.0, "8": 18.0}
+    table = cap("bench", "beside", "--rounds", 1, "--photos", 8)[0]
+    assert "(2.0 times as long)" in table
+    assert "8 captioners: 18.0 photos/s (164% of one)" in table
+
+
+def test_bench_beside_measures_captioners_of_several_processes(
+    photos: Path, tmp_path: Path
+) -> None:
+    _, run = trained(photos, tmp_path)
+    assert beside._rate(2, run, [str(photos / "a.jpg")], 0.2) > 0
+    with pytest.raises(CapError, match="ended before it was ready"):
+        beside._rate(1, tmp_path / "gone", [str(photos / "a.jpg")], 0.2)

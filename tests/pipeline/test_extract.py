@@ -14,11 +14,13 @@ import torch
 from cache.record import CacheError
 from cache.store import DONE, PENDING, open_cache
 from pipeline.encoder.errors import EncoderError
+from pipeline.encoder.networks import torchvision_networks
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import WorkerError
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Notice, Progress
+from pipeline.photos.preprocessing import BICUBIC, IMAGENET, Preprocessing
 from tests.conftest import write_photo
 from tests.pipeline.extraction_process import run_extraction
 
@@ -222,3 +224,35 @@ def test_photos_without_features_are_photos(photos: Path, tmp_path: Path) -> Non
     last, _ = run(photos, tmp_path / "x.h5", weights=str(tmp_path / "w.pth"))
     assert last.done == 11
     assert not open_cache(tmp_path / "x.h5").features.any()
+
+
+def shufflenet_wants(monkeypatch: pytest.MonkeyPatch, preprocessing: Preprocessing) -> None:
+    monkeypatch.setattr(
+        torchvision_networks, "published_preprocessing", lambda *_: (preprocessing, 224)
+    )
+
+
+def test_a_cache_from_before_filters_followed_the_networks_goes_on_as_it_was_made(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"backbone": "shufflenet_v2_x0_5", "limit": 2}
+    run(photos, tmp_path / "old.h5", **settings)
+    assert open_cache(tmp_path / "old.h5").encoder.preprocessing == str(IMAGENET)
+    shufflenet_wants(monkeypatch, Preprocessing(BICUBIC))
+    last, _ = run(photos, tmp_path / "old.h5", **settings)
+    assert last.new == 0
+    last, _ = run(photos, tmp_path / "more.h5", reuse=tmp_path / "old.h5", **settings)
+    assert (last.new, last.copied) == (0, 2)
+    run(photos, tmp_path / "new.h5", **settings)
+    assert open_cache(tmp_path / "new.h5").encoder.preprocessing == str(Preprocessing(BICUBIC))
+
+
+def test_a_cache_of_wrongly_normalized_pixels_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"backbone": "shufflenet_v2_x0_5", "limit": 2}
+    run(photos, tmp_path / "old.h5", **settings)
+    half = (0.5, 0.5, 0.5)
+    shufflenet_wants(monkeypatch, Preprocessing(mean=half, std=half))
+    with pytest.raises(CacheError, match="preprocessing"):
+        run(photos, tmp_path / "old.h5", **settings)

@@ -128,6 +128,33 @@ def test_awkward_sums_stay_right() -> None:
             torch.testing.assert_close(fused(images()), network(images()), rtol=1e-4, atol=1e-4)
 
 
+class OverItself(nn.Module):
+    """Convolutions whose results are added to what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.deep, self.turned = (nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(2))
+        self.nothing = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.nothing(self.deep(x))
+        x = self.stem(x[:, :3])
+        x = self.turned(x.transpose(2, 3)) + x
+        return x.mean((2, 3))
+
+
+def test_a_convolution_does_not_overwrite_what_it_reads() -> None:
+    torch.manual_seed(0)
+    network = OverItself().eval().requires_grad_(False)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        fused = fused_on_cpu(network, pixels)
+        assert any(isinstance(module, _OneDnnConvolution) for module in fused.modules())
+        torch.testing.assert_close(fused(pixels), network(pixels), rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_traced_runs_as_it_is() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

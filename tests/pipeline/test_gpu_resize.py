@@ -132,11 +132,12 @@ def test_every_view_has_the_pixels_of_preprocess(views: tuple[str, ...], size: i
         assert torch.equal(result, by_preprocess(given, size, views)), given.shape
 
 
-def test_all_views_of_the_usual_size() -> None:
+@pytest.mark.parametrize("filter", FILTERS)
+def test_all_views_of_the_usual_size(filter: str) -> None:
     photos = [photo(480, 640), photo(640, 427)]
-    pixels = by_kernels(photos, 224, VIEWS, BatchResize(CPU, 224, VIEWS, resize_kernels()))
+    pixels = by_kernels(photos, 224, VIEWS, BatchResize(CPU, 224, VIEWS, resize_kernels(), filter))
     for given, result in zip(photos, pixels, strict=True):
-        assert torch.equal(result, by_preprocess(given, 224, VIEWS))
+        assert torch.equal(result, by_preprocess(given, 224, VIEWS, filter))
 
 
 def test_a_gpus_way_of_launching_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,10 +225,12 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
     run(folder, tmp_path / "whole.h5", captions=None)
     back, real = threading.Event(), photo_file.read_photo
 
-    def read_photo(path: Path, size: int, views: tuple[str, ...], out: Tensor) -> ReadPhoto:
+    def read_photo(
+        path: Path, size: int, views: tuple[str, ...], out: Tensor, filter: str
+    ) -> ReadPhoto:
         if path.name >= "20.jpg":
             back.wait()
-        return real(path, size, views, out)
+        return real(path, size, views, out, filter)
 
     monkeypatch.setattr(threads, "read_photo", read_photo)
     monkeypatch.setattr(encode_batches, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))

@@ -64,7 +64,7 @@ def test_overwrite_takes_nothing_from_what_it_replaces(
 ) -> None:
     out = make_cache([["a"]] * 3).path
     config, taken = settled(ExtractOptions(tmp_path, out, overwrite=True))
-    assert (config.backbone, config.image_size, taken) == ("resnet152", 224, None)
+    assert (config.backbone, config.image_size, taken) == ("resnet152", None, None)
     config, taken = settled(ExtractOptions(tmp_path, out, overwrite=True, reuse=out))
     assert (config.backbone, config.image_size) == ("resnet18", 64)
     assert taken == f"as {out} was made: backbone resnet18, weights random, image size 64"

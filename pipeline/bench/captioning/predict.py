@@ -24,8 +24,9 @@ from pipeline.bench.machine import Machine, describe_machine
 from pipeline.captioner.captioner import Captioner
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.networks.sources import RANDOM
 from pipeline.encoder.precision import choose_precision
-from pipeline.encoder.weights import RANDOM, load_backbone
+from pipeline.encoder.weights import load_backbone
 from pipeline.photos.photo_file import read_photo
 from train.captions.vocabulary import SPECIALS, Vocabulary
 from train.config import SearchConfig

@@ -226,10 +226,7 @@ def _write_onnx(captioner: PhotoCaptioner, facts: dict[str, Any], out: Path) -> 
 def _write_folder(captioner: PhotoCaptioner, facts: dict[str, Any], out: Path) -> None:
     from safetensors.torch import save_file
 
-    if ".py:" in facts["backbone"]:
-        raise ExportError(
-            f"{facts['backbone']}: a folder names networks of torchvision and timm; use pt2"
-        )
+    _check_rebuilt(captioner, facts)
     out.mkdir()
     tensors = {name: each.contiguous() for name, each in captioner.state_dict().items()}
     if facts["decoder"]["tie_embeddings"]:
@@ -241,6 +238,22 @@ def _write_folder(captioner: PhotoCaptioner, facts: dict[str, Any], out: Path) -
     )
     shutil.copyfile(program.__file__, out / "captioner.py")
     (out / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def _check_rebuilt(captioner: PhotoCaptioner, facts: dict[str, Any]) -> None:
+    """Raise ExportError unless `captioner.py` makes the network again from its name."""
+    shapes = {name: each.shape for name, each in captioner.network.state_dict().items()}
+    try:
+        with torch.device("meta"):
+            network = program.headless(facts["backbone"], facts["image_size"])
+    except Exception:  # a network that only this project can build, such as a file of one's own
+        again = None
+    else:
+        again = {name: each.shape for name, each in network.state_dict().items()}
+    if again != shapes:
+        raise ExportError(
+            f"{facts['backbone']}: a folder cannot name this network; use --format pt2"
+        )
 
 
 def _check_own(out: Path) -> None:

@@ -198,16 +198,28 @@ def _filter_weights(places: Tensor, size: int, kind: str) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def headless(name: str) -> nn.Module:
-    """A network of torchvision, or of timm as `timm:NAME`, without its last layer."""
+def headless(name: str, image_size: int) -> nn.Module:
+    """A network of torchvision, or of timm as `timm:NAME`, without its last layer.
+
+    Some are made for one size of images, and get it.
+    """
     if name.startswith("timm:"):
         import timm
 
         network: nn.Module = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+        set_size: Any = getattr(network, "set_input_size", None)
+        if set_size is not None:
+            set_size(img_size=(image_size, image_size))
         return network
     import torchvision
 
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"init_weights": False}
+    elif name.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif name.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
     network = torchvision.models.get_model(name, weights=None, **options)
     last = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     network.set_submodule(last, nn.Identity())
@@ -219,7 +231,7 @@ def load(folder: str | Path) -> PhotoCaptioner:
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "captioner.json").read_text(encoding="utf-8"))
-    captioner = PhotoCaptioner(headless(config["backbone"]), config)
+    captioner = PhotoCaptioner(headless(config["backbone"], config["image_size"]), config)
     tensors = load_file(Path(folder) / "model.safetensors")
     if config["decoder"]["tie_embeddings"]:
         tensors["head.weight"] = tensors["embed.weight"]

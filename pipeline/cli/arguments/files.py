@@ -46,6 +46,7 @@ PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
 GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
+NEW_PICTURE = _wanted("a picture to write", Kind.PICTURE)
 
 # By the names of the parameters, in all commands.
 _BY_NAME = {
@@ -60,6 +61,7 @@ _BY_NAME = {
     **dict.fromkeys(("paths", "like"), PICTURES),
     "folder": RUNS,
     "gallery": GALLERY,
+    "plot": NEW_PICTURE,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
@@ -73,7 +75,7 @@ _OUT = {
 }
 # Else found missing only after the weights are read, which may be downloaded.
 _MUST_BE_THERE = ("reuse", "only")
-_WEIGHTS_NAME = re.compile(r"random|[A-Z][A-Z0-9_]+")
+_WEIGHTS_NAME = re.compile(r"random|pretrained|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
 _OWN_FOLDER = ("train", "sweep", "import-classic")
 # A log or notes may be in a run's folder before it begins.

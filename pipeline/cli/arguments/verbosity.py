@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from cache.share import share
 from pipeline.cli.errors import WrongArguments
-from pipeline.cli.terminal import Verbosity, set_verbosity
+from pipeline.cli.terminal import Verbosity, mention, set_verbosity
 
 _QUIET = Annotated[
     bool, typer.Option("--quiet", "-q", help="Write results and errors only: no progress.")
@@ -35,6 +36,8 @@ def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
             raise WrongArguments("--quiet and --verbose contradict each other; give one of them")
         levels = {(True, False): Verbosity.QUIET, (False, True): Verbosity.VERBOSE}
         set_verbosity(levels.get((quiet, verbose), Verbosity.USUAL))
+        if verbose:
+            mention(f"may use {share()}")
         try:
             command(**given)
         finally:

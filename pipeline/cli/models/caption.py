@@ -24,8 +24,10 @@ from pipeline.cli.options import (
     ImageColumn,
     Json,
     MovedWeights,
+    OwnBackbone,
     choice,
     options,
+    own_or_moved,
 )
 from pipeline.cli.terminal import ProgressLine, complain, one_field, one_line, print_json, say
 from pipeline.demo.config import DemoConfig
@@ -250,6 +252,7 @@ def predict(
         ),
     ] = False,
     search: SearchConfig,
+    backbone: OwnBackbone = None,
     weights: MovedWeights = None,
     device: Device = "auto",
     as_json: Annotated[
@@ -273,6 +276,7 @@ def predict(
     if null and _STDIN not in paths:
         raise WrongArguments("--null has no effect without - for paths on standard input")
     search = _searched(dataclasses.replace(search, captions=captions))
+    weights = own_or_moved(backbone, weights)
     kept = "no gallery was written" if gallery is not None else ""
     with errors(kept), contextlib.ExitStack() as stack:
         start_torch(device)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from pipeline.encoder.fusion.plain_modules import Tracer, replace_by_plain, skip_identities
 from train.private_torch import copy_module
 
 # While torch.fx traces, it changes how all modules of the process are called: no other thread may
@@ -31,10 +32,13 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     copied = copy_with(network, lambda tensor: tensor)  # the same memory
     try:
         with TRACING:
-            traced = fx.symbolic_trace(copied)
+            replace_by_plain(copied)
+            graph = Tracer().trace(copied)
+            traced = fx.GraphModule(copied, graph)
     except Exception:  # whatever the network's code raises when it is given symbols
         return copied.eval().requires_grad_(False)
     modules = dict(traced.named_modules())
+    skip_identities(traced.graph, modules)
     for node in list(traced.graph.nodes):
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or len(before.users) > 1:

@@ -66,7 +66,7 @@ def fuse_convolutions(
         dead = [node]
         while dead[-1] is not last:
             dead.append(next(iter(dead[-1].users)))
-        in_place = other is not None and _is_free_after(other, last, modules)
+        in_place = other is not None and _is_free_after(other, dead, modules)
         fused = make(convolution, activation, typical_batch, in_place)
         network.add_module(f"fused_{node.name}", fused)
         with network.graph.inserting_before(last):
@@ -262,11 +262,20 @@ def _is_sum(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SUMS and plain
 
 
-def _is_free_after(other: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the sum may overwrite `other`: a new tensor that nothing reads after `last`."""
+def _is_free_after(other: fx.Node, fused: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
+    """Whether the sum may overwrite `other`: a new tensor that nothing reads after the last of the
+    fused nodes, and that the first of them, the convolution, does not read while the sum is
+    written, itself or a view of it.
+    """
     # Modules that return a new tensor, and no view of another.
     makes_new = (nn.Conv2d, nn.MaxPool2d, _MaxPool3, _OneDnnConvolution)
     if not isinstance(called_module(other, modules), makes_new):
         return False
+    convolution, last = fused[0], fused[-1]
     order = {node: position for position, node in enumerate(last.graph.nodes)}
-    return all(order[user] <= order[last] for user in other.users)
+    return all(
+        order[user] <= order[last]
+        and user is not convolution
+        and (user in fused or isinstance(called_module(user, modules), makes_new))
+        for user in other.users
+    )

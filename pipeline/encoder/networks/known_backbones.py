@@ -69,6 +69,8 @@ shufflenet_v2_x0_5 1024 5 60.6 V1
 shufflenet_v2_x1_0 1024 9 69.4 V1
 shufflenet_v2_x1_5 1024 14 73.0 V1
 shufflenet_v2_x2_0 2048 28 76.2 V1
+squeezenet1_0 512 5 58.1 V1
+squeezenet1_1 512 5 58.2 V1
 swin_b 1024 335 83.6 V1
 swin_s 768 190 83.2 V1
 swin_t 768 108 81.5 V1
@@ -79,7 +81,7 @@ vgg11 4096 507 69.0 V1
 vgg11_bn 4096 507 70.4 V1
 vgg13 4096 508 69.9 V1
 vgg13_bn 4096 508 71.6 V1
-vgg16 4096 528 71.6 V1 FEATURES
+vgg16 4096 528 71.6 V1
 vgg16_bn 4096 528 73.4 V1
 vgg19 4096 548 72.4 V1
 vgg19_bn 4096 548 74.2 V1

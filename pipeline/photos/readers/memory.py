@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.photos.memory_budget import memory_bytes
+from cache.share import memory_bytes
 
 BUFFERS = 10  # batches that may be on their way at once
 _PAGE = 4096

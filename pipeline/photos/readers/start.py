@@ -10,6 +10,8 @@ import sys
 import tempfile
 from multiprocessing import Pipe
 
+from cache.share import cores
+
 _EXIT_S = 0.3  # how long the readers' server may take to end them
 
 # Threads share Python's lock. Up to this many decode as fast as processes, real photos of COCO.
@@ -26,9 +28,8 @@ def reader_count(workers: int | None, device: str = "cpu") -> int:
     """
     if workers:
         return workers
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    return cores - cores // 8 if device == "cuda" else cores
+    usable = cores()
+    return usable - usable // 8 if device == "cuda" else usable
 
 
 def uses_processes(readers: int, device: str) -> bool:

@@ -7,13 +7,13 @@ ordinary run folder below `out`: `trial-000`, `trial-001` and so on.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Self
 
+from cache.share import share
 from cache.store import open_cache
 from train.config import BEST, SweepConfig, TrainConfig
 from train.device import resolve_device
@@ -53,7 +53,7 @@ def sweep(config: SweepConfig) -> Iterator[SweepNotice | TrialLog | SweepResult]
     identity = study_identity(config, cache, val_cache)
     captions = len(cache.captions)
     device = resolve_device(config.device)
-    cores = len(os.sched_getaffinity(0))
+    cores = share().cores
     jobs = config.jobs or (min(cores, _MOST_JOBS) if device.type == "cpu" else 1)
     with open_study(config, identity, captions, default) as study:
         missing = config.trials - ended_trials(study)

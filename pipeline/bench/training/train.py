@@ -25,7 +25,7 @@ from cache.store import open_cache
 from pipeline.bench.fresh_process import start_cap
 from pipeline.bench.machine import peak_rss_mb
 from pipeline.bench.synthetic_cache import PHOTOS, write_synthetic_cache
-from pipeline.bench.train_step import (
+from pipeline.bench.training.train_step import (
     GPU_STEPS,
     ClassicStep,
     milliseconds,
