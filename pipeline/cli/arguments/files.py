@@ -51,7 +51,7 @@ NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
 _BY_NAME = {
     **dict.fromkeys(("cache", "caches", "from_cache", "val_cache", "reuse"), CACHE),
     **dict.fromkeys(("model", "from_model"), MODEL),
-    **dict.fromkeys(("only", "val_list", "predictions"), TEXT),
+    **dict.fromkeys(("only", "val_list", "predictions", "ids"), TEXT),
     "images": PHOTOS,
     "captions": CAPTIONS,
     "source": CACHE_OR_CAPTIONS,
@@ -60,6 +60,7 @@ _BY_NAME = {
     **dict.fromkeys(("paths", "like"), PICTURES),
     "folder": RUNS,
     "gallery": GALLERY,
+    "sidecar_folder": GALLERY,
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
@@ -72,7 +73,7 @@ _OUT = {
     "build-vocab": NEW_TEXT,
 }
 # Else found missing only after the weights are read, which may be downloaded.
-_MUST_BE_THERE = ("reuse", "only")
+_MUST_BE_THERE = ("reuse", "only", "ids")
 _WEIGHTS_NAME = re.compile(r"random|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
 _OWN_FOLDER = ("train", "sweep", "import-classic")
