@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -37,6 +38,10 @@ class Form(Protocol):
 
     def split(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         """The records of a file's lines. The last may be torn."""
+        ...
+
+    def may_begin(self, torn: bytes) -> bool:
+        """Whether a file's only line, without its end, may be the beginning of a record."""
         ...
 
     def read(self, record: bytes) -> Record:
@@ -78,6 +83,9 @@ class Csv:
         if record:
             yield record.removesuffix(b"\n")  # torn within quotes
 
+    def may_begin(self, torn: bytes) -> bool:
+        return False  # the header is before it
+
     def read(self, record: bytes) -> Record:
         text = record.decode("utf-8")
         (row,) = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -106,6 +114,15 @@ class JsonLines:
 
     def split(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         yield from lines
+
+    def may_begin(self, torn: bytes) -> bool:
+        begins = b'{"path": "'
+        if not torn.startswith(begins):
+            return begins.startswith(torn)
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(torn)
+            return isinstance(found, dict) and MARK in found  # whole, but for the line break
+        return True
 
     def read(self, record: bytes) -> Record:
         try:

@@ -139,7 +139,7 @@ class GrowingFile:
                         start = end = len(record)
                         continue
                     if is_torn:
-                        if number == 1 and not record.startswith(b'{"path": '):
+                        if number == 1 and not form.may_begin(record):
                             raise foreign(self._path, None)
                         break
                     try:

@@ -113,11 +113,11 @@ class Sidecars:
         if self._foreign:
             first = self._targets[self._foreign[0]]
             line = (
-                f"{counted(len(self._foreign), what)} left as they are, because cap did not write "
-                f"what they hold (first: {first})"
+                f"{counted(len(self._foreign), what)} not replaced, because cap did not write what "
+                f"is there (first: {first})"
             )
             if self._form.replaces_foreign and not self._overwrite:
-                line += "; --overwrite replaces them"
+                line += "; --overwrite replaces texts"
             lines.append(line)
         return lines
 

@@ -25,6 +25,7 @@ _FANCY = re.compile(
 )
 # How names of fonts call the scripts of which they have no other name.
 _CALLED = {"Hani": "cjk", "Hira": "cjk", "Kana": "cjk", "Hang": "cjk", "Bopo": "cjk"}
+_NO_LETTERS = re.compile("lastresort|adobeblank|notdef", re.IGNORECASE)  # a sign for any letter
 NEUTRAL = ("Zyyy", "Zinh")  # digits, punctuation, marks: they belong to the letters around them
 # Scripts whose letters change their form or their place, which only Raqm knows.
 _SHAPED = frozenset(
@@ -80,7 +81,7 @@ def installed_fonts() -> list[Path]:
         for top in font_folders()
         for folder, _, names in os.walk(top)
         for name in names
-        if name.lower().endswith(_SUFFIXES)
+        if name.lower().endswith(_SUFFIXES) and not _NO_LETTERS.search(name)
     }
     return sorted(found, key=lambda file: (len(_FANCY.findall(file.name)), file.name, str(file)))
 
@@ -122,6 +123,20 @@ class Fonts:
         assert opened is not None  # Matplotlib itself needs it
         self.plain, self._plain_file = opened, plain
         self._known: dict[str, Path] = {}  # letter → file
+
+    def prepare(self, text: str) -> None:
+        """Choose one font for all letters of a script in a text, if one has them all."""
+        plain = letters_of(self._plain_file)
+        lacking: dict[str, set[str]] = {}
+        for letter in set(text):
+            if ord(letter) not in plain and not letter.isspace() and letter not in self._known:
+                lacking.setdefault(script_of(letter), set()).add(letter)
+        for script, letters in lacking.items():
+            wanted = set(map(ord, letters))
+            for file in self._candidates(script):
+                if wanted <= letters_of(file) and self._open(file) is not None:
+                    self._known |= dict.fromkeys(letters, file)
+                    break
 
     def runs(self, text: str) -> list[Run]:
         """A text in pieces of one font each, in the order in which it is read."""

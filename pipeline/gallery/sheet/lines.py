@@ -29,8 +29,9 @@ class Line:
 
 
 def set_lines(text: str, fonts: Fonts, width: int) -> list[Line]:
-    """A text in lines of at most this many pixels. What would steer a terminal becomes a space."""
-    text = "".join(" " if unicodedata.category(each) in ("Cc", "Cs") else each for each in text)
+    """A text in lines of at most this many pixels, without control characters."""
+    text = "".join(map(_harmless, text))
+    fonts.prepare(text)
     right_to_left = is_right_to_left(text)
     lines: list[str] = []
     for unit, spaced in _units(text):
@@ -78,6 +79,14 @@ def clusters(text: str) -> Iterator[str]:
         piece += letter
     if piece:
         yield piece
+
+
+def _harmless(letter: str) -> str:
+    """The letter, a space for a control character, or nothing for one that turns the direction."""
+    category = unicodedata.category(letter)
+    if category in ("Cc", "Cs"):
+        return " "
+    return "" if category == "Cf" and letter not in "\u200c\u200d" else letter
 
 
 def _may_part(before: str, letter: str) -> bool:
