@@ -145,10 +145,10 @@ def test_files_of_others_and_of_other_models_stay_unless_told_otherwise(
     write(told, model, predictions)
     ours = out.read_bytes()
     assert b"A dog." in ours
-    with pytest.raises(OutputFileError, match=r"written by run/best\.cap as it was then"):
+    with pytest.raises(OutputFileError, match=r"captions by run/best\.cap, of another training or"):
         write(replace(options, words=True), model, predictions)
     (model / "best.cap").write_bytes(b"other weights")
-    with pytest.raises(OutputFileError, match=r"written by run/best\.cap as it was then"):
+    with pytest.raises(OutputFileError, match=r"captions by run/best\.cap, of another training or"):
         write(options, model, predictions)
     assert out.read_bytes() == ours
 

@@ -105,6 +105,6 @@ def foreign(path: Path, mark: str | None) -> OutputFileError:
         )
     name = printable(mark.rpartition(" ")[0]) or "another model"
     return OutputFileError(
-        f"{path}: written by {name} as it was then, or with other settings ({MARK}); name another "
+        f"{path}: holds captions by {name}, of another training or with other settings; name another "
         "--out, or replace it with --overwrite"
     )

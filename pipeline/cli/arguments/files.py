@@ -45,6 +45,7 @@ RUNS = _wanted("a folder of runs", *_FOLDERS)
 PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
 GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
+NEW_PICTURE = _wanted("a picture to write", Kind.PICTURE, leaves=[Kind.TEXT])
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
 
 # By the names of the parameters, in all commands.
@@ -61,6 +62,7 @@ _BY_NAME = {
     "folder": RUNS,
     "gallery": GALLERY,
     "sidecar_folder": GALLERY,
+    **dict.fromkeys(("plot", "sheet"), NEW_PICTURE),
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {

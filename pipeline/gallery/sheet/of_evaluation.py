@@ -1,4 +1,4 @@
-"""The sheet of an evaluation: photos of a cache with captions, and below them what people wrote."""
+"""The sheet of an evaluation: photos of a cache with captions, and their references in grey."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ class EvaluationSheet:
             if ids[row] in said
         ]
         return write_sheet(
-            tiles, self._path, legend=legend, notes_legend="what people wrote", report=report
+            tiles, self._path, legend=legend, notes_legend="references", report=report
         )
