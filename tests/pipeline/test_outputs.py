@@ -301,6 +301,10 @@ def test_texts_in_a_folder_of_their_own_keep_the_folders_of_photos(
     write(options, model, predictions, roots=[top])
     assert (tmp_path / "out" / "x" / "a.txt").exists()
     assert (tmp_path / "out" / "y" / "a.txt").exists()
+    local = [said(name, "A dog.") for name in ("x/a.jpg", "y/a.jpg")]
+    here = OutputOptions(sidecar=True, sidecar_folder=tmp_path / "here")
+    write(here, model, local, roots=["./"])  # below which paths have no dot
+    assert (tmp_path / "here" / "y" / "a.txt").exists()
     with pytest.raises(OutputFileError, match=r"a\.txt: .*x/a\.jpg and .*y/a\.jpg would share it"):
         write(options, model, predictions)
 

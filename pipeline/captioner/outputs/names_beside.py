@@ -26,7 +26,7 @@ def targets_of(
     OutputFileError if two photos would share a file.
     """
     folders = _Folders(suffix)
-    tops = sorted({os.path.join(root, "") for root in roots}, key=len, reverse=True)
+    tops = sorted({_top(root) for root in roots}, key=len, reverse=True)
     targets: dict[str, Path] = {}
     taken: dict[Path, str] = {}
     for photo in photos:
@@ -50,6 +50,12 @@ def targets_of(
                 )
         targets[photo] = target
     return targets
+
+
+def _top(root: str) -> str:
+    """What the paths of photos below a folder begin with."""
+    folder = str(Path(root))
+    return "" if folder == "." else os.path.join(folder, "")
 
 
 class _Folders:

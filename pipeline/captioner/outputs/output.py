@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from cache.errors import CapError
 from pipeline.captioner.predictions import Caption, Prediction
-from pipeline.captions.mark import MARK
 from train.config import SearchConfig
 
 _DIGITS = 16
@@ -105,6 +104,6 @@ def foreign(path: Path, mark: str | None) -> OutputFileError:
         )
     name = printable(mark.rpartition(" ")[0]) or "another model"
     return OutputFileError(
-        f"{path}: holds captions by {name}, of another training or with other settings; name another "
-        "--out, or replace it with --overwrite"
+        f"{path}: holds captions by {name}, of another training or with other settings; name "
+        "another --out, or replace it with --overwrite"
     )
