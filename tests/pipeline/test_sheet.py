@@ -26,7 +26,8 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 def ink(path: Path) -> NDArray[np.bool_]:
     """(H, W) where something dark is."""
-    return pixels(path).max(2) < 100
+    darkest: NDArray[np.bool_] = pixels(path).max(2) < 100
+    return darkest
 
 
 @pytest.fixture
