@@ -26,7 +26,7 @@ class OutputOptions:
         None, "File with the photos' ids for .coco.json, such as image_info_test2014.json."
     )
     sidecar: bool = option(False, "Write p1.txt beside p1.jpg, unless it is somebody else's.")
-    xmp: bool = option(False, "Write p1.xmp beside p1.jpg, which photo managers read.")
+    xmp: bool = option(False, "Write p1.xmp beside p1.jpg, with the caption as the description.")
     sidecar_folder: Path | None = option(
         None, "Folder for the files of --sidecar and --xmp, instead of beside the photos."
     )
