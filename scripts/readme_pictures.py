@@ -1,9 +1,11 @@
-"""Make the pictures of the documentation: a gallery of the demo's drawn scenes, in Chromium.
+"""Make the pictures of the documentation: a gallery and a sheet of the demo's drawn scenes.
 
     python scripts/readme_pictures.py                  # runs `cap demo` first, which takes a minute
     python scripts/readme_pictures.py --demo demo      # takes the scenes and the model of that one
 
-Writes docs/images/gallery.png. Needs `chromium`.
+    python scripts/readme_pictures.py --only sheet     # needs no Chromium
+
+Writes docs/images/gallery.png, which needs `chromium`, and docs/images/sheet.png.
 """
 
 from __future__ import annotations
@@ -23,16 +25,19 @@ from pipeline.demo.config import DemoConfig
 from pipeline.demo.run import run_demo
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.gallery.of_evaluation import EvaluationGallery
+from pipeline.gallery.sheet.of_evaluation import EvaluationSheet
 from train.config import SearchConfig
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 WINDOW = (1280, 880)
+SCENES = 8  # of the sheet
 MOST_BYTES = 200_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="the folder of a finished `cap demo`")
+    parser.add_argument("--only", choices=("gallery", "sheet"), help="make this one alone")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -41,8 +46,11 @@ def main() -> None:
                 demo = Path(temporary) / "demo"
                 for report in run_demo(DemoConfig(out=demo)):
                     print(report if isinstance(report, str) else report.summary())
-            page = gallery_of(demo, Path(temporary) / "gallery")
-            photograph(page, IMAGES / "gallery.png")
+            if arguments.only != "sheet":
+                page = gallery_of(demo, Path(temporary) / "gallery")
+                photograph(page, IMAGES / "gallery.png")
+            if arguments.only != "gallery":
+                save_small(sheet_of(demo, Path(temporary) / "sheet.png"), IMAGES / "sheet.png")
     except CapError as error:
         sys.exit(f"error: {error}")
 
@@ -57,10 +65,23 @@ def gallery_of(demo: Path, folder: Path) -> Path:
     return folder / "index.html"
 
 
+def sheet_of(demo: Path, picture: Path) -> Path:
+    """A sheet of the demo's first held-out scenes."""
+    images = demo / "test"
+    names = sorted(file.name for file in images.iterdir())[:SCENES]
+    only = picture.with_name("names.txt")
+    only.write_text("".join(f"{name}\n" for name in names))
+    cache, run = demo / "test.h5", demo / "run"
+    sheet = EvaluationSheet(picture, images, cache, only, of_file=False)
+    result = evaluate(run, cache, SearchConfig(), out=picture.parent, only=only, meteor=False)
+    print("\n".join(sheet.write_model(result, run)))
+    return picture
+
+
 def photograph(page: Path, picture: Path) -> None:
     """A picture of the top of a page, with a palette of 256 colours.
 
-    Raises CapError without Chromium, and if the picture is too large for a repository.
+    Raises CapError without Chromium, and as `save_small` does.
     """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -77,8 +98,16 @@ def photograph(page: Path, picture: Path) -> None:
         capture_output=True,
         timeout=120,
     )
+    save_small(shot, picture)
+
+
+def save_small(large: Path, picture: Path) -> None:
+    """The picture of a file with a palette of 256 colours.
+
+    Raises CapError if it is too large for a repository.
+    """
     picture.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(shot) as image:
+    with Image.open(large) as image:
         colours = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         colours.save(picture, "PNG", optimize=True)
     size = picture.stat().st_size

@@ -14,10 +14,11 @@ from pipeline.cli.arguments.verbosity import with_verbosity
 from pipeline.cli.bench import bench
 from pipeline.cli.cache import info, merge, verify
 from pipeline.cli.extract import backbones, extract_features
-from pipeline.cli.models.caption import demo, evaluate, predict
+from pipeline.cli.models.caption import demo, evaluate
 from pipeline.cli.models.classic import import_classic
 from pipeline.cli.models.compare import compare_encoders
 from pipeline.cli.models.export import export
+from pipeline.cli.models.predict import predict
 from pipeline.cli.models.search import search
 from pipeline.cli.models.serve import serve
 from pipeline.cli.training.commands import build_vocab, runs, sweep, train

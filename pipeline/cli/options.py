@@ -43,6 +43,9 @@ MovedWeights = Annotated[
 Gallery = Annotated[
     Path | None, typer.Option(help="Folder for a page with the photos and their captions.")
 ]
+Sheet = Annotated[
+    Path | None, typer.Option(help="PNG for the photos with their captions below them.")
+]
 
 
 def own_or_moved(backbone: str | None, weights: str | None) -> str | None:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -53,6 +53,12 @@ def say(text: str) -> None:
     """Write a notice, one line, to stderr, unless that is to be quiet."""
     if _verbosity >= Verbosity.USUAL:
         complain(text)
+
+
+def say_all(notices: Iterable[str]) -> None:
+    """`say` each of them."""
+    for notice in notices:
+        say(notice)
 
 
 def mention(text: str) -> None:

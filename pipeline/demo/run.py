@@ -24,7 +24,7 @@ from pipeline.demo.scenes import Scene, draw_scene, named_right
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.extraction.config import ExtractOptions, settled
 from pipeline.extraction.extract import extract
-from pipeline.gallery.sheet import Tile, write_contact_sheet
+from pipeline.gallery.sheet.sheet import Tile, write_sheet
 from train.config import CLASSIC, SearchConfig, TrainConfig
 from train.fit.reports import EpochLog
 from train.fit.run import train
@@ -220,13 +220,14 @@ def _judge(
     captioner = Captioner.load(config.out / "run", device=config.device)
     predictions = captioner.caption(config.out / "test" / name for name in shown)
     sheet = config.out / _SHEET
-    write_contact_sheet(
+    write_sheet(
         [
-            Tile(Path(prediction.path), prediction.caption, truth[name].captions[0])
+            Tile(Path(prediction.path), (prediction.caption,), (truth[name].captions[0],))
             for name, prediction in zip(shown, predictions, strict=True)
         ],
         sheet,
-        legend=("black: the predicted caption", "grey: one of the true captions"),
+        legend="the predicted caption",
+        notes_legend="one of the true captions",
         columns=5,
     )
     return DemoResult(

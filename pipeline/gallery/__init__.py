@@ -1,1 +1,1 @@
-"""Photos with their captions: a page for a browser, and a contact sheet in one PNG."""
+"""Photos with their captions: a page for a browser, and sheets as PNG."""

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from cache.errors import CapError
-from cache.store import DONE, UNREADABLE, open_cache
+from cache.store import DONE, UNREADABLE, FeatureCache, open_cache
 from pipeline.evaluation.evaluate import Evaluation, Result, ScoredPredictions
 from pipeline.gallery.gallery import Gallery, Piece, ShownCaption, ShownPhoto
 from pipeline.gallery.of_predictions import model_name, search_in_words, shown_prediction
@@ -28,15 +28,7 @@ class EvaluationGallery:
         WriteError.
         """
         self._images, self._cache = images, open_cache(cache_path)
-        paths = self._cache.paths
-        rows = self._cache.rows_with(DONE).tolist()
-        if not prompt_answer_of(
-            lambda: any((images / paths[row]).is_file() for row in rows), str(images)
-        ):
-            raise CapError(
-                f"{images}: holds no photo of {cache_path}; name the folder that was given to "
-                "`cap extract-features --images`"
-            )
+        check_images(images, self._cache)
         self._gallery = Gallery(folder)
 
     def write_model(
@@ -125,6 +117,18 @@ class EvaluationGallery:
         trace: TracebackType | None,
     ) -> None:
         self._gallery.__exit__(kind, error, trace)
+
+
+def check_images(images: Path, cache: FeatureCache) -> None:
+    """Raise CapError if a folder holds none of the cache's photos, or StalledError."""
+    rows = cache.rows_with(DONE).tolist()
+    if not prompt_answer_of(
+        lambda: any((images / cache.paths[row]).is_file() for row in rows), str(images)
+    ):
+        raise CapError(
+            f"{images}: holds no photo of {cache.path}; name the folder that was given to "
+            "`cap extract-features --images`"
+        )
 
 
 def _cider_of(result: Result, references: dict[str, list[str]]) -> dict[str, float]:

@@ -123,7 +123,7 @@ class Thumbnails:
     def _make(self, wanted: _Wanted) -> Thumbnail:
         target = file_of(self.folder, wanted.number)
         try:
-            small = _small_copy(wanted.path, wanted.digest)
+            small = small_copy(wanted.path, wanted.digest)
         except Exception as error:
             return Thumbnail(error=reading_fails(wanted.path, error).error)
         if small is None:
@@ -141,7 +141,7 @@ def file_of(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.jpg"
 
 
-def _small_copy(path: Path, digest: NDArray[np.uint8] | None) -> Image.Image | None:
+def small_copy(path: Path, digest: NDArray[np.uint8] | None) -> Image.Image | None:
     """A photo of at most LONG_SIDE pixels; None if the file has another digest.
 
     Raises what reading and decoding raise.

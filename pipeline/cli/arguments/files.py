@@ -45,14 +45,14 @@ RUNS = _wanted("a folder of runs", *_FOLDERS)
 PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
 GALLERY = Wanted("a folder to write into", frozenset(), _FILES)  # no file belongs there
+NEW_PICTURE = _wanted("a picture to write", Kind.PICTURE, leaves=[Kind.TEXT])
 NEW_TEXT = _wanted("a text file to write", Kind.TEXT)
-NEW_PICTURE = _wanted("a picture to write", Kind.PICTURE)
 
 # By the names of the parameters, in all commands.
 _BY_NAME = {
     **dict.fromkeys(("cache", "caches", "from_cache", "val_cache", "reuse"), CACHE),
     **dict.fromkeys(("model", "from_model"), MODEL),
-    **dict.fromkeys(("only", "val_list", "predictions"), TEXT),
+    **dict.fromkeys(("only", "val_list", "predictions", "ids"), TEXT),
     "images": PHOTOS,
     "captions": CAPTIONS,
     "source": CACHE_OR_CAPTIONS,
@@ -61,7 +61,8 @@ _BY_NAME = {
     **dict.fromkeys(("paths", "like"), PICTURES),
     "folder": RUNS,
     "gallery": GALLERY,
-    "plot": NEW_PICTURE,
+    "sidecar_folder": GALLERY,
+    **dict.fromkeys(("plot", "sheet"), NEW_PICTURE),
 }
 # `--out` is another thing for each command. Those that write a cache look at it themselves.
 _OUT = {
@@ -74,7 +75,7 @@ _OUT = {
     "build-vocab": NEW_TEXT,
 }
 # Else found missing only after the weights are read, which may be downloaded.
-_MUST_BE_THERE = ("reuse", "only")
+_MUST_BE_THERE = ("reuse", "only", "ids")
 _WEIGHTS_NAME = re.compile(r"random|pretrained|[A-Z][A-Z0-9_]+")
 _SOON_S = 2.0
 _OWN_FOLDER = ("train", "sweep", "import-classic")

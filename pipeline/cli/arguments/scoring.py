@@ -20,6 +20,7 @@ def check_what_is_scored(
     all_photos: bool,
     out: Path | None,
     gallery: Path | None,
+    sheet: Path | None,
     images: Path | None,
     searches: bool,
 ) -> None:
@@ -45,12 +46,14 @@ def check_what_is_scored(
         raise WrongArguments("--tokenizer is for --captions; a cache and a model know theirs")
     if predictions is None and all_photos:
         raise WrongArguments("--all has no effect without --predictions")
-    if gallery is not None:
+    for flag, page in (("--gallery", gallery), ("--sheet", sheet)):
+        if page is None:
+            continue
         if human:
-            raise WrongArguments("--gallery shows captions of a model or of a file, not of people")
+            raise WrongArguments(f"{flag} shows captions of a model or of a file, not of people")
         if cache is None:
-            raise WrongArguments("--gallery needs a --cache, which knows the files of its photos")
+            raise WrongArguments(f"{flag} needs a --cache, which knows the files of its photos")
         if images is None:
-            raise WrongArguments("--gallery needs --images, the folder of the cache's photos")
-    elif images is not None:
-        raise WrongArguments("--images has no effect without --gallery")
+            raise WrongArguments(f"{flag} needs --images, the folder of the cache's photos")
+    if images is not None and gallery is None and sheet is None:
+        raise WrongArguments("--images has no effect without --gallery or --sheet")

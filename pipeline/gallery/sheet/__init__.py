@@ -1,0 +1,1 @@
+"""Sheets: photos with their captions set below them, in one PNG or a few."""
