@@ -17,6 +17,7 @@ from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.models.caption import demo, evaluate, predict
 from pipeline.cli.models.classic import import_classic
 from pipeline.cli.models.compare import compare_encoders
+from pipeline.cli.models.explain import explain
 from pipeline.cli.models.export import export
 from pipeline.cli.models.search import search
 from pipeline.cli.training.commands import build_vocab, runs, sweep, train
@@ -69,6 +70,7 @@ app.command("import-classic")(import_classic)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(search)
+app.command()(explain)
 app.command()(export)
 app.command("compare-encoders")(compare_encoders)
 app.command()(demo)
