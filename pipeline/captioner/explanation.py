@@ -33,8 +33,8 @@ from pipeline.photos.preprocessing import corner, preprocess_pixels, size_for_cr
 from train.captions.sentence import sentence
 from train.captions.word_places import word_places
 
-GRID = 10  # parts of the photo in each direction
-SIDES = (2, 3)  # of the covering squares, in parts
+GRID = 7  # parts of the photo in each direction
+SIDES = (3,)  # of the covering squares, in parts
 _BATCH_PHOTOS = 32  # covered photos that are encoded at once
 
 Square = tuple[int, int, int, int]  # top, bottom, left, right in parts of the grid; may stick out

@@ -13,7 +13,7 @@ from pipeline.cli.terminal import ProgressLine, one_field, print_json, say
 from train.torch_import import start_torch
 
 _SOON_S = 3.0  # what takes longer shows how far it is
-_GRID, _SIDES = 10, "2 and 3"  # `pipeline.captioner.explanation`, which is heavy, has the same
+_GRID = 7  # `pipeline.captioner.explanation.GRID`; that module is heavy
 
 
 def explain(
@@ -37,8 +37,8 @@ def explain(
         typer.Option(
             min=3,
             max=32,
-            help="Parts of the photo in each direction; squares have "
-            f"{_SIDES} parts a side. Time grows with its square.",
+            help="Parts of the photo in each direction; a square covers 3 × 3 of them. Finer parts "
+            "take longer, and smaller squares cost words less.",
         ),
     ] = _GRID,
     weights: MovedWeights = None,
