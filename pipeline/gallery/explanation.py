@@ -62,6 +62,15 @@ def check_replaceable(picture: Path, photo: Path) -> None:
             )
 
 
+def make_folder(picture: Path) -> None:
+    """Make the folder of a picture, if it is missing. Raises ExplanationError."""
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ExplanationError(f"{picture}: cannot make its folder ({reason})") from None
+
+
 def _is_ours(picture: Path) -> bool:
     try:
         with picture.open("rb") as file:
@@ -127,13 +136,17 @@ def _figure(explanation: Explanation, words: Sequence[ExplainedWord], photo: Ima
     room = (width - right - _GAP) / 7.6  # letters of the text at size 10
     caption = textwrap.wrap(_plain(explanation.caption), round(room * 0.66), max_lines=3)
     write(right, _GAP, "\n".join(caption), size=15)
-    y = _GAP + 26 * len(caption) + 8
+    y = _GAP + 26.0 * len(caption) + 8
     told = textwrap.wrap(_TOLD, round(room * 1.12))
     write(right, y, "\n".join(told), size=9.5, color=_FAINT)
     y += 16.5 * len(told) + 14
     axes = figure.add_axes(place(right + 4, y, 420, 14))
     axes.imshow(_legend(420, 14), aspect="auto", extent=(0, scale, 0, 1))
-    factors = [factor for factor in _FACTORS if math.log(factor) <= scale + 1e-6]
+    factors: list[int] = []
+    for factor in _FACTORS:  # whose labels do not touch
+        room_left = 420 * (math.log(factor) - math.log(factors[-1])) / scale if factors else 420
+        if math.log(factor) <= scale + 1e-6 and room_left >= 44:
+            factors.append(factor)
     axes.set_xticks(
         [math.log(factor) for factor in factors],
         ["as likely" if factor == 1 else f"1/{factor}" for factor in factors],
@@ -147,7 +160,7 @@ def _figure(explanation: Explanation, words: Sequence[ExplainedWord], photo: Ima
     grey = photo.convert("L").resize(tile, Image.Resampling.LANCZOS)
     for i, word in enumerate(words):
         x = _GAP + i % _COLUMNS * (_TILE_WIDTH + _GAP)
-        y = float(head) + i // _COLUMNS * (tile[1] + _TITLE + _GAP)
+        y = head + i // _COLUMNS * (tile[1] + _TITLE + _GAP)
         fall = word.log_prob - word.worst_log_prob
         is_outlined = fall >= math.log(2)
         write(x, y, _shortened(word.text or word.word), size=12)

@@ -277,10 +277,10 @@ def test_the_command(
     assert answer["caption"] in said.stderr
     assert all(np.shape(word["falls"]) == (3, 3) for word in answer["words"])
     word = answer["words"][0]["word"]
-    one = cap(*common, "--words", word, "--caption", f"xyzzy {word}", "--out", "one.png")
+    one = cap(*common, "--words", word, "--caption", f"xyzzy {word}", "--out", "new/one.png")
     assert one.exit_code == 0, one.output
     assert "does not know it: xyzzy" in one.stderr
-    assert pixels_of(Path("one.png")).shape[0] <= first.shape[0]
+    assert pixels_of(Path("new/one.png")).shape[0] <= first.shape[0]
     assert "is no word of the caption" in cap(*common, "--words", "xyzzy").stderr
 
 

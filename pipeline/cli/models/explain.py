@@ -57,11 +57,12 @@ def explain(
         from pipeline.captioner.captioner import Captioner
         from pipeline.captioner.explanation import chosen_words, read_pixels
         from pipeline.captioner.explanation import explain as stage
-        from pipeline.gallery.explanation import check_replaceable, draw_explanation
+        from pipeline.gallery.explanation import check_replaceable, draw_explanation, make_folder
 
         picture = Path(f"{photo.stem}-explained.png") if out is None else out
         check_replaceable(picture, photo)
         pixels = read_pixels(photo)
+        make_folder(picture)
         captioner = Captioner.load(model, device=device, weights=weights)
         with ProgressLine("covering", "squares", after_s=_SOON_S) as line:
             explanation = stage(
