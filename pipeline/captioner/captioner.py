@@ -32,6 +32,7 @@ from train.device import resolve_device
 from train.model.bundle import Bundle, find_bundle, load_bundle
 from train.scores.degenerate import degenerate
 from train.search.hypotheses import Hypothesis, search_several
+from train.search.likelihood import word_log_probs
 
 _BATCH_PHOTOS = 32
 _JUDGED_CAPTIONS = 1000
@@ -255,6 +256,22 @@ class Captioner:
         """
         recorded = self.bundle.training.get("degenerate")
         return str(recorded) if recorded else degenerate(self._said)
+
+    def word_log_probs(self, pixels: torch.Tensor, words: Sequence[int]) -> torch.Tensor:
+        """(B, T) float32 on the CPU: the log-probability of each word of a caption for each photo,
+        given the words before it.
+
+        pixels: (B, V, 3, S, S) uint8, the views that `views` names. words: T numbers of the
+        vocabulary. Raises EncoderError.
+        """
+        with self._lock:
+            features = self.encoder.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            return word_log_probs(self.bundle.decoder, mean_of_views(features), words).cpu()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of a photo that a caption is made from."""
+        return self._settled(self.search_config)[1]
 
     def _remember(self, hypotheses: Sequence[Sequence[Hypothesis]]) -> None:
         room = max(0, _JUDGED_CAPTIONS - len(self._said))

@@ -17,6 +17,7 @@ from pipeline.cli.extract import backbones, extract_features
 from pipeline.cli.models.caption import demo, evaluate
 from pipeline.cli.models.classic import import_classic
 from pipeline.cli.models.compare import compare_encoders
+from pipeline.cli.models.explain import explain
 from pipeline.cli.models.export import export
 from pipeline.cli.models.predict import predict
 from pipeline.cli.models.search import search
@@ -72,6 +73,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(search)
 app.command()(serve)
+app.command()(explain)
 app.command()(export)
 app.command("compare-encoders")(compare_encoders)
 app.command()(demo)

@@ -69,6 +69,7 @@ def test_json_has_the_members_that_are_documented(tmp_path: Path, photos: Path) 
         "evaluate": ["--model", run, "--cache", cache, "--no-meteor"],
         "predict": [photos / "a.jpg", "--model", run],
         "search": ["a photo", "--model", run, "--cache", cache],
+        "explain": [*(photos / "a.jpg", "--model", run, "--grid", 3, "--out", tmp_path / "a.png")],
         "export": ["--model", run, "--out", tmp_path / "folder", "--max-length", 2],
         "compare-encoders": [
             *(*images, "--out", tmp_path / "encoders", "--steps", 1, "--image-size", 32),

@@ -61,6 +61,19 @@ def log_likelihoods(
     return total
 
 
+@torch.inference_mode()
+def word_log_probs(decoder: CaptionDecoder, features: Tensor, words: Sequence[int]) -> Tensor:
+    """(N, T) float32: the log-probability of each word for each photo, given the words before it.
+
+    decoder: in eval mode. features: (N, D) on its device. words: T numbers of the vocabulary.
+    """
+    given = torch.tensor(words, device=features.device)
+    inputs = given[None, :-1].expand(len(features), -1)
+    hidden = decoder.hidden(features, inputs)  # (N, T, H)
+    places = [_log_probs(decoder, hidden[:, place], word) for place, word in enumerate(words)]
+    return torch.stack(places, dim=1)
+
+
 def _log_probs(decoder: CaptionDecoder, hidden: Tensor, word: int) -> Tensor:
     """(B, H) outputs of the LSTM → (B,) log-probability of this word."""
     rows = max(1, _LOGITS_BYTES // (4 * decoder.config.vocab_size))

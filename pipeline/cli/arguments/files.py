@@ -41,6 +41,7 @@ CAPTIONS = _wanted("a captions file", Kind.TEXT)
 CACHE_OR_CAPTIONS = _wanted("a feature cache or a captions file", Kind.CACHE, Kind.TEXT)
 WEIGHTS = _wanted("a file of a network's weights", Kind.WEIGHTS)
 PICTURES = _wanted("photos", Kind.PICTURE, Kind.FOLDER, leaves=[Kind.TEXT])
+PHOTO = _wanted("a photo", Kind.PICTURE, leaves=[Kind.TEXT])
 RUNS = _wanted("a folder of runs", *_FOLDERS)
 PICKLE = _wanted("a pickled vocabulary", leaves=[Kind.TEXT])  # of protocol 0
 NEW_FOLDER = _wanted("a folder to write into", *_FOLDERS)
@@ -59,6 +60,7 @@ _BY_NAME = {
     **dict.fromkeys(("weights", "encoder_file", "decoder_file"), WEIGHTS),
     "vocab_file": PICKLE,
     **dict.fromkeys(("paths", "like"), PICTURES),
+    "photo": PHOTO,
     "folder": RUNS,
     "gallery": GALLERY,
     "sidecar_folder": GALLERY,

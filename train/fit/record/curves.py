@@ -77,7 +77,7 @@ def draw_run(run: Path, picture: Path) -> bool:
         return False
     check_replaceable(picture)
     name = run.absolute().name
-    with _matplotlib([name]):
+    with own_matplotlib([name]):
         _save(_run_figure(name, curves), picture)
     return True
 
@@ -99,7 +99,7 @@ def draw_runs(runs: Sequence[PlottedRun], picture: Path) -> int:
         picture.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CurvesError(f"{picture}: cannot make its folder ({error.strerror})") from None
-    with _matplotlib([line.name for line in lines]):
+    with own_matplotlib([line.name for line in lines]):
         _save(_runs_figure(lines), picture)
     return len(lines)
 
@@ -137,7 +137,7 @@ def serve(run: str) -> None:
 
 
 @contextlib.contextmanager
-def _matplotlib(texts: Sequence[str]) -> Iterator[None]:
+def own_matplotlib(texts: Sequence[str]) -> Iterator[None]:
     """A context in which matplotlib has its own settings, finds a font for the texts, and says
     nothing: of a font cache, of a home that it cannot write to, of letters that no font has.
     """
