@@ -89,10 +89,12 @@ def test_defaults_shown_are_the_configs(work: Path) -> None:
     defaults = ExtractConfig(Path(), Path())
     assert extract["backbone"] is None  # as the cache was begun, or else the config's
     help = " ".join(cap("extract-features", "--help")[0].split())
-    for default in ("resnet152", "IMAGENET1K_V1", "full", "224", "treebank"):
+    of_network = "what the network was trained for, 224 for most"
+    weights = "IMAGENET1K_V1, of timm pretrained"
+    for default in ("resnet152", weights, "full", of_network, "treebank"):
         assert f"[default: {default}, or as --out was begun, or --reuse made]" in help
     assert (defaults.backbone, defaults.weights) == ("resnet152", "IMAGENET1K_V1")
-    assert (defaults.views, defaults.image_size) == (("full",), 224)
+    assert (defaults.views, defaults.image_size) == (("full",), None)
     assert extract["batch_size"] == defaults.batch_size
     assert train["recipe"] == "best"
     assert (CLASSIC.embedding_size, CLASSIC.hidden_size, CLASSIC.batch_size) == (256, 512, 128)
