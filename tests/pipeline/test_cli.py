@@ -238,7 +238,7 @@ def test_captioning_that_takes_long_shows_how_far_it_is(
 ) -> None:
     told = ["predict", photos, "--model", work / "run", "--device", "cpu"]
     assert "captioning" not in cap(*told, code=1)[1]
-    monkeypatch.setattr("pipeline.cli.models.caption._SOON_S", 0.0)
+    monkeypatch.setattr("pipeline.cli.models.predict._SOON_S", 0.0)
     out, err = cap(*told, code=1)
     assert out.count("\n") == 11
     assert re.search(r"^captioning: 12/12 photos, [\d.,]+ photos/s$", err, re.MULTILINE)

@@ -37,7 +37,7 @@ def test_every_private_operation_is_there_in_this_pytorch(way: str) -> None:
         *("ops.mkldnn._linear_pointwise", "ops.mkldnn._is_mkldnn_bf16_supported"),
         *("ops.mkldnn._reorder_convolution_weight", "ops.mkldnn._convolution_pointwise"),
         *("ops.mkldnn._convolution_pointwise_", "cudnn_convolution_relu"),
-        *("cudnn_convolution_add_relu", "_C._nn._upsample_bilinear2d_aa", "native_batch_norm"),
+        *("cudnn_convolution_add_relu", "native_batch_norm"),
         *("ops.aten.tanh_backward.grad_input", "ops.aten.sigmoid_backward.grad_input"),
         *("_fused_adamw_", "Tensor._version"),
         *("ops.aten.native_batch_norm_backward", "ops.aten._thnn_fused_lstm_cell"),
@@ -45,6 +45,10 @@ def test_every_private_operation_is_there_in_this_pytorch(way: str) -> None:
         "nn.Module._replicate_for_data_parallel",
     ]
     source = (ROOT / "train" / "private_torch.py").read_text(encoding="utf-8")
+    resize = 'f"_C._nn._upsample_{filter}2d_aa"'  # one for each filter
+    assert source.count(f"_private({resize})") == 1
+    for filter in ("bilinear", "bicubic"):
+        assert private_torch._private(f"_C._nn._upsample_{filter}2d_aa") is not None
     for name in names:
         assert f'_private("{name}")' in source
         assert private_torch._private(name) is not None, name
