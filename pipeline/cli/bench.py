@@ -92,6 +92,7 @@ def bench_train(
         if as_json:
             derived = {
                 "ratio": result.ratio,
+                "limit_share": result.limit_share,
                 "epoch_s": result.epoch_s,
                 "limit_epoch_s": result.limit_epoch_s,
                 "captions_per_s": result.captions_per_s,

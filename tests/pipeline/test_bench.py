@@ -57,6 +57,9 @@ def test_bench_train_prints_what_its_figures_are_made_of(monkeypatch: pytest.Mon
     } <= result.keys()  # fmt: skip
     assert result["steps_per_epoch"] == -(-2501 // 32)
     assert result["ratio"] == result["plain_step_ms"] / result["fast_step_ms"]
+    assert result["limit_share"] == result["limit_step_ms"] / result["fast_step_ms"]
+    assert result["plain_faults"] > 0
+    assert result["plain_kept_ms"] > 0
     assert result["tokens_per_step"] / 32 == pytest.approx(12.5, abs=0.3)  # `<end>` included
     assert set(result["parts_ms"]) >= {"lstm forward", "backward", "optimizer"}
     assert "cores" in err

@@ -32,6 +32,7 @@ from pipeline.bench.training.train_step import (
     parts_ms,
     product_rate,
     step_flops,
+    without_page_faults,
 )
 from train.captions.caption_set import CaptionSet, caption_set
 from train.captions.epoch_order import epoch_batches
@@ -61,6 +62,10 @@ class TrainBench:
     steps_per_epoch: int
     tokens_per_step: float
     plain_step_ms: float  # the classic step
+    # On a CPU with glibc: the classic step in a process that keeps the memory it frees, and the
+    # page faults of one as it is. Training keeps none, and neither does the step above.
+    plain_kept_ms: float | None
+    plain_faults: float | None
     fast_step_ms: float
     parts_ms: dict[str, float]
     limit_step_ms: float  # the products alone, at the fastest rate measured here
@@ -73,6 +78,11 @@ class TrainBench:
     @property
     def ratio(self) -> float:
         return self.plain_step_ms / self.fast_step_ms
+
+    @property
+    def limit_share(self) -> float:
+        """How much of the step the products alone take: what does not depend on the neighbours."""
+        return self.limit_step_ms / self.fast_step_ms
 
     @property
     def epoch_s(self) -> float:
@@ -92,19 +102,29 @@ class TrainBench:
             f"captions, {self.tokens_per_step:,.0f} tokens each; {self.num_layers} x "
             f"{self.hidden_size} hidden, {self.embedding_size} embedded; products in "
             f"{self.precision}, {self.kernels} kernels",
-            f"classic step      {self.plain_step_ms:>9.2f} ms",
-            f"fast step         {self.fast_step_ms:>9.2f} ms   ({self.ratio:.1f} times as fast, "
-            f"{self.captions_per_s:,.0f} captions/s)",
-            *(f"  {name:<16}{value:>9.2f} ms" for name, value in self.parts_ms.items()),
             f"arithmetic limit  {self.limit_step_ms:>9.2f} ms   "
-            f"({self.product_tflops:.2f} TFLOP/s; {self.limit_step_ms / self.fast_step_ms:.0%} "
-            "of it reached)",
+            f"({self.limit_share:.0%} of it reached; {self.product_tflops:.2f} TFLOP/s)",
+            f"fast step         {self.fast_step_ms:>9.2f} ms   "
+            f"({self.captions_per_s:,.0f} captions/s)",
+            *(f"  {name:<16}{value:>9.2f} ms" for name, value in self.parts_ms.items()),
+            f"classic step      {self.plain_step_ms:>9.2f} ms   "
+            f"(the fast step is {self.ratio:.1f} times as fast)",
+            *self._of_page_faults(),
             f"epoch             {self.epoch_s:>9.1f} s    (limit {self.limit_epoch_s:.1f} s"
             + (f"; one took {self.measured_epoch_s:.1f} s)" if self.measured_epoch_s else ")"),
             f"first step        {self.first_step_s:>9.1f} s    after the prompt",
             f"memory            {self.beyond_cache_mb:>9.0f} MB   beyond the cache",
         ]
         return "\n".join(lines)
+
+    def _of_page_faults(self) -> list[str]:
+        if self.plain_kept_ms is None:
+            return []
+        ratio = self.plain_kept_ms / self.fast_step_ms
+        return [
+            f"  page faults     {self.plain_step_ms - self.plain_kept_ms:>9.2f} ms   "
+            f"of that, {self.plain_faults:,.0f} faults; without them {ratio:.1f} times as fast"
+        ]
 
 
 def bench_train(
@@ -189,6 +209,9 @@ def _time_steps(
     for _ in range(measurements):
         fast_ms.append(milliseconds(lambda: _take(steps, fast_count), device) / fast_count)
         classic_ms.append(milliseconds(classic_steps, device) / classic_count)
+    kept_ms = faults = None
+    if not on_gpu:
+        kept_ms, faults = without_page_faults(classic_steps, device, measurements)
     tokens = float(captions.lengths.sum()) / len(batches)
     rate = product_rate(trainer, device, round(tokens))
     objective = trainer.objective
@@ -203,6 +226,8 @@ def _time_steps(
         steps_per_epoch=len(batches),
         tokens_per_step=tokens,
         plain_step_ms=statistics.median(classic_ms),
+        plain_kept_ms=kept_ms,
+        plain_faults=faults,
         fast_step_ms=statistics.median(fast_ms),
         parts_ms=parts_ms(trainer, batches[measurements], device),
         limit_step_ms=1e3 * step_flops(objective.config, tokens, recipe.batch_size) / rate,
