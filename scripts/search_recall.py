@@ -36,16 +36,22 @@ def main(
     captions: Annotated[
         int, typer.Option(min=1, help="Captions of each photo that search for it.")
     ] = 1,
+    photos: Annotated[
+        int | None,
+        typer.Option(min=1, help="Photos whose captions search, from the first on, among all."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     try:
-        print(json.dumps(_measure(model, cache, captions, torch.device(device)), indent=1))
+        print(json.dumps(_measure(model, cache, captions, photos, torch.device(device)), indent=1))
     except CapError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
-def _measure(model: Path, path: Path, captions: int, device: torch.device) -> dict[str, object]:
+def _measure(
+    model: Path, path: Path, captions: int, photos: int | None, device: torch.device
+) -> dict[str, object]:
     bundle, cache = load_bundle(model, device), open_cache(path)
     difference = cache.encoder.difference(bundle.encoder)
     if difference is not None:
@@ -56,16 +62,17 @@ def _measure(model: Path, path: Path, captions: int, device: torch.device) -> di
     texts = cache.captions.by_row(len(cache))
     ranks = []
     started = time.perf_counter()
-    for place, row in enumerate(rows.tolist()):
+    for place, row in enumerate(rows[:photos].tolist()):
         for text in texts[row][:captions]:
             words = Query.of(text, bundle.vocabulary).numbers
             own = log_likelihoods(bundle.decoder, features[place : place + 1], words)
             # Whoever is less likely before the last word is less likely after it.
             others = log_likelihoods(bundle.decoder, features, words, float(own[0]))
-            others[place] = -torch.inf  # computed in another batch, it may differ in a last digit
-            ranks.append(1 + int((others > own).sum()))
-        if place % 100 == 99:
-            print(f"{place + 1:,} of {len(rows):,} photos", file=sys.stderr, flush=True)
+            better = others > own
+            better[place] = False  # computed in another batch, it may differ in a last digit
+            ranks.append(1 + int(better.sum()))
+        if place % 50 == 49:
+            print(f"captions of {place + 1:,} photos", file=sys.stderr, flush=True)
     return {
         "photos": len(rows),
         "captions": len(ranks),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from train.model.decoder import CaptionDecoder
 
-_LOGITS_BYTES = 1 << 23  # of a piece: the softmax reads the logits several times
+_LOGITS_BYTES = 1 << 22  # of a piece, which stays in the processor's cache for the softmax
 # A bound in float32 may lie this much below the sum that it bounds.
 _ROUNDING = 1e-3
 
@@ -77,11 +77,8 @@ def word_log_probs(decoder: CaptionDecoder, features: Tensor, words: Sequence[in
 def _log_probs(decoder: CaptionDecoder, hidden: Tensor, word: int) -> Tensor:
     """(B, H) outputs of the LSTM → (B,) log-probability of this word."""
     rows = max(1, _LOGITS_BYTES // (4 * decoder.config.vocab_size))
-    parts = []
-    for piece in hidden.split(rows):
-        logits = decoder.logits(piece).float()
-        parts.append(logits[:, word] - logits.logsumexp(1))
-    return torch.cat(parts)
+    pieces = hidden.split(rows)
+    return torch.cat([decoder.logits(piece).float().log_softmax(1)[:, word] for piece in pieces])
 
 
 def likeliest(
