@@ -114,12 +114,12 @@ class PhotoCaptioner(nn.Module):
         log_probs = log_probs.masked_fill(banned, _IMPOSSIBLE)
         n = search["no_repeat_ngram"]
         if n and length >= n:
-            recent = words[:, length - n + 1 :]
-            for start in range(length - n + 1):
-                gram = words[:, start : start + n]
-                repeats = (gram[:, :-1] == recent).all(1)
-                hit = repeats[:, None] & (number == gram[:, -1:])
-                log_probs = log_probs.masked_fill(hit, _IMPOSSIBLE)
+            last = length - n + 1  # the first word of the last n-gram to be, one word short
+            grams = torch.stack([words[:, k : last + k] for k in range(n)], 2)  # (B, last, n)
+            repeats = (grams[:, :, :-1] == words[:, None, last:]).all(2)
+            # Where nothing would repeat, this bans <pad>, which is banned anyway.
+            following = torch.where(repeats, grams[:, :, -1], PAD)
+            log_probs = log_probs.scatter(1, following, _IMPOSSIBLE)
         return log_probs
 
     def _search(self, features: Tensor, beams: int, count: int) -> tuple[Tensor, Tensor]:
