@@ -210,6 +210,7 @@ def _write_onnx(captioner: PhotoCaptioner, facts: dict[str, Any], out: Path) -> 
         made = torch.onnx.export(
             _exported(captioner),
             dynamo=True,
+            optimize=False,  # takes four times as long as all the rest; runtimes optimize, too
             opset_version=_OPSET,
             input_names=["pixels"],
             output_names=["words", "scores"],
