@@ -127,7 +127,7 @@ def _scored(
             if epochs % 10 == 0:
                 print(f"{run.name}: {report.line()}", file=sys.stderr, flush=True)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    evaluated = evaluate(run, test_cache, _SEARCH, meteor=False, spice=False).scores
+    evaluated = evaluate(run, test_cache, _SEARCH, meteor=False).scores
     scores = {
         **evaluated.as_dict(),
         "seconds": seconds,
