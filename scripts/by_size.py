@@ -29,7 +29,7 @@ from cache.record import Skeleton, Strings
 from cache.store import DONE, FeatureCache, open_cache
 from cache.writer import open_writer
 from pipeline.evaluation.evaluate import evaluate
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 from train.config import BEST, CLASSIC, Recipe, SearchConfig, TrainConfig
 from train.fit.reports import EpochLog
 from train.fit.run import train
