@@ -81,7 +81,8 @@ def ask_for(
         cpus = cpus or max(1, min(shares, default=1))
         return Ask(workers or max(1, _slots(nodes, cpus, gpus)), cpus, gpus)
     if cpus is None and workers is None:
-        cpus = max(1, min(_MOST_CPUS, *(math.floor(node.cpus) for node in nodes if node.cpus)))
+        sizes = [math.floor(node.cpus) for node in nodes if node.cpus]  # a head may have none
+        cpus = max(1, min([_MOST_CPUS, *sizes]))
     elif cpus is None:
         fitting = (part for part in _PARTS if _slots(nodes, part, 0) >= (workers or 1))
         cpus = next(fitting, 1)

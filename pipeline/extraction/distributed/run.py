@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +50,8 @@ from pipeline.extraction.fill import Notice
 
 _DEATHS = 3  # of workers at the same place of a shard
 _FAILURES = 2  # of a shard, the second one after all others
+_FAILED_IN_A_ROW = 2  # shards, until a worker is taken for the reason, if there are others
+_ALL_FAIL = 8  # shards in a row, until something that all have in common is taken for the reason
 _LOST_STARTS = 3  # workers that die before they have loaded, one after the other
 _SOON_S = 15.0  # until the user is told that no worker has started
 _WAIT_S = 60.0
@@ -149,6 +151,8 @@ class _Worker:
     doing: str = "place"  # the method that it was called with; empty if it is idle
     shard: int = 0  # at which it is
     filled: Filled | None = None  # of this shard, in this call
+    failed_at: set[int] = field(default_factory=set)  # shards
+    failed_in_a_row: int = 0
 
 
 class ClusterJob:
@@ -177,6 +181,7 @@ class ClusterJob:
         self._deaths: dict[int, tuple[int, int]] = {}  # of a shard: (how many, at which photo)
         self._errors: dict[int, int] = {}
         self._failed: dict[int, str] = {}
+        self._failed_in_a_row = 0
         self._finished: dict[int, Finished] = {}
         self._filled: dict[int, Filled] = {}  # of shards that are not finished
         self._new = 0  # photos of calls that have ended
@@ -311,6 +316,7 @@ class ClusterJob:
             self._filled.pop(worker.shard, None)
             self._new += message.new
             worker.filled, worker.shard = None, 0
+            worker.failed_in_a_row = self._failed_in_a_row = 0
         elif isinstance(message, Damaged):
             yield Notice(f"{self._name(worker.shard)} is made again: {message.reason}")
             assert self.shards is not None
@@ -425,7 +431,11 @@ class ClusterJob:
                     self._pool.end(number)
                     del self._workers[number]
                     continue
-                method, worker.shard = self._queue.popleft()
+                next_one = self._next_for(worker)
+                if next_one is None:
+                    continue
+                self._queue.remove(next_one)
+                method, worker.shard = next_one
                 task = self.shards.task(worker.shard, with_photos=method == "work")
                 self._call(number, method, task, self.shards.record.encoder)
             wanted = min(wanted, len(self._queue) + self._at_work())
@@ -436,6 +446,12 @@ class ClusterJob:
             for _ in range(wanted - len(self._workers) - self._refused):
                 self._workers[self._pool.add()] = _Worker()
 
+    def _next_for(self, worker: _Worker) -> tuple[str, int] | None:
+        """What a worker does next. It tries no shard twice, if others can."""
+        if len(self._workers) == 1:
+            return self._queue[0]
+        return next((each for each in self._queue if each[1] not in worker.failed_at), None)
+
     def _take_failure(self, number: int, message: Failed) -> Iterator[Notice]:
         worker = self._workers[number]
         for line in message.trace.splitlines():
@@ -445,12 +461,23 @@ class ClusterJob:
             yield from self._refuse(number, f"{worker.host}: {message.reason}")
             return
         self._close_call(worker)
+        worker.failed_at.add(shard)
+        worker.failed_in_a_row += 1
+        self._failed_in_a_row += 1
         self._errors[shard] = self._errors.get(shard, 0) + 1
+        if self._failed_in_a_row >= max(_ALL_FAIL, 2 * self._asked.workers):
+            raise ClusterError(
+                f"{self._failed_in_a_row} times in a row, a shard has failed, at last "
+                f"{self._name(shard)}: {message.reason}; what is done is kept in {self._folder}"
+            )
         if self._errors[shard] < _FAILURES:
             self._queue.append(("work", shard))
             yield Notice(f"{self._name(shard)}: {message.reason}; it is tried again at the end")
         else:
             yield from self._fail(shard, message.reason)
+        others = any(other.loaded for n, other in self._workers.items() if n != number)
+        if worker.failed_in_a_row >= _FAILED_IN_A_ROW and others:
+            yield from self._refuse(number, f"{worker.host}: {message.reason}")
 
     def _refuse(self, number: int, reason: str) -> Iterator[Notice]:
         """A worker that cannot work is ended, and not replaced."""
