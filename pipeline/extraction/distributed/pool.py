@@ -14,6 +14,8 @@ import logging
 import math
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from pipeline.extraction.distributed.messages import Died, Ended, Message, Place
 if TYPE_CHECKING:
     from pipeline.extraction.distributed.worker import ShardWorker
 
-_CONNECT_S = 10.0
+_CONNECT_S, _PROBE_S = 10.0, 30.0
 _MOST_LETTERS = 200  # of a reason
 _STORE_BYTES = 512 << 20  # of an instance that is started here; it holds the photos' names
 _MOST_CPUS = 8  # of a worker on CPUs, if the user does not say
@@ -242,7 +244,7 @@ class RayPool:
                 message = Ended()
             except ray.exceptions.RayTaskError as error:
                 self.end(worker)
-                message = Died(_last_line(error))
+                message = Died(_last_of(str(error)))
             except ray.exceptions.RayError as error:
                 self.end(worker)
                 message = Died(_reason(error))
@@ -303,6 +305,26 @@ def _check_reachable(address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ClusterError(f"--ray {address}: nobody answers there ({reason})") from None
+    # Where something else answers, Ray would wait for two minutes and write about it to stderr. A
+    # process of its own can be stopped.
+    code = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='CRITICAL')"
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-P", "-c", code, address],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"--ray {address}: what answers there is no cluster of Ray, or does not answer within "
+            f"{_PROBE_S:g} s"
+        ) from None
+    if probe.returncode:
+        raise ClusterError(f"--ray {address}: cannot connect ({_last_of(probe.stderr)})")
 
 
 def _reason(error: Exception) -> str:
@@ -313,13 +335,13 @@ def _reason(error: Exception) -> str:
     if kind == "NodeDiedError" or "node was terminated" in text:
         return "its machine is gone"
     if "creation task" in text:  # as where this package is not installed
-        return _last_line(error)
+        return _last_of(str(error))
     _, found, rest = text.partition("The actor is dead because ")
     if found:
         text = rest.partition(". Some common causes")[0]
     return " ".join(text.split())[:_MOST_LETTERS] or kind
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:_MOST_LETTERS] if lines else type(error).__name__
+def _last_of(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:_MOST_LETTERS] if lines else "it does not say why"
