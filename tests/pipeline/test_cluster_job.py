@@ -51,7 +51,13 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> LocalPool:
 
 
 def on_cluster(
-    photos: Path, out: Path, *, workers: int = 2, shards: int | None = 3, **changes: object
+    photos: Path,
+    out: Path,
+    *,
+    workers: int = 2,
+    shards: int | None = 3,
+    catalogue: bool = False,
+    **changes: object,
 ) -> tuple[ClusterProgress, list[str]]:
     """(the final progress, all notices) of a job with three shards of four photos."""
     options = RayOptions(
@@ -59,6 +65,7 @@ def on_cluster(
         ray_workers=workers,
         ray_shards=shards,
         ray_wait=0.2,
+        catalogue=catalogue,
         cost_per_hour=3.0,
     )
     config = extract_config(photos, out, **{"precision": "float32", "device": "cpu", **changes})
@@ -108,6 +115,21 @@ def test_a_job_makes_the_bytes_of_one_extraction(
     last, notices = on_cluster(photos, tmp_path / "x.h5")
     assert (last.done, last.unreadable, last.new) == (11, 1, 0)
     assert notices[-1] == f"{tmp_path}/x.h5 is made already"
+
+
+def test_a_catalogue_keeps_the_shards_and_reads_like_the_whole(
+    photos: Path, tmp_path: Path, pool: LocalPool
+) -> None:
+    extract_alone(photos, tmp_path / "alone.h5", precision="float32")
+    for _ in range(2):  # the second time it is there
+        on_cluster(photos, tmp_path / "x.catalogue", catalogue=True)
+        alone, listed = open_cache(tmp_path / "alone.h5"), open_cache(tmp_path / "x.catalogue")
+        assert listed.shards is not None
+        assert np.array_equal(listed.load_features(), alone.load_features())
+        assert list(listed.paths) == list(alone.paths)
+        assert listed.captions.sha256() == alone.captions.sha256()
+    assert sorted(work_calls(pool)) == [1, 2, 3]
+    assert (folder_of(tmp_path / "x.catalogue") / "2-of-3.h5").is_file()
 
 
 def test_a_worker_loads_once_and_works_until_nothing_is_left(

@@ -195,7 +195,7 @@ def test_a_cluster_that_lacks_what_is_asked_says_so(
     cluster: Any, many: Path, tmp_path: Path
 ) -> None:
     options = RayOptions(ray="auto", ray_workers=1, ray_cpus=64, ray_wait=2)
-    started = []
+    started: list[object] = []
     with pytest.raises(
         ClusterError,
         match=r"no worker could start within 2 s: asked for 1 worker of 64 CPUs; the cluster has "

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from cache.derived.catalogue import write_catalogue
+from cache.derived.shards import is_catalogue
 from cache.merge import merge
 from cache.record import CacheError, EncoderRecord
 from cache.store import DONE, UNREADABLE, open_cache
+from cache.writer import check_place
 from pipeline.captions.records import Photo
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.distributed.config import RayOptions
@@ -103,11 +106,14 @@ def extract_on_cluster(
     if (line := lock.waits()) is not None:
         yield Notice(line)
     with lock:
-        photos, understood = read_asked(config)
+        if not is_catalogue(config.out):
+            check_place(config.out)
+        photos, understood = read_asked(replace(config, out=folder / "shard.h5"))
         yield from map(Notice, understood)
         digests = digests_of(photos)
         if is_made(config, len(photos), digests):
-            remove_job(folder)  # a run that was killed at its very end may have left it
+            if open_cache(config.out).shards is None:  # else it is a catalogue of them
+                remove_job(folder)  # a run that was killed at its very end may have left it
             yield Notice(f"{config.out} is made already")
             yield _of_result(config.out)
             return
@@ -118,8 +124,11 @@ def extract_on_cluster(
         shards = job.shards
         assert shards is not None
         yield Notice("all shards are done; joining them", detail=True)
-        merge(shards.paths(), config.out, overwrite=config.overwrite)
-        remove_job(folder)
+        if options.catalogue:
+            write_catalogue(shards.paths(), config.out, overwrite=config.overwrite)
+        else:
+            merge(shards.paths(), config.out, overwrite=config.overwrite)
+            remove_job(folder)
         yield progress
 
 
