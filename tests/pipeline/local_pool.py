@@ -10,6 +10,7 @@ from pipeline.extraction.distributed.messages import (
     Died,
     Ended,
     Message,
+    Place,
     Settings,
     ShardTask,
 )
@@ -18,6 +19,9 @@ from pipeline.extraction.distributed.worker import ShardWorker
 
 # Sees each message before the job does, with the worker and its shard, and may return another one.
 Fault = Callable[[int, int, Message], Message]
+
+
+HERE = Place("here", 1)
 
 
 class LocalPool:
@@ -59,7 +63,8 @@ class LocalPool:
         task = arguments[0] if arguments else None
         shard = task.shard.number if isinstance(task, ShardTask) else 0
         self.calls.append((worker, method, shard))
-        self._running[worker] = shard, self._workers[worker].call(method, arguments)
+        messages = self._workers[worker].call(method, arguments)
+        self._running[worker] = shard, iter([HERE]) if method == "place" else messages
 
     def wait(self, timeout_s: float) -> list[tuple[int, Message]]:
         if not self._running:
@@ -78,7 +83,9 @@ class LocalPool:
 
     def end(self, worker: int) -> None:
         if worker in self._running:
-            self._running.pop(worker)[1].close()  # type: ignore[attr-defined]
+            close = getattr(self._running.pop(worker)[1], "close", None)
+            if close is not None:
+                close()
         self._workers.pop(worker, None)
 
     def worker_seconds(self) -> float:

@@ -291,6 +291,20 @@ def test_a_worker_with_other_weights_is_left_out(
     assert {worker for worker, method, _ in pool.calls if method == "work"} == {0}
 
 
+def test_other_versions_of_libraries_are_told_once(
+    photos: Path, tmp_path: Path, pool: LocalPool
+) -> None:
+    def older(worker: int, shard: int, message: Message) -> Message:
+        if isinstance(message, Loaded) and worker > 0:
+            return dataclasses.replace(message, versions=message.versions | {"torch": "2.11"})
+        return message
+
+    pool.fault = older
+    _, notices = on_cluster(photos, tmp_path / "x.h5", workers=3)
+    (line,) = (notice for notice in notices if "on other machines" in notice)
+    assert line.startswith("here: torch 2.11, on other machines ")
+
+
 def test_what_no_worker_can_load_is_the_jobs_error(
     photos: Path, tmp_path: Path, pool: LocalPool
 ) -> None:

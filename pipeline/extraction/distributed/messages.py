@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs, and with which libraries: the first that it sends."""
+    """Where a worker runs: the first that it sends."""
 
     host: str
     pid: int
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Loaded:
 
     record: EncoderRecord
     device: str  # its type
+    versions: dict[str, str]  # of the libraries
     notices: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
 

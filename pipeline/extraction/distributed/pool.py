@@ -102,16 +102,22 @@ class Actor:
     """What Ray runs: a `ShardWorker` in a process of its own."""
 
     def __init__(self, settings: Settings) -> None:
-        from train.torch_import import import_torch, share_machine
-
-        share_machine()
-        import_torch()
-        from pipeline.extraction.distributed.worker import ShardWorker
-
-        self._worker: ShardWorker = ShardWorker(settings)
+        self._settings = settings
+        self._worker: ShardWorker | None = None
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Iterator[Message]:
-        """The messages of a method of the worker."""
+        """The messages of a method of the worker; of `place`, before anything heavy is imported."""
+        if method == "place":
+            yield Place(socket.gethostname(), os.getpid())
+            return
+        if self._worker is None:
+            from train.torch_import import import_torch, share_machine
+
+            share_machine()
+            import_torch()
+            from pipeline.extraction.distributed.worker import ShardWorker
+
+            self._worker = ShardWorker(self._settings)
         yield from self._worker.call(method, arguments)
 
 

@@ -185,6 +185,7 @@ class ClusterJob:
         self._workers: dict[int, _Worker] = {}
         self._base: EncoderRecord | None = None  # of the first worker, without precision
         self._device = "cpu"  # its type
+        self._versions: dict[str, str] = {}  # of its libraries
         self._precision: str | None = None
         self._queue: deque[tuple[str, int]] = deque()  # (method, shard)
         self._deaths: dict[int, tuple[int, int]] = {}  # of a shard: (how many, at which photo)
@@ -315,9 +316,7 @@ class ClusterJob:
             yield from map(Notice, message.notices)
             yield from (Notice(text, detail=True) for text in message.details)
         elif isinstance(message, Said):
-            if message.text not in self._told:  # each worker says it of each shard
-                self._told.add(message.text)
-                yield Notice(message.text, message.detail)
+            yield from self._once(message.text, message.detail)  # each says it of each shard
         elif isinstance(message, Filled):
             worker.filled = self._filled[worker.shard] = message
         elif isinstance(message, Finished):
@@ -346,12 +345,25 @@ class ClusterJob:
         worker.loaded, self._lost_starts = True, 0
         if self._base is None:
             self._base, self._device = message.record, message.device
+            self._versions = message.versions
             yield from map(Notice, message.notices)
             yield from (Notice(text, detail=True) for text in message.details)
             return
         difference = message.record.difference(self._base)
         if difference is not None:
             yield from self._refuse(number, f"{worker.host}: has {difference} as on the others")
+        for name, version in message.versions.items():
+            usual = self._versions[name]
+            if version != usual:
+                yield from self._once(
+                    f"{worker.host}: {name} {version}, on other machines {usual}; the last bits of "
+                    "features may differ"
+                )
+
+    def _once(self, text: str, detail: bool = False) -> Iterator[Notice]:
+        if text not in self._told:
+            self._told.add(text)
+            yield Notice(text, detail)
 
     def _settle(self) -> Iterator[Notice]:
         """When there is an encoder, settle what all shards have in common."""

@@ -38,7 +38,6 @@ from pipeline.extraction.distributed.messages import (
     Finished,
     Loaded,
     Message,
-    Place,
     Said,
     Settings,
     ShardTask,
@@ -84,10 +83,6 @@ class ShardWorker:
             reason = f"{type(error).__name__}: {lines[0] if lines else '(no message)'}"
             yield Failed(reason, traceback.format_exc())
 
-    def place(self) -> Iterator[Message]:
-        """Where it runs: one `Place`."""
-        yield Place(socket.gethostname(), os.getpid(), library_versions())
-
     def load(self) -> Iterator[Message]:
         """Load the encoder, and check that the photos and the job's folder are seen here."""
         config = self._config
@@ -101,6 +96,7 @@ class ShardWorker:
         yield Loaded(
             encoder_record(self._backbone, size, config.views, "float32"),
             self._devices[0].type,
+            library_versions(),
             tuple(self._backbone.notices),
             tuple(self._backbone.details),
         )
