@@ -41,7 +41,12 @@ class Plan:
     replace_s: float = 120.0  # until a failed worker's successor begins to start
     start_s: float = 15.0  # of a worker: its process, PyTorch, the encoder
     shard_start_s: float = 2.0  # of each shard: its names, its file, the first photos
+    tokenized_per_s: float = 100_000.0  # photos, whose captions a worker splits before each shard
     flush_s: float = 2.0  # work that a killed worker loses
+
+    def opening_s(self, photos: float) -> float:
+        """Of a shard of so many photos, until its first batch."""
+        return self.shard_start_s + photos / self.tokenized_per_s
 
     @property
     def shards(self) -> int:
@@ -97,8 +102,8 @@ def simulate(plan: Plan, seed: int) -> Outcome:
             worker_s += now - worker.began
             worker.phase, worker.until, worker.fails = "away", math.inf, math.inf
             return
-        worker.phase, worker.until = "opening", now + plan.shard_start_s
         worker.left = queue.popleft()
+        worker.phase, worker.until = "opening", now + plan.opening_s(worker.left)
         # The mean is 1, whatever the spread.
         worker.slowness = math.exp(plan.sigma * chance.gauss(0.0, 1.0) - plan.sigma**2 / 2)
 
@@ -158,8 +163,8 @@ def _share_storage(plan: Plan, working: list[_Worker]) -> None:
 def without_chance(plan: Plan) -> float:
     """Seconds without stragglers, failures and limits of storage: waves of equal shards."""
     waves = math.ceil(plan.shards / plan.gpus)
-    shard_s = plan.photos / plan.shards / plan.gpu_photos_per_s
-    return plan.start_s + waves * (plan.shard_start_s + shard_s)
+    size = plan.photos / plan.shards
+    return plan.start_s + waves * (plan.opening_s(size) + size / plan.gpu_photos_per_s)
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,10 @@ def main(
     failure_h: Annotated[float, typer.Option(help="Hours between a worker's failures.")] = 24.0,
     read_rate: Annotated[
         float, typer.Option(help="Photos per second whose names and captions the driver reads.")
-    ] = 8500.0,
+    ] = 17_000.0,
+    tokenize: Annotated[
+        float, typer.Option(help="Photos per second whose captions a worker splits into tokens.")
+    ] = 100_000.0,
     features: Annotated[int, typer.Option(help="Numbers per photo, of two bytes.")] = 2048,
     merge: Annotated[float, typer.Option(help="GB/s of features that a merge copies.")] = 0.5,
     seeds: Annotated[int, typer.Option(min=1, help="Simulated runs of each row.")] = 20,
@@ -240,6 +248,7 @@ def main(
         network_bytes_per_s=network * 1e9,
         sigma=sigma,
         failure_s=failure_h * 3600,
+        tokenized_per_s=tokenize,
     )
     serial = Serial(read_rate, 2 * features, merge * 1e9)
     print(HEADER)

@@ -18,6 +18,7 @@ import torch
 
 from cache.record import (
     CacheError,
+    CaptionTable,
     EncoderRecord,
     Shard,
     Skeleton,
@@ -316,12 +317,18 @@ def skeleton_of(
     record: EncoderRecord,
     batch_rows: int,
     shard: Shard | None,
+    captions: CaptionTable | None = None,
 ) -> Skeleton:
-    """All that a cache of exactly these photos holds besides its rows."""
+    """All that a cache of exactly these photos holds besides its rows.
+
+    captions: those of the photos, if they are tokenized already.
+    """
+    if captions is None:
+        captions = build_caption_table([photo.captions for photo in photos], tokenizer)
     return Skeleton(
         image_ids=Strings.pack(photo.image_id for photo in photos),
         paths=Strings.pack(photo.path for photo in photos),
-        captions=build_caption_table([photo.captions for photo in photos], tokenizer),
+        captions=captions,
         encoder=record,
         batch_rows=batch_rows,
         shard=shard,

@@ -29,6 +29,7 @@ from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import check_device
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.digests import other_photos
+from pipeline.extraction.distributed.caption_tables import caption_table
 from pipeline.extraction.distributed.lock import LOCK_NAME
 from pipeline.extraction.distributed.messages import (
     Chosen,
@@ -147,7 +148,16 @@ class ShardWorker:
             backbone=backbone,
             devices=devices,
             skeleton=skeleton_of(
-                task.photos, config.tokenizer, record, task.batch_rows, task.shard
+                task.photos,
+                config.tokenizer,
+                record,
+                task.batch_rows,
+                task.shard,
+                caption_table(
+                    [photo.captions for photo in task.photos],
+                    config.tokenizer,
+                    max(1, round(self._settings.cpus)),
+                ),
             ),
             known=None,
             updates=False,
