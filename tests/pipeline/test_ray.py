@@ -194,7 +194,7 @@ def test_a_worker_that_cannot_write_fails_no_shard_of_the_others(
 def test_a_cluster_that_lacks_what_is_asked_says_so(
     cluster: Any, many: Path, tmp_path: Path
 ) -> None:
-    options = RayOptions(ray="auto", ray_workers=1, ray_cpus=64, ray_wait=2)
+    options = RayOptions(ray="auto", ray_workers=1, ray_cores=64, ray_wait=2)
     started: list[object] = []
     with pytest.raises(
         ClusterError,

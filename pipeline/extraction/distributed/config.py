@@ -26,7 +26,7 @@ class RayOptions:
         "With --ray: GPUs of each worker, also a part of one.  [default: 1 where there are any]",
         min=0,
     )
-    ray_cpus: float | None = option(
+    ray_cores: float | None = option(
         None,
         "With --ray: CPUs of each worker, also a part of one.  [default: what is beside a GPU, or "
         "up to 8]",

@@ -269,7 +269,7 @@ class ClusterJob:
             self._pool.nodes(),
             workers=options.ray_workers,
             gpus=0.0 if device == "cpu" else options.ray_gpus,
-            cpus=options.ray_cpus,
+            cpus=options.ray_cores,
         )
         if device == "cuda" and not ask.gpus:
             raise ClusterError(f"--device cuda: {self._pool.in_words()}")
