@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.derived.update import update_cache
 from cache.record import CacheError, Skeleton, Strings
 from cache.store import DONE, PENDING, UNREADABLE, open_cache
-from cache.update import update_cache
 from cache.verify import verify
 from cache.writer import open_writer
 from tests.cache.test_store import CAPTIONS, DIGESTS, FEATURES, fill
