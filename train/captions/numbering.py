@@ -40,15 +40,16 @@ class Numbered:
 
 
 def build_caption_table(
-    captions: Sequence[Sequence[str]], tokenizer: str = TREEBANK
+    captions: Sequence[Sequence[str]], tokenizer: str = TREEBANK, *, processes: int | None = None
 ) -> CaptionTable:
     """Tokenize and number the captions of N photos; `captions[n]` are the texts of photo n.
 
-    Many captions are shared out among processes; the table is the same. Raises TokenizerError.
+    processes: at most so many share them if they are many; None for the cores that may be used. The
+    table is the same. Raises TokenizerError.
     """
     texts = [text for group in captions for text in group]
     rows = np.repeat(np.arange(len(captions), dtype=np.int32), [len(group) for group in captions])
-    tokens, lengths, words = _joined(_in_shares(texts, tokenizer))
+    tokens, lengths, words = _joined(_in_shares(texts, tokenizer, processes or cores()))
     parts = np.split(tokens, range(_COUNTED_TOKENS, len(tokens), _COUNTED_TOKENS))
     counts = np.zeros(len(words), np.int64)
     for part in parts:
@@ -81,9 +82,9 @@ def number(texts: Sequence[str], tokenizer: str) -> Numbered:
     return Numbered(np.frombuffer(flat, np.int32), lengths, list(numbers))
 
 
-def _in_shares(texts: list[str], tokenizer: str) -> list[Numbered]:
+def _in_shares(texts: list[str], tokenizer: str, most: int) -> list[Numbered]:
     """`number` of consecutive shares of the texts, the first one here and the others elsewhere."""
-    count = max(1, min(cores(), len(texts) // _SHARE))
+    count = max(1, min(most, len(texts) // _SHARE))
     bounds = [len(texts) * share // count for share in range(count + 1)]
     shares = [texts[start:stop] for start, stop in pairwise(bounds)]
     with ThreadPoolExecutor(count) as threads:
