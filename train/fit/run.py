@@ -22,7 +22,8 @@ from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
 from train.fit.data_recipe import FEW_CAPTIONS, fit_to_data
-from train.fit.failures import (
+from train.fit.record.drawn_curves import DrawnCurves
+from train.fit.record.failures import (
     diverged,
     out_of_memory_as,
     too_large_decoder,
@@ -30,7 +31,6 @@ from train.fit.failures import (
     too_large_step,
     too_large_validation,
 )
-from train.fit.record.drawn_curves import DrawnCurves
 from train.fit.record.metrics import epoch_record, step_record
 from train.fit.record.pace import Pace
 from train.fit.record.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
@@ -53,7 +53,7 @@ from train.model.bundle import Bundle, load_bundle, read_training
 from train.model.start_model import load_start_model, new_decoder
 from train.step.cuda.kernel_choice import begin_kernels
 from train.step.objective import product_dtype
-from train.step.optimizer import learning_rate
+from train.step.update.optimizer import learning_rate
 
 
 def train(

@@ -29,10 +29,10 @@ from train.step.cuda.objective import CudaObjective
 from train.step.cuda.step_inputs import StepInputs
 from train.step.dropout import draw_masks
 from train.step.objective import flat_parameters, objective_for, product_dtype
-from train.step.optimizer import FlatAdamW, learning_rate
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.scheduled_sampling import with_sampled_words
-from train.step.weight_average import WeightAverage
+from train.step.update.optimizer import FlatAdamW, learning_rate
+from train.step.update.weight_average import WeightAverage
 
 # Photos that BatchNorm's statistics are computed from, for averaged weights: a tenth of a second.
 _STATISTICS_PHOTOS = 8192

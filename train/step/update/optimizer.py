@@ -13,7 +13,7 @@ from train.config import FixedRecipe, Recipe
 from train.model.flat_parameters import FlatParameters
 from train.step.kernels import Kernels
 from train.step.torch_kernels import TorchKernels
-from train.step.weight_average import WeightAverage
+from train.step.update.weight_average import WeightAverage
 
 
 def learning_rate(recipe: FixedRecipe, step: int, steps: int) -> float:
