@@ -55,6 +55,11 @@ class FlatAdamW:
         self._steps = torch.zeros((), device=device)
         self._rate = torch.zeros((), device=device) if rate is None else rate
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it remembers: moments (P,) and the number of steps, float32, on the device."""
+        return [self._mean, self._mean_of_squares, self._steps]
+
     def set_rate(self, rate: float) -> None:
         self._rate.fill_(rate)
 
