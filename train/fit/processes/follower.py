@@ -24,7 +24,6 @@ from train.model.start_model import load_start_model, new_decoder
 from train.step.cuda.kernel_choice import begin_kernels
 from train.step.objective import product_dtype
 from train.step.processes.group import Processes
-from train.step.processes.launch import ProcessesError
 
 
 def follow(config: TrainConfig, processes: Processes) -> Iterator[None]:
@@ -42,8 +41,6 @@ def follow(config: TrainConfig, processes: Processes) -> Iterator[None]:
             while told := processes.hear():
                 for _ in trainer.epoch(told[EPOCH], told[STEP]):
                     yield None
-        except ProcessesError:  # which the first process has noticed itself
-            raise
         except (CapError, OSError, RuntimeError, MemoryError) as error:
             processes.fail(next(iter(str(error).splitlines()), "") or type(error).__name__)
             raise

@@ -57,6 +57,7 @@ class Processes:
         dist.init_process_group("gloo", timeout=_CONNECTING)
         self._told, self._ends = _new_group("gloo"), _new_group("gloo")
         self._sums = self._told  # until `use`
+        self._on_gpu = False
         # Whether steps are under way, in which the device may wait for other processes.
         self.in_steps = False
         self._closed = threading.Event()  # this process has said its last word
@@ -85,9 +86,10 @@ class Processes:
     def use(self, device: torch.device) -> None:
         """Connect for sums of tensors on this device, which must be of one kind everywhere."""
         self.wait_for_all()
-        if device.type == "cuda":
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
             torch.cuda.set_device(device)
-        self._sums = _new_group("nccl" if device.type == "cuda" else "gloo")
+        self._sums = _new_group("nccl" if self._on_gpu else "gloo")
 
     @property
     def leads(self) -> bool:
@@ -177,9 +179,10 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            if self.leads:
-                self._lost.wait(2.0)  # its last word may still be on its way
-            raise ProcessesError(self._failure or _ENDED) from None
+            if self.leads and self._lost.wait(2.0):  # a last word may still be on its way
+                raise ProcessesError(self._failure or _ENDED) from None
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            raise ProcessesError(f"cannot exchange numbers with the others ({reason})") from None
 
     def _listen(self, other: int) -> None:
         """Wait for the last word of another process, in a thread."""
@@ -233,13 +236,15 @@ class Processes:
         """Process 0 lets the others go: in peace if training is done, else at once."""
         self._closed.set()
         done = kind is None
+        if not done and not self.leads:
+            return  # its process ends
         for other in range(1, self.count) if self.leads else (0,):
-            if self.leads or done:
-                with contextlib.suppress(RuntimeError):
-                    dist.send(_word(_DONE if done else _STOP), other, group=self._ends)
-        if done:
-            for listener in self._listeners:
-                listener.join(5.0)
+            with contextlib.suppress(RuntimeError):
+                dist.send(_word(_DONE if done else _STOP), other, group=self._ends)
+        for listener in self._listeners:
+            listener.join(5.0)
+        # A GPU may still wait for a process that has gone, and NCCL then waits for it.
+        if done or not self._on_gpu:
             dist.destroy_process_group()
 
 
