@@ -8,13 +8,17 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.cli.terminal import say
 from train.step.processes.launch import Launch, ProcessesError, launched
 
 if TYPE_CHECKING:
     from train.step.processes.group import Processes
+
+_LONG_S = 10.0  # that processes started together do not need to find each other
 
 
 def is_follower() -> bool:
@@ -67,11 +71,16 @@ def connect(launch: Launch) -> Processes:
     """
     from train.step.processes.group import Processes
 
+    text = f"waiting for all {launch.count} processes that WORLD_SIZE={launch.count} promises"
+    notice = threading.Timer(_LONG_S, say, [text])
+    notice.daemon = True
+    notice.start()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return Processes.connect(launch)
     finally:
         signal.signal(signal.SIGINT, before)
+        notice.cancel()
 
 
 @contextlib.contextmanager

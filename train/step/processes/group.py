@@ -89,7 +89,8 @@ class Processes:
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             torch.cuda.set_device(device)
-        self._sums = _new_group("nccl" if self._on_gpu else "gloo")
+        with self._together():
+            self._sums = _new_group("nccl" if self._on_gpu else "gloo")
 
     @property
     def leads(self) -> bool:
