@@ -61,14 +61,14 @@ def test_what_goes_wrong_in_one_process_is_said_once_by_the_first(
     run = tmp_path / "run"
     (port,) = free_ports(1)
     given = ["pipeline", "train", "--out", str(run), *SMALL]
-    caches = [str(cache), f"{tmp_path}/elsewhere.h5"]
+    caches = [str(cache), f"{tmp_path}/else\udcffwhere.h5"]  # a name that is not UTF-8
     started = [start(n, *given, "--from-cache", path, port=port) for n, path in enumerate(caches)]
     first, second = ends(started)
     assert first == (
         1,
         "",
-        f"error: {run}: process 1 of 2: {tmp_path}/elsewhere.h5: no such file; run the command "
-        "again\n",
+        f"error: {run}: process 1 of 2: {tmp_path}/else\\udcffwhere.h5: no such file; "
+        "run the command again\n",
     )
     assert second == (1, "", "")
     assert not run.exists()

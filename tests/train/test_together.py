@@ -41,7 +41,7 @@ def start(rank: int, *arguments: str, port: str = "0") -> subprocess.Popen[str]:
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each."""
     try:
-        said = [process.communicate(timeout=120) for process in processes]
+        said = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

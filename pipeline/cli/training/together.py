@@ -39,7 +39,8 @@ def only_the_first_speaks() -> Iterator[None]:
     if not is_follower():
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+    # With any text, as the usual streams.
+    with open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere:
         own = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = nowhere
         try:

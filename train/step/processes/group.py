@@ -257,5 +257,5 @@ def _new_group(backend: str) -> dist.ProcessGroup:
 
 
 def _word(kind: int, text: str = "") -> Tensor:
-    said = bytes([kind]) + text.encode()[: _WORD_BYTES - 1]
+    said = bytes([kind]) + text.encode("utf-8", "backslashreplace")[: _WORD_BYTES - 1]
     return torch.tensor(list(said.ljust(_WORD_BYTES, b"\0")), dtype=torch.uint8)
