@@ -34,10 +34,15 @@ class Started:
     epochs: int = 0  # by cross-entropy, at most
     epoch_steps: int = 0
     patience_steps: int | None = None  # steps without a better model after which training ends
+    processes: int = 1  # that train together
 
     def summary(self) -> str:
-        """Two lines, and one for each thing to know about equal photos."""
-        return "\n".join([self._sizes(), self._length() + self._choice(), *self.notices()])
+        """Two lines, and one for each thing to know about equal photos and about processes."""
+        lines = [self._sizes(), self._length() + self._choice(), *self.notices()]
+        if self.processes > 1:
+            shares = "each on its share of the captions of every step"
+            lines.insert(2, f"{self.processes} processes, {shares}")
+        return "\n".join(lines)
 
     def notices(self) -> list[str]:
         """A line for each thing to know about equal photos."""

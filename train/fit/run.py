@@ -22,7 +22,10 @@ from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
 from train.fit.data_recipe import FEW_CAPTIONS, fit_to_data
-from train.fit.failures import (
+from train.fit.processes.follower import follow
+from train.fit.processes.leader import leading, tell_epoch, tell_followers, with_own_device
+from train.fit.record.drawn_curves import DrawnCurves
+from train.fit.record.failures import (
     diverged,
     out_of_memory_as,
     too_large_decoder,
@@ -30,7 +33,6 @@ from train.fit.failures import (
     too_large_step,
     too_large_validation,
 )
-from train.fit.record.drawn_curves import DrawnCurves
 from train.fit.record.metrics import epoch_record, step_record
 from train.fit.record.pace import Pace
 from train.fit.record.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
@@ -53,7 +55,9 @@ from train.model.bundle import Bundle, load_bundle, read_training
 from train.model.start_model import load_start_model, new_decoder
 from train.step.cuda.kernel_choice import begin_kernels
 from train.step.objective import product_dtype
-from train.step.optimizer import learning_rate
+from train.step.processes.group import Processes
+from train.step.processes.launch import ProcessesError
+from train.step.update.optimizer import learning_rate
 
 
 def train(
@@ -61,6 +65,7 @@ def train(
     *,
     saves_within_epochs: bool = True,
     notice_of_curves: Callable[[str], object] | None = None,
+    processes: Processes | None = None,
 ) -> Generator[TrainReport | None, None, None]:
     """Train as configured. Yields a report, or None, after every step.
 
@@ -68,19 +73,27 @@ def train(
     The files of finished epochs are written after `SAVE_PAUSE_S` and when training ends, also with
     an error. saves_within_epochs: also save models within epochs, as `save_every` says.
     notice_of_curves: draw the run's curves, and call this with one line if that fails; None: do not
-    draw.
+    draw. processes: those that train together; all of them call this, with the same configuration.
+    Only the first one reports and writes. The others yield None after each step. If the first one
+    ends early, their processes end there and then. In the end all are disconnected.
 
-    Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
+    Raises CacheError, TrainError, VocabularyError, TrainingSetError, ProcessesError or WriteError.
     """
-    if config.tensorboard:
-        check_tensorboard()
-    with RunFolder(config.out) as folder:
+    if processes is not None and not processes.leads:
+        yield from follow(config, processes)
+        return
+    with leading(processes), RunFolder(config.out) as folder:
+        if config.tensorboard:
+            check_tensorboard()
+        if processes is not None:
+            config = with_own_device(config, processes)
         try:
             run = _Run(
                 config,
                 folder,
                 saves_within_epochs=saves_within_epochs,
                 notice_of_curves=notice_of_curves,
+                processes=processes,
             )
             with run.curves, run.metrics, run.board:
                 try:
@@ -94,6 +107,8 @@ def train(
                     folder.write_kept()
         except WriteError as error:
             raise folder.failure(error) from None
+        except ProcessesError as error:
+            raise ProcessesError(f"{config.out}: {error}; {folder.how_to_go_on()}") from None
 
 
 @dataclass(frozen=True)
@@ -135,9 +150,11 @@ class _Run:
         *,
         saves_within_epochs: bool,
         notice_of_curves: Callable[[str], object] | None,
+        processes: Processes | None = None,
     ) -> None:
         self._saves_within_epochs = saves_within_epochs
         self.folder = folder
+        self._processes = processes
         self.device = resolve_device(config.device)
         if self.device.index is not None:
             # Seeds and graphs belong to the current device.
@@ -148,6 +165,8 @@ class _Run:
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         recorded = None if checkpoint is None else checkpoint.settings
+        if processes is not None:
+            tell_followers(processes, self.device, recorded, self.data_rules)
         config, recipe = fit_to_data(config, cache, recorded)
         self.config, self.recipe = config, recipe
         start = load_start_model(config.from_model, cache) if config.from_model else None
@@ -171,7 +190,10 @@ class _Run:
                 vocabulary=self.vocabulary,
                 precision=config.precision,
                 plain=config.plain,
+                processes=processes,
             )
+        if processes is not None:
+            processes.use(self.device)  # also waits for the others, before any file is touched
         self.epoch, self.step = 0, 0
         # (N,) photos of the training cache: those of an epoch, those that any step has trained on.
         self._training = np.zeros(len(cache), bool)
@@ -188,6 +210,8 @@ class _Run:
             self._resume(checkpoint)
         else:
             self.folder.start(overwrite=config.overwrite, needed_bytes=self._needed_bytes())
+        if processes is not None:
+            self.trainer.start_together()
         self.metrics = self.folder.open_metrics()
         self.board = Board(folder.path if config.tensorboard else None, self._all_steps())
         self.curves = DrawnCurves(folder.path, notice_of_curves)
@@ -234,6 +258,7 @@ class _Run:
             copies=self.data.copies,
             val_photos=len(self.validation_photos.rows),
             val_photos_trained_on=self.data.val_photos_trained_on,
+            processes=1 if self._processes is None else self._processes.count,
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
@@ -429,6 +454,8 @@ class _Run:
                 yield Saved(self.folder.path / name)
 
     def _train_steps(self) -> Iterator[StepResult]:
+        if self._processes is not None:
+            tell_epoch(self._processes, self.epoch, self.step)
         steps = self.trainer.epoch(self.epoch, self.step)
         while True:
             with out_of_memory_as(self._too_large_step):

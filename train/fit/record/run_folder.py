@@ -235,11 +235,13 @@ class RunFolder:
 
     def failure(self, error: WriteError) -> WriteError:
         """The error of a run that cannot write, with what to do then."""
+        return WriteError(f"{error}; free space or mend the disk, then {self.how_to_go_on()}")
+
+    def how_to_go_on(self) -> str:
+        """What to do after a run has failed for a reason that is gone."""
         if self.has_checkpoint():
-            then = "go on with --resume"
-        else:
-            then = f"run the command again{' with --overwrite' if self._files() else ''}"
-        return WriteError(f"{error}; free space or mend the disk, then {then}")
+            return "go on with --resume"
+        return f"run the command again{' with --overwrite' if self._files() else ''}"
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint. Raises WriteError."""

@@ -1,0 +1,69 @@
+"""The first process's side of training together: what it tells the others.
+
+What it tells them first are the choices that a checkpoint records, since the others read no file of
+the run. Then it tells each epoch, and in the end that training is done. Within an epoch all of them
+do the same, so nothing has to be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from train.config import TrainConfig
+from train.fit.record.run_folder import TrainError
+from train.step.processes.group import Processes
+from train.step.processes.launch import ProcessesError
+
+EPOCH, STEP = "epoch", "step"
+DEVICE, RECORDED, RULES = "device", "recorded", "data_rules"
+
+
+@contextlib.contextmanager
+def leading(processes: Processes | None) -> Iterator[None]:
+    """A context in which this process leads the others; in the end it lets them go."""
+    if processes is None:
+        yield
+        return
+    with processes:
+        yield
+        with contextlib.suppress(ProcessesError):  # training is done
+            processes.tell({})
+
+
+def with_own_device(config: TrainConfig, processes: Processes) -> TrainConfig:
+    """The settings with the device of this process.
+
+    Raises TrainError if several processes cannot train with these settings.
+    """
+    if config.plain:
+        raise TrainError("--plain trains in one process; leave it out, or start without torchrun")
+    device = config.device
+    if device not in ("auto", "cpu", "cuda"):
+        raise TrainError(
+            f"--device {device}: torchrun gives each process a GPU of its own; use cuda, cpu or "
+            "auto, and choose the GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dataclasses.replace(config, device=processes.launch.own_device(device))
+
+
+def tell_followers(
+    processes: Processes,
+    device: torch.device,
+    recorded: Mapping[str, Any] | None,
+    data_rules: int,
+) -> None:
+    """Tell what a run needs to be set up alike: the settings of its checkpoint and `DATA_RULES`."""
+    settings = None if recorded is None else dict(recorded)
+    processes.tell({DEVICE: device.type, RECORDED: settings, RULES: data_rules})
+
+
+def tell_epoch(processes: Processes, epoch: int, step: int) -> None:
+    """Tell the others to train this epoch from this step on."""
+    processes.tell({EPOCH: epoch, STEP: step})
