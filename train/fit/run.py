@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cache.atomic import WriteError
+from cache.create import size_text
 from cache.store import open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
@@ -45,7 +46,14 @@ from train.fit.reports import (
     StepLog,
     TrainReport,
 )
-from train.fit.resume import check_resumable, data_identity, resumed_photos, run_settings
+from train.fit.resume import (
+    check_resumable,
+    data_identity,
+    recorded_window,
+    resumed_photos,
+    run_settings,
+    window_tensor,
+)
 from train.fit.run_data import load_run_data
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
@@ -152,7 +160,10 @@ class _Run:
         self.config, self.recipe = config, recipe
         start = load_start_model(config.from_model, cache) if config.from_model else None
         self._identity = data_identity(cache) | {"from_model": start.sha256 if start else ""}
-        self.data = load_run_data(config, recipe, cache, self.device, self.data_rules, start)
+        window = recorded_window(checkpoint) if checkpoint is not None and checkpoint.step else None
+        self.data = load_run_data(
+            config, recipe, cache, self.device, self.data_rules, start, window
+        )
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions
         self.validation_captions = self.data.validation_captions
@@ -219,7 +230,7 @@ class _Run:
     def started(self) -> Started:
         return Started(
             captions=len(self.training_captions),
-            photos=len(set(self.training_captions.feature_rows.tolist())),
+            photos=int(self._training.sum()),
             val_captions=len(self.validation_captions),
             vocab_size=len(self.vocabulary),
             by_loss=self.config.select_by == "loss",
@@ -234,6 +245,21 @@ class _Run:
             copies=self.data.copies,
             val_photos=len(self.validation_photos.rows),
             val_photos_trained_on=self.data.val_photos_trained_on,
+            window=self._window_line(),
+        )
+
+    def _window_line(self) -> str:
+        """What is streamed, in one line; empty if all features are in memory."""
+        stream = self.training_captions.stream
+        if stream is None:
+            return ""
+        reason = self.data.memory.reason
+        block = stream.layout.block_photos * self.cache.features[:1].nbytes
+        return (
+            f"{size_text(self.cache.features.nbytes)} of features{reason and f' are {reason}'}: "
+            f"{size_text(stream.size_bytes)} of them in memory at a time, half of which is read "
+            f"while half is trained on: {stream.layout.photos:,} photos in shuffled blocks of "
+            f"{size_text(block)}"
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
@@ -626,6 +652,7 @@ class _Run:
                     "training": torch.from_numpy(self._training),
                     "trained_on": torch.from_numpy(self._trained_on.copy()),  # training changes it
                     "validation": torch.from_numpy(self.validation_photos.rows),
+                    "window": window_tensor(self.training_captions.stream),
                 },
             )
         )
