@@ -24,7 +24,10 @@ def counts_of(kind: str, photos: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["one", "five", "mixed"])
-@pytest.mark.parametrize("layout", [Layout(1, 40), Layout(7, 8), Layout(16, 9), Layout(1000, 8)])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1, 40), Layout(7, 8), Layout(16, 9), Layout(1000, 8), Layout(5, 9, 5), Layout(2, 8, 3)],
+)
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_an_epoch_has_every_item_once_in_full_batches(
     kind: str, layout: Layout, batch_size: int
@@ -34,7 +37,8 @@ def test_an_epoch_has_every_item_once_in_full_batches(
     order = WindowedOrder(photo_of, 301, layout, batch_size, np.ones(len(photo_of), np.int64))
     windows = list(order.windows(seed=1, epoch=2, views=3))
     blocks = -(-301 // layout.block_photos)
-    assert len(windows) == -(-blocks // layout.blocks)
+    if batch_size == 1:  # else a window may have less than a batch
+        assert len(windows) == -(-blocks // layout.blocks) * layout.passes
     steps = [step for window in windows for step in window.steps]
     assert np.array_equal(
         np.sort(np.concatenate([items for items, _ in steps])), np.arange(len(photo_of))
@@ -42,7 +46,7 @@ def test_an_epoch_has_every_item_once_in_full_batches(
     sizes = sorted(len(items) for items, _ in steps)
     assert sizes[1:] == [batch_size] * (len(steps) - 1)
     assert len(steps) == len(order) == -(-len(photo_of) // batch_size)
-    moved = most_moved(counts, batch_size)
+    moved = most_moved(counts, batch_size, layout.passes)
     for window in windows:
         assert len(window.photos) <= layout.photos + moved
         items = np.concatenate([items for items, _ in window.steps])
@@ -53,11 +57,12 @@ def test_an_epoch_has_every_item_once_in_full_batches(
         assert set(views.tolist()) <= {0, 1, 2}
 
 
-def test_an_epoch_can_be_begun_at_any_step() -> None:
+@pytest.mark.parametrize("layout", [Layout(3, 8), Layout(2, 2, 4)])
+def test_an_epoch_can_be_begun_at_any_step(layout: Layout) -> None:
     counts = counts_of("mixed", 90)
     photo_of = np.repeat(np.arange(90), counts).astype(np.int32)
     lengths = np.random.default_rng(1).integers(2, 20, len(photo_of))
-    order = WindowedOrder(photo_of, 90, Layout(3, 8), 8, lengths)
+    order = WindowedOrder(photo_of, 90, layout, 8, lengths)
     whole = [step for w in order.windows(seed=0, epoch=0, views=2) for step in w.steps]
     for first in range(len(whole)):
         windows = list(order.windows(seed=0, epoch=0, views=2, first_step=first))
@@ -111,18 +116,45 @@ def test_at_most_less_than_a_batch_moves_to_the_next_window() -> None:
     assert most_moved(np.array([5, 5]), 1) == 1
 
 
+def test_the_captions_of_a_photo_are_in_different_passes() -> None:
+    photo_of = np.repeat(np.arange(40), 4).astype(np.int32)
+    order = WindowedOrder(photo_of, 40, Layout(2, 5, 4), 10)
+    steps = [s for w in order.windows(seed=0, epoch=0, views=1) for s, _ in w.steps]
+    items = np.concatenate(steps)
+    passes = [items[start : start + 40] for start in range(0, 160, 40)]
+    assert all(len(np.unique(photo_of[items])) == 40 for items in passes)
+    # Not the first captions of all photos first.
+    assert all(len(np.unique(items % 4)) == 4 for items in passes)
+
+
 def test_a_layout_has_blocks_of_a_few_megabytes() -> None:
-    layout = window_layout(400_000, 2560, 26)
+    five = np.full(6000, 5)
+    layout = window_layout(400_000, 2560, five, 128)
     assert layout == Layout(1638, 122)
     assert layout is not None
     assert 4.1e6 < layout.block_photos * 2560 <= 4 << 20
-    assert window_layout(600, 5120, 26) == Layout(34, 8)
-    assert window_layout(60, 5120, 26) is None
-    for batch in (1, 8, 100, 128):
-        for moved in (1, 26, 127):
-            least = least_photos_in_memory(batch, moved)
-            small = window_layout(least, 2560, moved)
+    assert window_layout(60, 5120, five, 128) is None
+    for captions in (five, np.ones(1000, np.int64), counts_of("mixed", 900)):
+        for batch in (1, 8, 100, 128):
+            least = least_photos_in_memory(captions, batch)
+            small = window_layout(least, 2560, captions, batch)
             assert small is not None
             # All blocks but the last one, which may have a single photo, are enough for a batch.
             assert (small.blocks - 1) * small.block_photos + 1 >= batch
-            assert 2 * (small.photos + moved) <= least
+            assert 2 * (small.photos + most_moved(captions, batch, small.passes)) <= least
+
+
+def test_small_windows_take_several_passes() -> None:
+    five = np.full(6000, 5)
+    assert window_layout(600, 5120, five, 128) == Layout(21, 8, 5)
+    passes = [
+        layout.passes
+        for photos in (600, 6_000, 12_000, 24_000, 48_000)
+        if (layout := window_layout(photos, 5120, five, 128))
+    ]
+    assert passes == [5, 5, 3, 2, 1]
+    # Too few photos for 127 that move on.
+    assert window_layout(450, 5120, five, 128) == Layout(24, 8, 1)
+    hundreds = window_layout(600, 5120, np.full(60, 700), 128)
+    assert hundreds is not None
+    assert hundreds.passes == 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 import numpy as np
 import torch
@@ -137,15 +137,15 @@ def _may_change(name: str, checkpoint: Checkpoint, config: TrainConfig) -> bool:
 def window_tensor(stream: FeatureStream | None) -> Tensor:
     """What a checkpoint records of the order of an epoch; zeros if all features are in memory."""
     layout = None if stream is None else stream.layout
-    return torch.tensor([0, 0] if layout is None else [layout.block_photos, layout.blocks])
+    return torch.tensor([0, 0, 0] if layout is None else astuple(layout))
 
 
 def recorded_window(checkpoint: Checkpoint) -> LayoutOfEpoch:
     """How the epoch that was interrupted goes through its photos."""
     if checkpoint.photos is None or "window" not in checkpoint.photos:
         return LayoutOfEpoch(None)  # by a version without windows
-    block, blocks = checkpoint.photos["window"].tolist()
-    return LayoutOfEpoch(Layout(block, blocks) if block else None)
+    block, blocks, passes = checkpoint.photos["window"].tolist()
+    return LayoutOfEpoch(Layout(block, blocks, passes) if block else None)
 
 
 def resumed_photos(

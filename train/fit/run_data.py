@@ -197,26 +197,23 @@ def _stream(
     """
     photos, captions = captioned_photos(cache, rows)
     photo_bytes = cache.features[:1].nbytes
-    moved = most_moved(captions, recipe.batch_size)
     batch = recipe.batch_size
     if recipe.self_critical_epochs:
         batch = max(batch, recipe.self_critical_photos)
-        moved = max(moved, most_moved(np.ones_like(captions), recipe.self_critical_photos))
     if window is not None and window.layout is not None:
-        if (window.layout.blocks - 1) * window.layout.block_photos < batch:
-            raise TrainError(
-                f"the interrupted epoch has windows of {window.layout.photos:,} photos, too few "
-                f"for batches of {batch:,}; give the options it began with"
-            )
-        return FeatureStream(cache, photos, window.layout, moved, device)
-    assert memory.size_bytes is not None
-    least = least_photos_in_memory(batch, moved)
-    layout = window_layout(memory.size_bytes // photo_bytes, photo_bytes, moved)
-    if layout is None or memory.size_bytes < least * photo_bytes:
+        layout: Layout | None = window.layout
+    else:
+        assert memory.size_bytes is not None
+        layout = window_layout(memory.size_bytes // photo_bytes, photo_bytes, captions, batch)
+    if layout is None:
+        least = least_photos_in_memory(captions, batch)
         raise TrainError(
-            f"--window: batches of {batch:,} need {size_text(least * photo_bytes)} at least, for "
-            f"{least:,} photos; name more, or lower --batch-size"
+            f"--window: batches of {batch:,} need {size_text(least * photo_bytes)}, for {least:,} "
+            "photos; name more, or lower --batch-size"
         )
+    moved = most_moved(captions, recipe.batch_size, layout.passes)
+    if recipe.self_critical_epochs:  # whose items are photos
+        moved = max(moved, most_moved(np.ones_like(captions), recipe.self_critical_photos))
     return FeatureStream(cache, photos, layout, moved, device)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -192,7 +192,7 @@ class Trainer:
             return len(batches), iter(batches[first_step:])
         photos = stream.held.photos
         every = np.arange(len(photos), dtype=np.int32)
-        order = WindowedOrder(every, len(photos), stream.layout, size)
+        order = WindowedOrder(every, len(photos), replace(stream.layout, passes=1), size)
         count = self.captions.views if self.recipe.random_views else 1
         return len(order), (
             (photos[chosen], np.full(len(chosen), self.captions.full_view) if v is None else v)

@@ -6,6 +6,9 @@ takes several at a time, a window. What is trained on (captions, or photos in se
 were in memory: items of a window that do not fill a batch move to the next window, and take their
 photos with them.
 
+All captions of a few photos, one soon after the other, would make the model fit these photos. So if
+windows are small, an epoch goes through the photos in several passes, each with other captions.
+
 Everything follows from the seed, the epoch and the layout alone, so a resumed run needs no saved
 order, and finds its window without going through those before.
 """
@@ -22,16 +25,21 @@ from train.captions.epoch_order import in_batches_of_similar_length
 
 _BLOCK_BYTES = 4 << 20  # read at once; more would gain nothing, even on a disk that turns
 _LEAST_BLOCKS = 8  # of a window: with few, a window is no random sample of the photos
+# So many photos between two captions of one, or more, are taken for enough. With 272 and one pass,
+# the loss after an epoch of Flickr8k was higher by several times its noise.
+_PHOTOS_BETWEEN = 1 << 14
+_MOST_PASSES = 8  # each reads all features
 # What the random numbers are for, beside the seed and the epoch. `epoch_order` has 1, others 2, 3.
-_BLOCKS, _ITEMS, _VIEWS = 4, 5, 6
+_BLOCKS, _ITEMS, _VIEWS, _PASSES = 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How photos are cut into blocks and windows. The order of an epoch depends on it."""
+    """How an epoch goes through the photos. Its order depends on it."""
 
     block_photos: int
     blocks: int  # of a window
+    passes: int = 1  # through all photos
 
     @property
     def photos(self) -> int:
@@ -48,33 +56,104 @@ class Window:
     steps: list[tuple[NDArray[np.int64], NDArray[np.int64] | None]]
 
 
-def window_layout(photos_in_memory: int, photo_bytes: int, moved: int) -> Layout | None:
+def window_layout(
+    photos_in_memory: int, photo_bytes: int, captions: NDArray[np.int64], batch_size: int
+) -> Layout | None:
     """The layout for so many photos in memory, of which half are trained on while the others are
-    read. None if they are too few.
+    read. None if these are too few for a batch in each window.
 
-    moved: the most photos that may move from a window to the next, see `most_moved`.
+    captions: (P,) the number of captions of each photo. batch_size: the larger one, of captions and
+    of photos in self-critical epochs.
     """
-    photos = photos_in_memory // 2 - moved
-    block = min(max(1, _BLOCK_BYTES // photo_bytes), photos // _LEAST_BLOCKS)
-    return Layout(block, photos // block) if block else None
+    for passes in range(min(_MOST_PASSES, round(captions.mean())), 0, -1):
+        photos = photos_in_memory // 2 - most_moved(captions, batch_size, passes)
+        block = min(max(1, _BLOCK_BYTES // photo_bytes), photos // _LEAST_BLOCKS)
+        if block < 1:
+            continue
+        layout = Layout(block, photos // block, passes)
+        # The last block may have a single photo.
+        enough = (layout.blocks - 1) * block + 1 >= batch_size
+        if enough and (passes - 1) * layout.photos < _PHOTOS_BETWEEN:
+            return layout
+    return None
 
 
-def least_photos_in_memory(batch_size: int, moved: int) -> int:
-    """The fewest photos in memory with which every window has enough for a batch.
-
-    A window may have the last block, which may have a single photo.
-    """
-    return 2 * (moved + -(-2 * batch_size // _LEAST_BLOCKS) * _LEAST_BLOCKS)
+def least_photos_in_memory(captions: NDArray[np.int64], batch_size: int) -> int:
+    """A number of photos in memory for which `window_layout` finds a layout."""
+    blocks = -(-2 * batch_size // _LEAST_BLOCKS)
+    return 2 * (most_moved(captions, batch_size) + blocks * _LEAST_BLOCKS)
 
 
-def most_moved(items: NDArray[np.int64], batch_size: int) -> int:
+def most_moved(captions: NDArray[np.int64], batch_size: int, passes: int = 1) -> int:
     """The most photos whose items may move to the next window: less than a batch of items.
 
-    items: (P,) the number of items of each photo, at least 1.
+    captions: (P,) the number of items of each photo, at least 1.
     """
-    fewest = np.sort(items)[:batch_size]
+    if passes > 1:  # a pass may have one caption of a photo
+        return min(len(captions), batch_size - 1)
+    fewest = np.sort(captions)[:batch_size]
     # The last one may leave some of its items behind.
-    return min(len(items), int(np.searchsorted(np.cumsum(fewest), batch_size - 1)) + 1)
+    return min(len(captions), int(np.searchsorted(np.cumsum(fewest), batch_size - 1)) + 1)
+
+
+class _Epoch:
+    """Which items each window of an epoch has, by the number of the window."""
+
+    def __init__(self, order: WindowedOrder, seed: int, epoch: int) -> None:
+        layout, starts = order.layout, order.starts
+        self._order, self._key = order, (seed, epoch)
+        random = np.random.default_rng((seed, epoch, _PASSES))
+        passes = layout.passes
+        # Item i of a photo is in pass (i + shift) % passes.
+        self._shifts = random.integers(passes, size=len(starts) - 1, dtype=np.uint8)
+        random = np.random.default_rng((seed, epoch, _BLOCKS))
+        self._windows: list[tuple[int, NDArray[np.int64]]] = []  # (pass, its blocks)
+        sizes: list[int] = []
+        counts = np.diff(starts)
+        for number in range(passes):
+            # Of each photo: captions in all passes alike, and one more in some.
+            further = (number - self._shifts.astype(np.int64)) % passes < counts % passes
+            own = np.add.reduceat(counts // passes + further, order.edges[:-1])
+            blocks = random.permutation(len(own))
+            for start in range(0, len(blocks), layout.blocks):
+                group = blocks[start : start + layout.blocks]
+                self._windows.append((number, group))
+                sizes.append(int(own[group].sum()))
+        ends = np.cumsum(sizes)
+        # Items that move on from each window, and the first step of each.
+        self.moving: list[int] = [*(ends[:-1] % order.batch_size).tolist(), 0]
+        self.first_steps: list[int] = [0, *(ends[:-1] // order.batch_size).tolist()]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def window_of(self, step: int) -> int:
+        """The window that a step is in."""
+        return int(np.searchsorted(self.first_steps, step, "right")) - 1
+
+    def moved_from(self, number: int) -> NDArray[np.int64]:
+        """The items that move on from a window; none before the first one."""
+        if number < 0:
+            return np.zeros(0, np.int64)
+        own = self.items(number)
+        if len(own) < self.moving[number]:
+            own = np.concatenate([self.moved_from(number - 1), own])
+        return own[len(own) - self.moving[number] :]
+
+    def items(self, number: int) -> NDArray[np.int64]:
+        """The items of a window's own blocks, photo after photo, so that those that move belong to
+        few photos.
+        """
+        starts, edges, passes = self._order.starts, self._order.edges, self._order.layout.passes
+        in_pass, blocks = self._windows[number]
+        photos = np.concatenate([np.arange(*edges[block : block + 2]) for block in blocks])
+        photos = _random((*self._key, number), _ITEMS).permutation(photos)
+        counts = starts[photos + 1] - starts[photos]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        items = within + np.repeat(starts[photos], counts)
+        chosen = (within + np.repeat(self._shifts[photos], counts)) % passes == in_pass
+        own: NDArray[np.int64] = items[chosen]
+        return own
 
 
 class WindowedOrder:
@@ -91,18 +170,17 @@ class WindowedOrder:
         """photo_of: (I,) the photo of each item, ascending; each of the P photos has one or more.
         lengths: (I,) of items that share a batch with those of similar length.
         """
-        self._photo_of, self._layout, self._batch_size = photo_of, layout, batch_size
+        self._photo_of, self.layout, self.batch_size = photo_of, layout, batch_size
         self._lengths = lengths
         # (P + 1,) where each photo's items begin.
-        self._starts = np.searchsorted(photo_of, np.arange(photos + 1)).astype(np.int64)
+        self.starts = np.searchsorted(photo_of, np.arange(photos + 1)).astype(np.int64)
         self._blocks = -(-photos // layout.block_photos)
         edges = np.minimum(np.arange(self._blocks + 1) * layout.block_photos, photos)
-        self._edges = edges  # (blocks + 1,) where each block's photos begin
-        self._block_items = np.diff(self._starts[edges])
+        self.edges = edges  # (blocks + 1,) where each block's photos begin
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        return -(-len(self._photo_of) // self._batch_size)
+        return -(-len(self._photo_of) // self.batch_size)
 
     def windows(
         self, *, seed: int, epoch: int, views: int, first_step: int = 0
@@ -110,39 +188,15 @@ class WindowedOrder:
         """The windows of an epoch from a step on. views: of a photo, one of which is chosen at
         random; 1: always the full one.
         """
-        random = np.random.default_rng((seed, epoch, _BLOCKS))
-        order = random.permutation(self._blocks)
-        starts = range(0, self._blocks, self._layout.blocks)
-        groups = [order[start : start + self._layout.blocks] for start in starts]
-        ends = np.cumsum([int(self._block_items[group].sum()) for group in groups])  # in items
-        last = len(groups) - 1
-        # Items that move on from each window, and the first step of each.
-        moving = np.where(np.arange(len(groups)) < last, ends % self._batch_size, 0)
-        first_steps = np.concatenate([[0], ends[:-1] // self._batch_size])
-        first = int(np.searchsorted(first_steps, first_step, "right")) - 1
-        moved = np.zeros(0, np.int64)
-        if first:
-            moved = self._items(groups[first - 1], (seed, epoch, first - 1), moving)[1]
-        for number in range(first, len(groups)):
-            kept, moving_on = self._items(groups[number], (seed, epoch, number), moving)
-            items = np.concatenate([moved, kept])
-            moved = moving_on
-            skipped = max(0, first_step - int(first_steps[number]))
-            yield self._window(items, (seed, epoch, number), views, skipped)
-
-    def _items(
-        self, blocks: NDArray[np.int64], key: tuple[int, int, int], moving: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(the items of a window's own blocks that stay, those that move to the next window)."""
-        random = _random(key, _ITEMS)
-        photos = np.concatenate([np.arange(*self._edges[block : block + 2]) for block in blocks])
-        photos = random.permutation(photos)
-        counts = self._starts[photos + 1] - self._starts[photos]
-        # Photo after photo, so that those that move belong to few photos.
-        ends = np.cumsum(counts)
-        items = np.arange(ends[-1]) + np.repeat(self._starts[photos] - (ends - counts), counts)
-        kept = len(items) - int(moving[key[2]])
-        return items[:kept], items[kept:]
+        made = _Epoch(self, seed, epoch)
+        first = made.window_of(first_step)
+        moved = made.moved_from(first - 1)
+        for number in range(first, len(made)):
+            items = np.concatenate([moved, made.items(number)])
+            kept, moved = np.split(items, [len(items) - made.moving[number]])
+            skipped = max(0, first_step - made.first_steps[number])
+            if len(kept):
+                yield self._window(kept, (seed, epoch, number), views, skipped)
 
     def _window(
         self, items: NDArray[np.int64], key: tuple[int, int, int], views: int, skipped: int
@@ -150,10 +204,10 @@ class WindowedOrder:
         random = _random(key, _VIEWS)
         items = random.permutation(items)
         if self._lengths is not None:
-            batches = in_batches_of_similar_length(items, self._lengths, self._batch_size, random)
+            batches = in_batches_of_similar_length(items, self._lengths, self.batch_size, random)
         else:
-            starts = range(0, len(items), self._batch_size)
-            batches = [items[start : start + self._batch_size] for start in starts]
+            starts = range(0, len(items), self.batch_size)
+            batches = [items[start : start + self.batch_size] for start in starts]
         chosen = [
             None if views == 1 else random.integers(views, size=len(batch)) for batch in batches
         ]
