@@ -73,7 +73,7 @@ class CaptionSet:
         self.lengths = np.diff(offsets) + 1  # (M,) number of targets, with <end>
         # On the device: all words, and for each caption where it starts and its number of targets.
         self.tokens = torch.from_numpy(words).to(device)
-        self.starts = torch.from_numpy(offsets[:-1].copy()).to(device)
+        self.starts = torch.from_numpy(offsets[:-1]).to(device)
         self.targets = torch.from_numpy(self.lengths).to(device)
         self.stream = features_from if isinstance(features_from, FeatureStream) else None
         held = features_from if self.stream is None else self.stream.held
