@@ -267,6 +267,8 @@ def test_a_gpu_streams_what_does_not_fit_beside_the_decoder(
 ) -> None:
     size, gpu = cache.features.nbytes, torch.device("cuda", 0)
     auto = WindowSize.parse("auto")
+    assert feature_memory(auto, cache, gpu) == FeatureMemory(None)  # so few that nothing is asked
+    monkeypatch.setattr("train.captions.streaming.memory._SURELY_FITTING_BYTES", 0)
     for free, expected in ((2 * size, None), (size, size // 2)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 10 * size))
         assert feature_memory(auto, cache, gpu).size_bytes == expected

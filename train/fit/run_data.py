@@ -181,7 +181,7 @@ def _as_before(config: TrainConfig, window: LayoutOfEpoch, memory: FeatureMemory
         )
     if window.layout is None:
         return FeatureMemory(None)
-    return FeatureMemory(memory.size_bytes or 0, "as the interrupted epoch began")
+    return FeatureMemory(memory.size_bytes or 0, "streamed as the interrupted epoch began")
 
 
 def _stream(

@@ -14,6 +14,8 @@ from train.config import WindowSize
 # Features that take less than this share of what there is are all in memory. A CPU needs the rest
 # for captions, the decoder and other programs; a GPU for the decoder.
 _FITTING_SHARE, _FITTING_SHARE_OF_GPU = 0.5, 0.7
+# Asking a GPU makes training wait until its driver is ready, which is not asked for less than this.
+_SURELY_FITTING_BYTES = 1 << 30
 # Else a window of this share is, in memory or in what is free of a GPU's. A larger one than the
 # most would take long to read before the first step, and shuffle no better.
 _SHARE, _SHARE_OF_GPU, _MOST_BYTES = 0.25, 0.5, 8 << 30
@@ -42,6 +44,8 @@ def feature_memory(window: WindowSize, cache: FeatureCache, device: torch.device
             return FeatureMemory(None)
         share = f"{_FITTING_SHARE:.0%} of the {size_text(there)} of memory"
         return FeatureMemory(min(_MOST_BYTES, int(_SHARE * there)), f"more than {share}")
+    if needed <= _SURELY_FITTING_BYTES:
+        return FeatureMemory(None)
     free, _ = torch.cuda.mem_get_info(device)
     if needed <= _FITTING_SHARE_OF_GPU * free:
         return FeatureMemory(None)
