@@ -16,8 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,7 +168,9 @@ def _copy(path: Path) -> None:
 
 
 def _info(path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "pipeline", "info", str(path)], check=True)
+    from pipeline.cli.app import app
+
+    app(["info", str(path)], standalone_mode=False)
 
 
 def _open(path: Path) -> None:
