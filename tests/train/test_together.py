@@ -17,7 +17,8 @@ import torch
 
 from tests.conftest import ROOT, MakeCache
 from tests.train.runs import WORDS, same, weights
-from tests.train.together import settings, trained
+from tests.train.together import WINDOW, settings, streamed, trained
+from train.fit.reports import Started
 from train.fit.run import train
 
 # Each of these follows from rounding alone: BatchNorm takes any constant out of what it measures.
@@ -88,7 +89,7 @@ def second_launch(
     folder: Path, first_launch: list[tuple[int, str, str]]
 ) -> list[tuple[int, str, str]]:
     shutil.copytree(folder / "part", folder / "alone")
-    return both("resumed", folder, 2)
+    return both("resumed", folder, 3)
 
 
 def difference(state: dict[str, Any], other: dict[str, Any]) -> float:
@@ -153,6 +154,22 @@ def test_a_run_goes_on_in_one_process(
         for name in ("alone", "whole")
     )
     assert difference(alone, together) < 0.1
+
+
+def test_streamed_features_reach_every_process_in_the_same_order(
+    folder: Path, second_launch: list[tuple[int, str, str]]
+) -> None:
+    lines = [
+        report.summary()
+        for report in train(streamed(folder, "streamed alone", WINDOW))
+        if isinstance(report, Started)
+    ]
+    assert "of them in memory at a time" in lines[0]
+    alone, together = (
+        torch.load(folder / name / "checkpoint.pt", weights_only=True)["trainer"]
+        for name in ("streamed alone", "streamed")
+    )
+    assert difference(alone, together) < 2e-5
 
 
 def test_if_one_process_is_killed_the_other_says_so_and_ends(

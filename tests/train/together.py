@@ -24,7 +24,7 @@ from cache.store import open_cache
 from tests.train.runs import config
 from train.captions.caption_set import caption_set
 from train.captions.vocabulary import END, PAD, build_vocabulary
-from train.config import BEST, CLASSIC, Recipe
+from train.config import BEST, CLASSIC, Recipe, TrainConfig
 from train.fit.run import train
 from train.fit.trainer import Trainer
 from train.model.decoder import CaptionDecoder, DecoderConfig
@@ -36,6 +36,7 @@ from train.step.processes.launch import ProcessesError, launched
 from train.step.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
+WINDOW = "90%"  # of the features
 SMALL: dict[str, Any] = {
     "embedding_size": 8, "hidden_size": 16, "epochs": 2, "batch_size": 16, "learning_rate": 0.01,
     "min_count": 1,
@@ -158,8 +159,13 @@ def runs(folder: Path, ports: Iterator[str]) -> None:
 
 
 def resumed(folder: Path, ports: Iterator[str]) -> None:
-    """The rest of the interrupted run; then another one, in which this process is killed."""
+    """The rest of the interrupted run; one with streamed features, of which only the first process
+    is told how many; then one in which this process is killed.
+    """
     for _ in train(settings(folder, "part", resume=True), processes=connected(ports)):
+        pass
+    window = WINDOW if os.environ["RANK"] == "0" else "auto"
+    for _ in train(streamed(folder, "streamed", window), processes=connected(ports)):
         pass
     reports = train(settings(folder, "killed", epochs=10_000), processes=connected(ports))
     for number, _ in enumerate(reports):
@@ -167,8 +173,15 @@ def resumed(folder: Path, ports: Iterator[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def settings(folder: Path, name: str, epochs: int = 3, **changes: Any) -> Any:
-    return config(open_cache(folder / "x.h5"), folder / name, epochs=epochs, dropout=0.2, **changes)
+def settings(
+    folder: Path, name: str, epochs: int = 3, dropout: float = 0.2, **changes: Any
+) -> TrainConfig:
+    cache = open_cache(folder / "x.h5")
+    return config(cache, folder / name, epochs=epochs, dropout=dropout, **changes)
+
+
+def streamed(folder: Path, name: str, window: str) -> TrainConfig:
+    return settings(folder, name, epochs=1, dropout=0.0, batch_size=4, window=window)
 
 
 if __name__ == "__main__":

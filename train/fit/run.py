@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cache.atomic import WriteError
+from cache.create import size_text
 from cache.store import open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
@@ -47,8 +48,15 @@ from train.fit.reports import (
     StepLog,
     TrainReport,
 )
-from train.fit.resume import check_resumable, data_identity, resumed_photos, run_settings
-from train.fit.run_data import load_run_data
+from train.fit.resume import (
+    check_resumable,
+    data_identity,
+    recorded_window,
+    resumed_photos,
+    run_settings,
+    window_tensor,
+)
+from train.fit.run_data import load_run_data, with_settled_window
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle, read_training
@@ -165,13 +173,18 @@ class _Run:
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         recorded = None if checkpoint is None else checkpoint.settings
+        window = recorded_window(checkpoint) if checkpoint is not None and checkpoint.step else None
         if processes is not None:
-            tell_followers(processes, self.device, recorded, self.data_rules)
+            if window is None:
+                config = with_settled_window(config, cache, self.device)
+            tell_followers(processes, self.device, recorded, self.data_rules, config.window, window)
         config, recipe = fit_to_data(config, cache, recorded)
         self.config, self.recipe = config, recipe
         start = load_start_model(config.from_model, cache) if config.from_model else None
         self._identity = data_identity(cache) | {"from_model": start.sha256 if start else ""}
-        self.data = load_run_data(config, recipe, cache, self.device, self.data_rules, start)
+        self.data = load_run_data(
+            config, recipe, cache, self.device, self.data_rules, start, window
+        )
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions
         self.validation_captions = self.data.validation_captions
@@ -243,7 +256,7 @@ class _Run:
     def started(self) -> Started:
         return Started(
             captions=len(self.training_captions),
-            photos=len(set(self.training_captions.feature_rows.tolist())),
+            photos=int(self._training.sum()),
             val_captions=len(self.validation_captions),
             vocab_size=len(self.vocabulary),
             by_loss=self.config.select_by == "loss",
@@ -259,6 +272,21 @@ class _Run:
             val_photos=len(self.validation_photos.rows),
             val_photos_trained_on=self.data.val_photos_trained_on,
             processes=1 if self._processes is None else self._processes.count,
+            window=self._window_line(),
+        )
+
+    def _window_line(self) -> str:
+        """What is streamed, in one line; empty if all features are in memory."""
+        stream = self.training_captions.stream
+        if stream is None:
+            return ""
+        reason = self.data.memory.reason
+        block = stream.layout.block_photos * self.cache.features[:1].nbytes
+        return (
+            f"{size_text(self.cache.features.nbytes)} of features{reason and f' are {reason}'}: "
+            f"{size_text(stream.size_bytes)} of them in memory at a time, half of which is read "
+            f"while half is trained on: {stream.layout.photos:,} photos in shuffled blocks of "
+            f"{size_text(block)}"
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
@@ -653,6 +681,7 @@ class _Run:
                     "training": torch.from_numpy(self._training),
                     "trained_on": torch.from_numpy(self._trained_on.copy()),  # training changes it
                     "validation": torch.from_numpy(self.validation_photos.rows),
+                    "window": window_tensor(self.training_captions.stream),
                 },
             )
         )

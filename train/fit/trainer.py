@@ -10,7 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from train.captions.caption_set import Batch, CaptionSet
 from train.captions.epoch_order import epoch_batches, epoch_views
+from train.captions.streaming.window import WindowedOrder
 from train.captions.vocabulary import Vocabulary
 from train.config import Recipe
 from train.fit.data_recipe import data_recipe
@@ -99,6 +100,16 @@ class Trainer:
             label_smoothing=recipe.label_smoothing,
         )
         self.optimizer = self._make_optimizer(numbers[1])
+        self._order: WindowedOrder | None = None  # of captions whose features are streamed
+        if captions.stream is not None:
+            photos = captions.stream.held.photos
+            self._order = WindowedOrder(
+                np.searchsorted(photos, captions.feature_rows).astype(np.int32),
+                len(photos),
+                captions.stream.layout,
+                recipe.batch_size,
+                captions.lengths,
+            )
         self._vocabulary = vocabulary
         self._self_critical: SelfCritical | None = None  # made before its first epoch
         self._plain = plain
@@ -139,15 +150,34 @@ class Trainer:
 
     def _cross_entropy_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         captions, recipe = self.captions, self.recipe
-        batches = epoch_batches(captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch)
         count = captions.views if recipe.random_views else 1
-        views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
-        steps = len(batches)
-        for step, chosen in enumerate(batches[first_step:], first_step):
-            chosen_views = None if views is None else views[chosen]
+        if self._order is None:
+            batches = epoch_batches(
+                captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch
+            )
+            steps = len(batches)
+            views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
+            chosen_steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]] = (
+                (chosen, None if views is None else views[chosen])
+                for chosen in batches[first_step:]
+            )
+        else:
+            steps = len(self._order)
+            chosen_steps = self._streamed(self._order, epoch, count, first_step)
+        for step, (chosen, chosen_views) in enumerate(chosen_steps, first_step):
             position = epoch * steps + step
             loss = self._step(chosen, chosen_views, epoch, position, recipe.epochs * steps)
             yield StepResult(epoch, step, steps, len(chosen), loss)
+
+    def _streamed(
+        self, order: WindowedOrder, epoch: int, views: int, first_step: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]]:
+        """The steps of an epoch from `first_step` on, each when its photos are in memory."""
+        assert self.captions.stream is not None
+        windows = order.windows(seed=self.seed, epoch=epoch, views=views, first_step=first_step)
+        with contextlib.closing(self.captions.stream.through(windows)) as ready:
+            for window in ready:
+                yield from window.steps
 
     def _self_critical_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         recipe = self.recipe
@@ -166,11 +196,9 @@ class Trainer:
         if epoch == recipe.epochs and not first_step:
             self._restart_from_average()
         self.optimizer.set_rate(recipe.self_critical_rate)
-        batches = self._self_critical.epoch_batches(
-            recipe.self_critical_photos, seed=self.seed, epoch=epoch
-        )
-        for step, (photos, views) in enumerate(batches[first_step:], first_step):
-            position = (epoch - recipe.epochs) * len(batches) + step
+        steps, batches = self._self_critical_steps(self._self_critical, epoch, first_step)
+        for step, (photos, views) in enumerate(batches, first_step):
+            position = (epoch - recipe.epochs) * steps + step
             count, reward = self._self_critical.gradients(
                 photos, views, _step_seed(self.seed + 1, position)
             )
@@ -180,8 +208,26 @@ class Trainer:
                 self.average.set_step(position)
             self._apply(count)
             yield StepResult(
-                epoch, step, len(batches), len(photos) * recipe.self_critical_samples, -reward
+                epoch, step, steps, len(photos) * recipe.self_critical_samples, -reward
             )
+
+    def _self_critical_steps(
+        self, training: SelfCritical, epoch: int, first_step: int
+    ) -> tuple[int, Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+        """(steps of an epoch, the photos and their views of each from `first_step` on)."""
+        size = self.recipe.self_critical_photos
+        stream = self.captions.stream
+        if stream is None:
+            batches = training.epoch_batches(size, seed=self.seed, epoch=epoch)
+            return len(batches), iter(batches[first_step:])
+        photos = stream.held.photos
+        every = np.arange(len(photos), dtype=np.int32)
+        order = WindowedOrder(every, len(photos), replace(stream.layout, passes=1), size)
+        count = self.captions.views if self.recipe.random_views else 1
+        return len(order), (
+            (photos[chosen], np.full(len(chosen), self.captions.full_view) if v is None else v)
+            for chosen, v in self._streamed(order, epoch, count, first_step)
+        )
 
     def _restart_from_average(self) -> None:
         """Replace the weights by their average, and the optimizer by a new one."""

@@ -6,6 +6,7 @@ Weights, optimizer and position come from the first process.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,16 @@ from cache.store import open_cache
 from train.config import TrainConfig
 from train.device import resolve_device
 from train.fit.data_recipe import fit_to_data
-from train.fit.processes.leader import DEVICE, EPOCH, RECORDED, RULES, STEP, with_own_device
+from train.fit.processes.leader import (
+    DEVICE,
+    EPOCH,
+    RECORDED,
+    RULES,
+    STEP,
+    WINDOW,
+    heard_layout,
+    with_own_device,
+)
 from train.fit.record.run_folder import TrainError
 from train.fit.run_data import load_run_data
 from train.fit.trainer import Trainer
@@ -58,7 +68,8 @@ def _set_up(config: TrainConfig, processes: Processes, told: dict[str, Any]) -> 
     cache = open_cache(config.from_cache)
     config, recipe = fit_to_data(config, cache, told[RECORDED])
     start = load_start_model(config.from_model, cache) if config.from_model else None
-    data = load_run_data(config, recipe, cache, device, told[RULES], start)
+    config = dataclasses.replace(config, window=told[WINDOW])
+    data = load_run_data(config, recipe, cache, device, told[RULES], start, heard_layout(told))
     torch.manual_seed(config.seed)
     decoder = new_decoder(recipe, cache, data.vocabulary, start).to(device)
     return Trainer(

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
+from train.captions.streaming.window import Layout
 from train.config import TrainConfig
 from train.fit.record.run_folder import TrainError
+from train.fit.run_data import LayoutOfEpoch
 from train.step.processes.group import Processes
 from train.step.processes.launch import ProcessesError
 
 EPOCH, STEP = "epoch", "step"
 DEVICE, RECORDED, RULES = "device", "recorded", "data_rules"
+WINDOW, LAYOUT = "window", "layout"
 
 
 @contextlib.contextmanager
@@ -58,10 +61,32 @@ def tell_followers(
     device: torch.device,
     recorded: Mapping[str, Any] | None,
     data_rules: int,
+    window: str,
+    interrupted: LayoutOfEpoch | None,
 ) -> None:
-    """Tell what a run needs to be set up alike: the settings of its checkpoint and `DATA_RULES`."""
-    settings = None if recorded is None else dict(recorded)
-    processes.tell({DEVICE: device.type, RECORDED: settings, RULES: data_rules})
+    """Tell what a run needs to be set up alike: the settings of its checkpoint, `DATA_RULES`,
+    `--window`, and how the epoch goes through its photos that was interrupted, if one was.
+    """
+    layout = None
+    if interrupted is not None:
+        layout = [] if interrupted.layout is None else list(dataclasses.astuple(interrupted.layout))
+    processes.tell(
+        {
+            DEVICE: device.type,
+            RECORDED: None if recorded is None else dict(recorded),
+            RULES: data_rules,
+            WINDOW: window,
+            LAYOUT: layout,
+        }
+    )
+
+
+def heard_layout(told: Mapping[str, Any]) -> LayoutOfEpoch | None:
+    """What `tell_followers` was given as `interrupted`."""
+    layout = told[LAYOUT]
+    if layout is None:
+        return None
+    return LayoutOfEpoch(Layout(*layout) if layout else None)
 
 
 def tell_epoch(processes: Processes, epoch: int, step: int) -> None:

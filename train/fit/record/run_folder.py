@@ -62,7 +62,8 @@ class Checkpoint:
     data_rules: int = 1  # as `DATA_RULES`; 0.1.0 wrote none
     # `training` and `trained_on`, (N,) bool: the photos of the training cache that an epoch trains
     # on, and those that any step has trained on. `validation`, (K,) int64: the rows of the
-    # validation photos in their cache. 0.1.0 did not record them.
+    # validation photos in their cache. `window`, (3,) int64: the fields of a `Layout`, or zeros;
+    # earlier versions wrote none. 0.1.0 recorded none of these.
     photos: dict[str, Tensor] | None = None
 
 
