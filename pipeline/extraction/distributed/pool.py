@@ -148,7 +148,7 @@ class RayPool:
             stack.enter_context(contextlib.redirect_stdout(_WithoutRay(sys.stdout)))
             if not self._ray.is_initialized():
                 self._connect()
-                stack.callback(self._ray.shutdown)
+                stack.callback(self._shut_down)
             self._stack = stack.pop_all()
         return self
 
@@ -184,6 +184,10 @@ class RayPool:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise ClusterError(f"--ray {self._address}: cannot connect ({reason})") from None
+
+    def _shut_down(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # messages that Ray has held back
+            self._ray.shutdown()
 
     def nodes(self) -> list[Node]:
         """The living machines of the cluster."""
