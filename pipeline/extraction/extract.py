@@ -52,8 +52,8 @@ from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import Preprocessing
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from train.allocator import without_collections
+from train.captions.numbering import build_caption_table
 from train.captions.script import misfit
-from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
 
 # A CPU is fastest with a few megabytes of activations per layer, a GPU with many.

@@ -15,7 +15,7 @@ from cache.verify import verify
 from cache.writer import open_writer
 from tests.cache.test_store import CAPTIONS, DIGESTS, FEATURES, fill
 from tests.conftest import skeleton
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 
 OTHER = [["A dog sleeps ."], ["Nothing ."], []]
 

@@ -8,17 +8,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cache.errors import CapError
-from cache.record import CacheError, CaptionTable
+from cache.record import CacheError
 from cache.store import open_cache
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.distributed import caption_tables
 from pipeline.extraction.distributed import run as cluster_run
 from pipeline.extraction.distributed.config import RayOptions
 from pipeline.extraction.distributed.job import folder_of, shard_count
@@ -41,7 +39,6 @@ from tests.pipeline.local_pool import LocalPool
 from tests.pipeline.test_cli import SMALL, cap
 from tests.pipeline.test_extract import config as extract_config
 from tests.pipeline.test_extract import run as extract_alone
-from train.captions.tokenizer import build_caption_table
 from train.option import SettingError
 
 
@@ -469,28 +466,6 @@ def test_another_machines_lock_is_known_by_its_date(
     with JobLock(tmp_path, beat_s=0.02, dead_s=0.1):  # which is dead
         pass
     assert not tmp_path.exists()
-
-
-def test_captions_tokenized_by_several_processes_are_the_same_table(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    captions = [[f"Photo {n} of {n % 7} dogs .", "Again, dogs!"][: n % 3] for n in range(60)]
-    alone = build_caption_table(captions)
-    monkeypatch.setattr(caption_tables, "_LEAST_CAPTIONS", 20)
-    calls: list[int] = []
-    elsewhere = caption_tables._elsewhere
-
-    def counted(part: Sequence[Sequence[str]], tokenizer: str) -> CaptionTable | None:
-        calls.append(len(part))
-        return elsewhere(part, tokenizer)
-
-    monkeypatch.setattr(caption_tables, "_elsewhere", counted)
-    together = caption_tables.caption_table(captions, "treebank", 3)
-    assert calls == [20, 20, 20]
-    assert together.sha256() == alone.sha256()
-    assert np.array_equal(together.counts, alone.counts)
-    monkeypatch.setattr(caption_tables, "_elsewhere", lambda *_: None)  # no process could start
-    assert caption_tables.caption_table(captions, "treebank", 3).sha256() == alone.sha256()
 
 
 def test_what_a_cluster_is_asked_for() -> None:

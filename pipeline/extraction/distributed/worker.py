@@ -29,7 +29,6 @@ from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import check_device
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.digests import other_photos
-from pipeline.extraction.distributed.caption_tables import caption_table
 from pipeline.extraction.distributed.lock import LOCK_NAME
 from pipeline.extraction.distributed.messages import (
     Chosen,
@@ -52,6 +51,7 @@ from pipeline.extraction.extract import (
 )
 from pipeline.extraction.fill import ExtractError, Notice, Progress
 from pipeline.photos.readers.start import reader_count
+from train.captions.numbering import build_caption_table
 from train.device import resolve_devices
 
 _PROGRESS_S = 1.0
@@ -153,10 +153,10 @@ class ShardWorker:
                 record,
                 task.batch_rows,
                 task.shard,
-                caption_table(
+                build_caption_table(
                     [photo.captions for photo in task.photos],
                     config.tokenizer,
-                    max(1, round(self._settings.cpus)),
+                    processes=max(1, round(self._settings.cpus)),
                 ),
             ),
             known=None,
