@@ -165,12 +165,19 @@ class _Run:
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         recorded = None if checkpoint is None else checkpoint.settings
-        if processes is not None:
-            tell_followers(processes, self.device, recorded, self.data_rules)
         config, recipe = fit_to_data(config, cache, recorded)
         self.config, self.recipe = config, recipe
         start = load_start_model(config.from_model, cache) if config.from_model else None
         self._identity = data_identity(cache) | {"from_model": start.sha256 if start else ""}
+        if processes is not None:
+            tell_followers(
+                processes,
+                self.device,
+                recorded=recorded,
+                rules=self.data_rules,
+                settings=run_settings(config),
+                data=self._identity,
+            )
         self.data = load_run_data(config, recipe, cache, self.device, self.data_rules, start)
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions

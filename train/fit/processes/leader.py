@@ -21,6 +21,7 @@ from train.step.processes.launch import ProcessesError
 
 EPOCH, STEP = "epoch", "step"
 DEVICE, RECORDED, RULES = "device", "recorded", "data_rules"
+SETTINGS, DATA = "settings", "data"
 
 
 @contextlib.contextmanager
@@ -56,12 +57,26 @@ def with_own_device(config: TrainConfig, processes: Processes) -> TrainConfig:
 def tell_followers(
     processes: Processes,
     device: torch.device,
+    *,
     recorded: Mapping[str, Any] | None,
-    data_rules: int,
+    rules: int,
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
 ) -> None:
-    """Tell what a run needs to be set up alike: the settings of its checkpoint and `DATA_RULES`."""
-    settings = None if recorded is None else dict(recorded)
-    processes.tell({DEVICE: device.type, RECORDED: settings, RULES: data_rules})
+    """Tell what a run needs to be set up alike, and what must be alike.
+
+    recorded, rules: the settings and the `DATA_RULES` of the checkpoint. settings, data: as
+    `run_settings` and `data_identity` give them.
+    """
+    processes.tell(
+        {
+            DEVICE: device.type,
+            RECORDED: None if recorded is None else dict(recorded),
+            RULES: rules,
+            SETTINGS: dict(settings),
+            DATA: dict(data),
+        }
+    )
 
 
 def tell_epoch(processes: Processes, epoch: int, step: int) -> None:
