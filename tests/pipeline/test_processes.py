@@ -27,7 +27,7 @@ def as_process(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("command", ["sweep", "extract-features", "predict", "info"])
+@pytest.mark.parametrize("command", ["sweep", "extract-features", "info", "bench train"])
 def test_commands_that_cannot_share_their_work_refuse_to(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -35,10 +35,10 @@ def test_commands_that_cannot_share_their_work_refuse_to(
     arguments = {
         "sweep": ["--from-cache", "x.h5", "--out", "run"],
         "extract-features": ["--images", "photos", "--out", "x.h5"],
-        "predict": ["photos", "--model", "run"],
         "info": ["x.h5"],
+        "bench train": [],
     }
-    result = CliRunner().invoke(app, [command, *arguments[command]])
+    result = CliRunner().invoke(app, [*command.split(), *arguments[command]])
     assert result.exit_code == 1
     assert result.stderr == (
         f"error: cap {command} works in one process, and torchrun has started 2; start it without "

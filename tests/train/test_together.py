@@ -18,7 +18,11 @@ import torch
 from tests.conftest import ROOT, MakeCache
 from tests.train.runs import WORDS, same, weights
 from tests.train.together import WINDOW, settings, streamed, trained
+from train.fit.processes.follower import _check_alike
+from train.fit.processes.leader import DATA, SETTINGS
+from train.fit.record.run_folder import TrainError
 from train.fit.reports import Started
+from train.fit.resume import run_settings
 from train.fit.run import train
 
 # Each of these follows from rounding alone: BatchNorm takes any constant out of what it measures.
@@ -127,9 +131,24 @@ def test_dropout_and_sampled_words_follow_from_the_seed(
     assert difference(first, trained("dropout", folder, None).state()) > 1e-4
 
 
-def test_weights_that_differ_are_noticed(first_launch: list[tuple[int, str, str]]) -> None:
+def test_weights_and_batches_that_differ_are_noticed(
+    first_launch: list[tuple[int, str, str]],
+) -> None:
     for _, out, _ in first_launch:
-        assert out.startswith("the weights of the 2 processes differ after epoch 1; they need ")
+        weights_differ, batches_differ = out.splitlines()
+        assert weights_differ.startswith("the weights of the 2 processes differ after epoch 1; ")
+        assert batches_differ == "the processes go through the captions in different orders"
+
+
+def test_processes_with_other_settings_or_data_are_refused(folder: Path) -> None:
+    chosen = settings(folder, "alike")
+    data = {"captions": "1", "from_model": ""}
+    told = {SETTINGS: run_settings(chosen), DATA: data}
+    _check_alike(chosen, told, data)
+    with pytest.raises(TrainError, match=r"^has seed 0, the first process 1$"):
+        _check_alike(chosen, told | {SETTINGS: run_settings(chosen) | {"seed": 1}}, data)
+    with pytest.raises(TrainError, match=r"x\.h5: holds other captions than that of the first pr"):
+        _check_alike(chosen, told, data | {"captions": "2"})
 
 
 def test_the_others_end_with_the_first(first_launch: list[tuple[int, str, str]]) -> None:

@@ -136,13 +136,15 @@ def trainers(folder: Path, ports: Iterator[str]) -> None:
             if processes.leads:
                 again = " again" if path.exists() else ""
                 torch.save(made.state(), folder / f"{name}{again}.pt")
-        made = untrained("classic", folder, processes)
-        if not processes.leads:
-            made.parameters.values[5] += 1e-6
-        try:
-            list(made.epoch(0))
-        except ProcessesError as error:
-            print(error)
+        other_weights = untrained("classic", folder, processes)
+        other_weights.parameters.values[5] += 1e-6 * processes.rank
+        other_batches = untrained("classic", folder, processes)
+        other_batches.seed = processes.rank
+        for made in (other_weights, other_batches):
+            try:
+                list(made.epoch(0))
+            except ProcessesError as error:
+                print(error)
     runs(folder, ports)
 
 

@@ -174,14 +174,23 @@ class _Run:
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         recorded = None if checkpoint is None else checkpoint.settings
         window = recorded_window(checkpoint) if checkpoint is not None and checkpoint.step else None
-        if processes is not None:
-            if window is None:
-                config = with_settled_window(config, cache, self.device)
-            tell_followers(processes, self.device, recorded, self.data_rules, config.window, window)
         config, recipe = fit_to_data(config, cache, recorded)
         self.config, self.recipe = config, recipe
         start = load_start_model(config.from_model, cache) if config.from_model else None
         self._identity = data_identity(cache) | {"from_model": start.sha256 if start else ""}
+        if processes is not None:
+            if window is None:
+                config = self.config = with_settled_window(config, cache, self.device)
+            tell_followers(
+                processes,
+                self.device,
+                recorded=recorded,
+                rules=self.data_rules,
+                settings=run_settings(config),
+                data=self._identity,
+                window=config.window,
+                interrupted=window,
+            )
         self.data = load_run_data(
             config, recipe, cache, self.device, self.data_rules, start, window
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -114,6 +115,7 @@ class Trainer:
         self._self_critical: SelfCritical | None = None  # made before its first epoch
         self._plain = plain
         self._processes = processes
+        self._batches = 0  # a checksum of those that several processes have gone through
         self.graphs: GraphedSteps | None = None
         if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
             # A sum over processes is no part of a graph, so neither is the optimizer then.
@@ -139,7 +141,11 @@ class Trainer:
         self, processes: Processes, epoch: int, steps: Iterator[StepResult]
     ) -> Iterator[StepResult]:
         processes.in_steps = True
-        yield from steps
+        for number, step in enumerate(steps):
+            if not number:
+                self._check_batches(processes)
+            yield step
+        self._check_batches(processes)
         same = processes.are_equal(self._tensors())
         processes.in_steps = False
         if not same:
@@ -147,6 +153,14 @@ class Trainer:
                 f"the weights of the {processes.count} processes differ after epoch {epoch + 1}; "
                 "they need machines of one kind, the same versions and as many threads each"
             )
+
+    def _check_batches(self, processes: Processes) -> None:
+        """Raise ProcessesError unless all have gone through the same batches.
+
+        Otherwise their weights would be the same, and yet wrong.
+        """
+        if not processes.agree([self._batches]):
+            raise ProcessesError("the processes go through the captions in different orders")
 
     def _cross_entropy_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         captions, recipe = self.captions, self.recipe
@@ -203,6 +217,7 @@ class Trainer:
                 photos, views, _step_seed(self.seed + 1, position)
             )
             if self._processes is not None:
+                self._batches = zlib.crc32(photos.tobytes() + views.tobytes(), self._batches)
                 self._processes.add_up(self.parameters, reward)
             if self.average is not None:
                 self.average.set_step(position)
@@ -278,7 +293,7 @@ class Trainer:
         """Train one batch, of which each process computes its share."""
         captions, recipe = self.captions, self.recipe
         on_cpu = captions.device.type == "cpu"
-        chosen, views = self._longest_first(chosen, views)
+        chosen, views = self._in_shared_order(chosen, views)
         share, idle = processes.share_of(len(chosen))
         batch = captions.batch(chosen[share], views[share])
         sampled = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
@@ -298,14 +313,16 @@ class Trainer:
         self._apply(count)
         return loss / count
 
-    def _longest_first(
+    def _in_shared_order(
         self, chosen: NDArray[np.int64], views: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """A batch in the order in which it is shared, and the views of its photos."""
+        """A batch in the order in which it is shared, longest first, and the photos' views."""
         order = np.argsort(-self.captions.lengths[chosen], kind="stable")
         if views is None:
             views = np.full(len(chosen), self.captions.full_view)
-        return chosen[order], views[order]
+        chosen, views = chosen[order], views[order]
+        self._batches = zlib.crc32(chosen.tobytes() + views.tobytes(), self._batches)
+        return chosen, views
 
     def _graphed_step(
         self,
@@ -319,7 +336,7 @@ class Trainer:
         """Send this step's inputs to the device in one copy and launch a graph that reads them."""
         processes = self._processes
         if processes is not None:
-            chosen, views = self._longest_first(chosen, views)
+            chosen, views = self._in_shared_order(chosen, views)
         config, lengths = self.decoder.config, self.captions.lengths[chosen]
         if config.dropout or config.feature_dropout:
             torch.cuda.manual_seed(seed)

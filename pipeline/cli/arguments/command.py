@@ -34,7 +34,9 @@ class Command(TyperCommand):
             if parameter.name
         }
         name = self.name or ""
-        problem = company_of(name) or wrong_file(name, flags, ctx.params)
+        in_group = ctx.parent is not None and ctx.parent.parent is not None
+        full_name = f"{ctx.parent.command.name} {name}" if in_group else name
+        problem = company_of(full_name) or wrong_file(name, flags, ctx.params)
         if problem is not None:
             complain(f"error: {one_line(problem)}")
             raise typer.Exit(1)

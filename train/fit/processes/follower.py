@@ -18,16 +18,19 @@ from train.config import TrainConfig
 from train.device import resolve_device
 from train.fit.data_recipe import fit_to_data
 from train.fit.processes.leader import (
+    DATA,
     DEVICE,
     EPOCH,
     RECORDED,
     RULES,
+    SETTINGS,
     STEP,
     WINDOW,
     heard_layout,
     with_own_device,
 )
 from train.fit.record.run_folder import TrainError
+from train.fit.resume import data_identity, run_settings
 from train.fit.run_data import load_run_data
 from train.fit.trainer import Trainer
 from train.model.start_model import load_start_model, new_decoder
@@ -69,6 +72,7 @@ def _set_up(config: TrainConfig, processes: Processes, told: dict[str, Any]) -> 
     config, recipe = fit_to_data(config, cache, told[RECORDED])
     start = load_start_model(config.from_model, cache) if config.from_model else None
     config = dataclasses.replace(config, window=told[WINDOW])
+    _check_alike(config, told, data_identity(cache) | {"from_model": start.sha256 if start else ""})
     data = load_run_data(config, recipe, cache, device, told[RULES], start, heard_layout(told))
     torch.manual_seed(config.seed)
     decoder = new_decoder(recipe, cache, data.vocabulary, start).to(device)
@@ -81,3 +85,16 @@ def _set_up(config: TrainConfig, processes: Processes, told: dict[str, Any]) -> 
         precision=config.precision,
         processes=processes,
     )
+
+
+def _check_alike(config: TrainConfig, told: dict[str, Any], data: dict[str, str]) -> None:
+    """Raise TrainError if this process would train with other settings or on other data."""
+    for name, value in run_settings(config).items():
+        if told[SETTINGS][name] != value:
+            raise TrainError(f"has {name} {value}, the first process {told[SETTINGS][name]}")
+    for name, text in data.items():
+        if told[DATA][name] != text:
+            model = name == "from_model"
+            file = config.from_model if model else config.from_cache
+            what = "is another model than" if model else f"holds other {name} than"
+            raise TrainError(f"{file}: {what} that of the first process")

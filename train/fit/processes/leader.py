@@ -24,6 +24,7 @@ from train.step.processes.launch import ProcessesError
 EPOCH, STEP = "epoch", "step"
 DEVICE, RECORDED, RULES = "device", "recorded", "data_rules"
 WINDOW, LAYOUT = "window", "layout"
+SETTINGS, DATA = "settings", "data"
 
 
 @contextlib.contextmanager
@@ -59,13 +60,19 @@ def with_own_device(config: TrainConfig, processes: Processes) -> TrainConfig:
 def tell_followers(
     processes: Processes,
     device: torch.device,
+    *,
     recorded: Mapping[str, Any] | None,
-    data_rules: int,
+    rules: int,
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
     window: str,
     interrupted: LayoutOfEpoch | None,
 ) -> None:
-    """Tell what a run needs to be set up alike: the settings of its checkpoint, `DATA_RULES`,
-    `--window`, and how the epoch goes through its photos that was interrupted, if one was.
+    """Tell what a run needs to be set up alike, and what must be alike.
+
+    recorded, rules: the settings and the `DATA_RULES` of the checkpoint. settings, data: as
+    `run_settings` and `data_identity` give them. window: as `--window`. interrupted: how the epoch
+    goes through its photos that was interrupted, if one was.
     """
     layout = None
     if interrupted is not None:
@@ -74,7 +81,9 @@ def tell_followers(
         {
             DEVICE: device.type,
             RECORDED: None if recorded is None else dict(recorded),
-            RULES: data_rules,
+            RULES: rules,
+            SETTINGS: dict(settings),
+            DATA: dict(data),
             WINDOW: window,
             LAYOUT: layout,
         }

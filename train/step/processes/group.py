@@ -144,8 +144,12 @@ class Processes:
             bits = tensor.reshape(-1).view(torch.int32)
             # Of the first half, too, so that an exchange does not go unseen.
             sums += [part.sum(dtype=torch.int64) for part in (bits, bits[: len(bits) // 2])]
-        checksums = torch.stack(sums).cpu()
-        least, most = checksums.clone(), checksums.clone()
+        return self.agree(torch.stack(sums).tolist())
+
+    def agree(self, numbers: Sequence[int]) -> bool:
+        """Whether these numbers, of 64 bits at most, are the same in all processes."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        least, most = own.clone(), own.clone()
         with self._together():
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self._told)
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._told)
