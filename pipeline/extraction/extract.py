@@ -6,7 +6,6 @@ come.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -20,9 +19,9 @@ from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sh
 from cache.seal import attributes_of
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
-from pipeline.captions.dataset import read_photos
+from pipeline.captions.dataset import open_photos, read_photos
 from pipeline.captions.image_ids import NumberId
-from pipeline.captions.records import Photo
+from pipeline.captions.records import Choice, Photo
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import encoder_record
 from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
@@ -42,6 +41,7 @@ from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import Preprocessing
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
+from pipeline.photos.sources.source import Source
 from train.allocator import without_collections
 from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
@@ -57,6 +57,7 @@ class Job:
     """What a command asks for, before anything is written."""
 
     config: ExtractConfig
+    source: Source
     backbone: Backbone
     devices: list[torch.device]
     skeleton: Skeleton
@@ -78,11 +79,13 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
 
     Yields notices and progress; the last item is the final progress. Closing the generator keeps
     what is done. Raises FolderError, DatasetError, ShardError, DeviceError, EncoderError,
-    CacheError, StalledError, VanishedError, ShortageError, WorkerError or ExtractError.
+    CacheError, StalledError, VanishedError, ShortageError, SourceError, WorkerError or
+    ExtractError.
     """
-    photos, understood = read_asked(config)
+    source = open_asked(config)
+    photos, understood = read_asked(config, source)
     yield from map(Notice, understood)  # before the weights are read, which may be downloaded
-    job = prepare(config, photos)
+    job = prepare(config, photos, source)
     del photos  # the job's skeleton holds the same in a third of the memory
     yield from map(Notice, job.notices)
     yield from (Notice(text, detail=True) for text in job.details)
@@ -99,7 +102,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
             size = writer.cache.batch_rows
             yield Notice(f"continuing with the cache's own batch size, {size}", detail=True)
         del job.skeleton  # the cache holds the same, memory-mapped
-        filler = CacheFiller(writer, config)
+        filler = CacheFiller(writer, config, source)
         yield from filler.fill(job.backbone, job.devices, job.known, packed=job.updates)
         # Only now: rows that were pending before have the same places in their batches as ever.
         if config.retry_unreadable and (count := writer.retry_unreadable()):
@@ -108,12 +111,25 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
 
 
 @without_collections()
-def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
-    """(the photos asked for, lines about what was understood). Raises as `extract` does."""
+def open_asked(config: ExtractConfig) -> Source:
+    """Where the photos lie; tars are passed through for it. Raises as `extract` does."""
+    check_place(config.out)
+    choice = Choice(config.split, config.image_column, config.caption_column)
+    return open_photos(config.images, config.captions, choice)
+
+
+@without_collections()
+def read_asked(
+    config: ExtractConfig, source: Source | None = None
+) -> tuple[list[Photo], list[str]]:
+    """(the photos asked for, lines about what was understood). Raises as `extract` does.
+
+    source: what `open_asked` returned, where it is wanted later, too.
+    """
     check_place(config.out)
     understood: list[str] = []
     photos = read_photos(
-        config.images,
+        config.images if source is None else source,
         config.captions,
         split=config.split,
         only=config.only,
@@ -126,15 +142,20 @@ def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
     return photos, understood if unfit is None else [*understood, unfit]
 
 
-def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
-    """Check what is asked for. Writes nothing. Raises as `extract` does."""
+def prepare(config: ExtractConfig, photos: Sequence[Photo], source: Source | None = None) -> Job:
+    """Check what is asked for. Writes nothing. Raises as `extract` does.
+
+    source: of the photos, where it is open already.
+    """
+    if source is None:
+        source = open_asked(config)
     devices = resolve_devices(config.device)
     begin_warm_up(devices[0])
     backbone = load_backbone(config.backbone, config.weights, config.image_size)
     backbone = _with_recorded_filter(config, backbone)
     image_size = config.image_size or backbone.image_size
     config = replace(config, image_size=image_size)
-    precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
+    precision, notices, details = _choose_precision(config, source, backbone, photos, devices[0])
     record = encoder_record(backbone, image_size, config.views, precision)
     same = config.reuse is not None and config.out.exists() and config.out.samefile(config.reuse)
     known = None if config.reuse is None else open_known(config.reuse, record)
@@ -146,6 +167,7 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     skeleton = _skeleton(config, photos, record, devices[0])
     return Job(
         config=config,
+        source=source,
         backbone=backbone,
         devices=devices,
         skeleton=skeleton,
@@ -193,7 +215,7 @@ def _update(job: Job) -> Generator[Notice | Progress, None, None]:
     config = job.config
     total, start = len(job.skeleton.paths), time.perf_counter()
     threads = reader_count(config.workers)
-    for item in bring_up_to_date(config.out, job.skeleton, config.images, threads):
+    for item in bring_up_to_date(config.out, job.skeleton, job.source, threads):
         if isinstance(item, Update):
             yield Notice(f"{config.out}: {item}")
             continue
@@ -233,7 +255,7 @@ def _open(job: Job) -> CacheWriter:
     else:
         writer = opened(overwrite=False)
     try:
-        problem = other_photos(writer.cache, config.images, reader_count(config.workers))
+        problem = other_photos(writer.cache, job.source, reader_count(config.workers))
     except BaseException:
         writer.close()
         raise
@@ -292,7 +314,11 @@ def _skeleton(
 
 
 def _choose_precision(
-    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
+    config: ExtractConfig,
+    source: Source,
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
     """(precision, notices, details). Shards test the first photos of the whole set, so that they
     agree.
@@ -305,7 +331,7 @@ def _choose_precision(
         return FeatureCache(config.out).encoder.precision, [], []
     if config.reuse is not None:
         return FeatureCache(config.reuse).encoder.precision, [], []
-    precision, notices, details = _fastest_precision(config, backbone, photos, device)
+    precision, notices, details = _fastest_precision(config, source, backbone, photos, device)
     if config.shard is not None:
         number, count = config.shard
         notices.append(
@@ -316,7 +342,11 @@ def _choose_precision(
 
 
 def _fastest_precision(
-    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
+    config: ExtractConfig,
+    source: Source,
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
     """(precision, notices, details: why the faster ones do not do)."""
     if fast_precisions(device) == ("float32",):
@@ -329,7 +359,7 @@ def _fastest_precision(
             BatchRequest(row, first[row : row + _PRECISION_CHECK_PHOTOS])
             for row in first[::_PRECISION_CHECK_PHOTOS]
         ],
-        lambda row: os.path.join(config.images, photos[row].path),
+        lambda row: source.place(photos[row].path),
         batch_rows=_PRECISION_CHECK_PHOTOS,
         image_size=config.image_size,
         views=("full",),

@@ -185,7 +185,9 @@ def test_photos_removed_or_changed_meanwhile_are_noticed(tmp_path: Path) -> None
             write_photo(folder / "00.jpg", 98)  # after it was read
     cache = open_cache(tmp_path / "x.h5")
     assert cache.errors() == [("58.jpg", "file not found")]
-    result, _ = verify(cache, lambda path: file_digest(read_file(path)), folder, sample=100)
+    result, _ = verify(
+        cache, lambda path: file_digest(read_file(folder / path)), str(folder), sample=100
+    )
     assert result.changed == ["00.jpg: the photo has changed since its features were extracted"]
 
 

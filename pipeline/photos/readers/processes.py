@@ -21,6 +21,7 @@ from pipeline.photos.preprocessing import BILINEAR
 from pipeline.photos.readers.memory import BUFFERS, Layout, map_memory
 from pipeline.photos.readers.start import started_readers
 from pipeline.photos.readers.task import Buffer, FileInMemory, Loaded, Task
+from pipeline.photos.sources.places import shown
 
 _AHEAD = 2  # tasks that a reader has at once, so that it need not wait for the next
 _EXIT_S = 0.2  # how long to wait for the end of the readers, which comes in any case
@@ -159,7 +160,7 @@ class ProcessReaders:
     def _fail(self, number: int) -> None:
         """A reader has ended: all that it and the others have to do fails."""
         codes = dict(self._started.ended(_REASON_S))
-        path = next((task.wanted[0].path for task in self._given[number]), "")
+        path = next((shown(task.wanted[0].path) for task in self._given[number]), "")
         near = f" while it read {path} or one of the next" if path else ""
         self._failure = ReaderError(
             f"a process that reads photos ended ({_reason(codes.get(number))}){near}; "
