@@ -29,6 +29,7 @@ from pipeline.photos.sources.source import Source
 _SAMPLE_PHOTOS = 64  # of a cache that is continued; of fewer photos, all
 _LATER_PHOTOS = 1000  # of those that a date says were written later
 _TICK_S = 1.0
+_REQUESTS = 16  # at once, of a store
 _KEPT = "what is done is kept, run the same command again to continue"
 
 _Seen = TypeVar("_Seen")
@@ -64,6 +65,8 @@ def look_at(
                 finished.put(error)
                 return
 
+    if source.remote:  # where threads wait for answers, and not for a processor
+        threads = max(threads, _REQUESTS)
     # Daemons, because a thread that hangs in a dead network drive must not keep the process alive.
     for number in range(min(threads, len(rows))):
         threading.Thread(target=work, name=f"digests-{number}", daemon=True).start()

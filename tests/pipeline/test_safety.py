@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from cache.errors import CapError
 from cache.merge import merge
@@ -227,12 +227,10 @@ def test_a_drive_that_stalls_is_one_line_and_the_run_goes_on_later(
     run(folder, tmp_path / "whole.h5", captions=None)
     back, real = threading.Event(), photo_file.read_photo
 
-    def read_photo(
-        path: Path, size: int, views: tuple[str, ...], out: Tensor, filter: str
-    ) -> ReadPhoto:
-        if path.name >= "20.jpg":
+    def read_photo(place: str, *rest: Any) -> ReadPhoto:
+        if Path(place).name >= "20.jpg":
             back.wait()
-        return real(path, size, views, out, filter)
+        return real(place, *rest)
 
     monkeypatch.setattr(threads, "read_photo", read_photo)
     monkeypatch.setattr(encode_batches, "PhotoLoader", partial(PhotoLoader, stall_s=2.0))

@@ -51,7 +51,7 @@ class MemberTexts:
             return
         if not name.lower().endswith(".json"):
             lines = [line for line in text.splitlines() if line.strip()]
-            self.kinds["text"] += 1
+            self.kinds[f"{name[name.rindex('.') :].lower()} members"] += 1
             self._captions[name] = [_WRITTEN] if any(map(marked, lines)) else lines
             return
         try:
@@ -96,7 +96,7 @@ class MemberTexts:
         if MARK in record:
             self._captions[name] = [_WRITTEN]
         elif self._fields:
-            self.kinds[f"field {'.'.join(self._fields[0])} of JSON"] += 1
+            self.kinds[f"field {'.'.join(self._fields[0])!r} of .json members"] += 1
             self._captions[name] = [t for field in self._fields for t in values_of(record, field)]
 
 
@@ -130,7 +130,7 @@ def read_with_photos(source: Collection, choice: Choice) -> Reading | None:
                     reading.rows += 1
                     reading.add(prefix + name, captions or [""])
             for kind in getattr(index.captions, "kinds", ()):
-                formats.setdefault(f"captions in {kind} members" if kind == "text" else f"{kind}")
+                formats.setdefault(kind)
             for member, reason in getattr(index.captions, "faults", ()):
                 reading.rows += 1
                 reading.fault(prefix + member, "", reason)
@@ -139,17 +139,17 @@ def read_with_photos(source: Collection, choice: Choice) -> Reading | None:
             if column is None:
                 without += len(index)
             else:
-                formats.setdefault(f"captions in column {column}")
+                formats.setdefault(f"column {column}")
         else:
             without += len(index)
+    wanted = choice.wanted_splits
+    if wanted is not None and known and not wanted <= known:
+        raise unknown_splits(source.label, wanted, known)
     if not reading.photos and not reading.faults:
         if choice.caption_column is not None:
             raise DatasetError(f"{source.label}: no captions in it")
         return None
-    wanted = choice.wanted_splits
-    if wanted is not None and not wanted <= known:
-        raise unknown_splits(source.label, wanted, known)
-    reading.format = "; ".join(formats)
+    reading.format = "captions in " + ", ".join(formats)
     if unclear:
         reading.notes.append(
             f"{len(unclear):,} photos are left out because another photo has their key, and a text "

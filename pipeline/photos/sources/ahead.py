@@ -9,10 +9,13 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from pipeline.photos.sources.places import Part, Place, StoredObject, address_of
 from pipeline.photos.sources.remote import fetch
+
+T = TypeVar("T")
 
 _REQUESTS = 16  # at once, of one process
 _MOST_BYTES = 128 << 20  # asked for ahead, of one process
@@ -28,13 +31,56 @@ class _Span(NamedTuple):
     size: int
 
 
-class Ahead:
-    """Threads that fetch photos before they are wanted."""
+class DaemonThreads:
+    """Threads that do what they are given, a few things at once. They keep no process alive, as
+    those of `concurrent.futures` do: a request may hang.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
+
+    def submit(self, do: Callable[[], T]) -> Future[T]:
+        """A future of what `do` returns or raises."""
+        future: Future[T] = Future()
+        self._tasks.put(partial(_run, do, future))
+        with self._lock:
+            if self._threads < self._most:
+                self._threads += 1
+                threading.Thread(target=self._work, name="requests", daemon=True).start()
+        return future
+
+    def end(self) -> None:
+        """Let the threads end once they have nothing to do."""
+        for _ in range(self._threads):
+            self._tasks.put(_end)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not _end:
+            task()
+
+
+def _end() -> None:
+    """Ends a thread that gets it."""
+
+
+def _run(do: Callable[[], T], future: Future[T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(do())
+    except BaseException as error:  # for whoever waits
+        future.set_exception(error)
+
+
+class Ahead:
+    """Fetches photos before they are wanted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = DaemonThreads(_REQUESTS)
         self._bytes = 0
 
     def begin(self, places: Sequence[Place]) -> Fetched | None:
@@ -49,27 +95,14 @@ class Ahead:
             self._bytes += size
         fetched = Fetched(self, size)
         for span, within in _spans(remote):
-            future: Future[bytes] = Future()
+            future = self._threads.submit(partial(fetch, *span))
             for place in within:
                 fetched.add(place, future, span)
-            self._submit(lambda span=span, future=future: _run(span, future))  # type: ignore[misc]
         return fetched
 
     def given_back(self, size: int) -> None:
         with self._lock:
             self._bytes -= size
-
-    def _submit(self, task: Callable[[], None]) -> None:
-        self._tasks.put(task)
-        with self._lock:
-            if self._threads < _REQUESTS:
-                self._threads += 1
-                # Daemons, because a request that hangs must not keep the process alive.
-                threading.Thread(target=self._work, name="requests", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            self._tasks.get()()
 
 
 class Fetched:
@@ -103,15 +136,6 @@ class Fetched:
         self._futures.clear()
         self._ahead.given_back(self._size)
         self._size = 0
-
-
-def _run(span: _Span, future: Future[bytes]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(fetch(span.address, span.start, span.size))
-    except BaseException as error:  # for whoever takes the photo
-        future.set_exception(error)
 
 
 def _spans(places: Sequence[Part | StoredObject]) -> list[tuple[_Span, list[Place]]]:

@@ -287,6 +287,12 @@ class RowGroups:
             value = group.values[cell.row]
             return bytes(value.as_buffer()) if value.is_valid else None
 
+    def forget(self, container: str) -> None:
+        """Read a file anew when it is wanted next: it may be another one by now."""
+        with self._lock:
+            for key in [key for key in self._groups if key[0] == container]:
+                del self._groups[key]
+
     def _forget(self) -> None:
         with self._lock:
             kept = sum(group.size_bytes for group in self._groups.values())

@@ -48,10 +48,7 @@ class LocalFiles:
         with self._lock:
             opened = self._open.get(container)
             if opened is None:
-                try:
-                    number = os.open(container, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    raise SourceError(f"{container}: is gone; {GO_ON} once it is back") from None
+                number = os.open(container, os.O_RDONLY | os.O_CLOEXEC)
                 opened = self._open[container] = _Opened(number)
             self._open.move_to_end(container)
             opened.users += 1
@@ -66,11 +63,24 @@ class LocalFiles:
     def _give_back(self, opened: _Opened) -> None:
         with self._lock:
             opened.users -= 1
+            if opened.forgotten and not opened.users:
+                os.close(opened.number)
+
+    def forget(self, container: str) -> None:
+        """Open a container anew when it is read next: it may be another file by now."""
+        with self._lock:
+            opened = self._open.pop(container, None)
+            if opened is not None and opened.users:
+                opened.forgotten = True
+            elif opened is not None:
+                os.close(opened.number)
 
 
 class _Opened:
+    """An open file, and how many threads read it."""
+
     def __init__(self, number: int) -> None:
-        self.number, self.users = number, 0
+        self.number, self.users, self.forgotten = number, 0, False
 
 
 class RemoteFile(io.RawIOBase):

@@ -10,16 +10,18 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from pipeline.photos.folder import IMAGE_SUFFIXES, FolderPhotos, list_photos, notice_of
+from pipeline.photos.sources.ahead import DaemonThreads
 from pipeline.photos.sources.errors import SourceError
 from pipeline.photos.sources.parquets import ParquetIndex, index_parquet
 from pipeline.photos.sources.patterns import is_pattern, items_of, root_of
 from pipeline.photos.sources.places import Place, StoredObject, is_address, without_secrets
+from pipeline.photos.sources.reading import forget
 from pipeline.photos.sources.remote import listed, size_of
 from pipeline.photos.sources.tars import MakeTexts, TarIndex, index_tar, suffix_of
 
@@ -32,6 +34,11 @@ class Source(Protocol):
     """Photos by name. `label` says for messages what the user named, without secrets."""
 
     label: str
+
+    @property
+    def remote(self) -> bool:
+        """Whether the photos come over a network."""
+        ...
 
     def photos(self) -> FolderPhotos:
         """The names of all photos in their order, and what was left out."""
@@ -56,6 +63,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.label = str(path)
+        self.remote = False
 
     def photos(self) -> FolderPhotos:
         return list_photos(self.path)
@@ -95,6 +103,7 @@ class Collection:
         for photos by themselves. Raises SourceError if two have one name.
         """
         self.label, self.root = label, root
+        self.remote = is_address(root)
         self.indexes = list(indexes)
         self._firsts = [0]
         for _, index in self.indexes:
@@ -175,10 +184,12 @@ def open_source(
     indexes: list[tuple[str, Index]] = []
     loose: list[tuple[str, Place]] = []
     left_out: Counter[str] = Counter()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        asked: list[tuple[str, Future[Index]]] = []
+    threads = DaemonThreads(_AT_ONCE)
+    asked: list[tuple[str, Future[Index]]] = []
+    try:
         for item, kind in kinds:
             name = _below(root, item)
+            forget(item)
             look: Callable[[], Index]
             if kind == "tar":
                 look = partial(index_tar, item, make_texts)
@@ -187,13 +198,12 @@ def open_source(
             else:
                 _add_loose(item, name, kind, loose, left_out)
                 continue
-            asked.append((name, pool.submit(look)))
-        try:
-            indexes += [(name, future.result()) for name, future in asked]
-        except BaseException:
-            for _, future in asked:
-                future.cancel()
-            raise
+            asked.append((name, threads.submit(look)))
+        indexes += [(name, future.result()) for name, future in asked]
+    finally:
+        for _, future in asked:
+            future.cancel()
+        threads.end()
     if loose or not indexes:
         index = LooseIndex([name for name, _ in loose], [place for _, place in loose])
         index.left_out = left_out
