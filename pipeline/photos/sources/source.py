@@ -211,6 +211,13 @@ def open_source(
     return Collection(label, root, indexes)
 
 
+def names_container(text: str) -> bool:
+    """Whether a text names tars, Parquet files or an address, and not files and folders."""
+    if is_address(text):
+        return True
+    return not os.path.isdir(text) and text.lower().endswith((".tar", *_COMPRESSED, *_PARQUET))
+
+
 def _kind(item: str) -> str:
     """`tar`, `parquet`, `photo`, `folder` or `remote folder`. Raises SourceError."""
     name = without_secrets(item).lower()
