@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import io
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cache.merge import merge
 from cache.store import DONE, PENDING, UNREADABLE, FeatureCache, open_cache
@@ -21,7 +23,7 @@ from pipeline.captions.records import DatasetError
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Progress
 from pipeline.extraction.verify import verify_cache
-from pipeline.photos.photo_file import read_file
+from pipeline.photos.photo_file import file_digest, read_file
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.sources import ranges
 from pipeline.photos.sources.errors import SourceError
@@ -471,3 +473,34 @@ def test_captions_that_lie_with_photos_can_be_asked_for(photos: Path, tmp_path: 
     with pytest.raises(DatasetError, match=r"no captions lie with the photos; 000\.txt or 000"):
         read_photos(bare, Path("sidecar"))
     assert read_photos(bare)[0].captions == ()
+
+
+def test_bytes_for_a_gpu_are_those_of_the_file(tmp_path: Path) -> None:
+    """Of baseline JPEGs with chroma of full resolution, which readers leave to a GPU."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = []
+    for seed in range(4):
+        write_photo(tmp_path / "x.jpg", seed)
+        with Image.open(tmp_path / "x.jpg") as photo:
+            photo.save(tmp_path / "x.jpg", quality=90, subsampling=0)
+        data.append((tmp_path / "x.jpg").read_bytes())
+    write_tar(tmp_path / "x.tar", [(f"{n}.jpg", each) for n, each in enumerate(data)])
+    parquet.write_table(arrow.table({"image": data}), tmp_path / "x.parquet", row_group_size=3)
+    sources = [open_source(tmp_path / "x.tar"), open_source(tmp_path / "x.parquet")]
+    places = [source.place(name) for source in sources for name in source.photos().paths]
+    loader = PhotoLoader(
+        [BatchRequest(0, range(8))],
+        places.__getitem__,
+        batch_rows=8,
+        image_size=32,
+        views=("full",),
+        readers=1,
+        processes=True,
+        files=True,
+    )
+    with loader:
+        (batch,) = loader
+        files = [batch.files[row] for row in range(8)]
+        assert [ctypes.string_at(f.address, f.length) for f in files] == data * 2
+        assert batch.digests.tolist() == [file_digest(each).tolist() for each in data * 2]
