@@ -21,7 +21,7 @@ from pipeline.captions.photo_index import Matches, PhotoIndex
 from pipeline.captions.records import Choice, DatasetError, Photo, Reading, check_text
 from pipeline.captions.understood import Understood, joined_notes, understood, what_is_there
 from pipeline.photos.folder import FolderPhotos, list_photos
-from pipeline.photos.sources.source import Collection, Source, open_source
+from pipeline.photos.sources.source import Collection, Report, Source, open_source
 from train.option import SettingError
 
 # Files beside the photos, and texts inside them, are read only if these words ask for them.
@@ -108,10 +108,16 @@ def read_photos(
     return photos
 
 
-def open_photos(images: Path | str | Source, captions: Captions | None, choice: Choice) -> Source:
+def open_photos(
+    images: Path | str | Source,
+    captions: Captions | None,
+    choice: Choice,
+    report: Report | None = None,
+) -> Source:
     """The source of photos that `--images` names; what tars and Parquet files hold is then known.
 
     captions, choice: as for `read_photos`; texts in tars are read if they are to be the captions.
+    report: as for `open_source`.
     Raises SourceError, or DatasetError if it is not clear which field of a text is the caption.
     """
     if not isinstance(images, (Path, str)):
@@ -120,7 +126,7 @@ def open_photos(images: Path | str | Source, captions: Captions | None, choice: 
     # For a captions file, the column is one of that file.
     column = choice.image_column if wanted else None
     make_texts = partial(MemberTexts, choice) if wanted else None
-    return open_source(images, make_texts=make_texts, image_column=column)
+    return open_source(images, make_texts=make_texts, image_column=column, report=report)
 
 
 def _containers_in(found: FolderPhotos) -> str:

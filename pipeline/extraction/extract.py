@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -41,7 +43,8 @@ from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import Preprocessing
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
-from pipeline.photos.sources.source import Source
+from pipeline.photos.sources.ahead import DaemonThreads
+from pipeline.photos.sources.source import Report, Source
 from train.allocator import without_collections
 from train.captions.script import misfit
 from train.captions.tokenizer import build_caption_table
@@ -50,6 +53,7 @@ from train.device import resolve_devices
 # A CPU is fastest with a few megabytes of activations per layer, a GPU with many.
 _BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
 _PRECISION_CHECK_PHOTOS = 8
+_LOOK_S = 1.0  # between two reports while tars are looked into
 
 
 @dataclass
@@ -82,7 +86,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     CacheError, StalledError, VanishedError, ShortageError, SourceError, WorkerError or
     ExtractError.
     """
-    source = open_asked(config)
+    source = yield from _looking(config)
     photos, understood = read_asked(config, source)
     yield from map(Notice, understood)  # before the weights are read, which may be downloaded
     job = prepare(config, photos, source)
@@ -110,12 +114,42 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
             yield from filler.fill(job.backbone, job.devices, job.known)
 
 
+def _looking(config: ExtractConfig) -> Generator[Notice | Progress, None, Source]:
+    """`open_asked`, with progress where it takes longer, as it does for tars in a store."""
+    start, looked = time.perf_counter(), (0, 0)
+
+    def note(done: int, total: int) -> None:
+        nonlocal looked
+        looked = done, total
+
+    threads = DaemonThreads(1)  # which may hang in a network, so that Ctrl-C ends the waiting
+    opened = threads.submit(partial(open_asked, config, note))
+    threads.end()
+    while not wait([opened], _LOOK_S).done:
+        (done, total), elapsed_s = looked, time.perf_counter() - start
+        if total:
+            yield Progress(
+                done=done,
+                unreadable=0,
+                total=total,
+                new=0,
+                copied=0,
+                elapsed_s=elapsed_s,
+                photos_per_s=done / elapsed_s,
+                stage="looking",
+            )
+    return opened.result()
+
+
 @without_collections()
-def open_asked(config: ExtractConfig) -> Source:
-    """Where the photos lie; tars are passed through for it. Raises as `extract` does."""
+def open_asked(config: ExtractConfig, report: Report | None = None) -> Source:
+    """Where the photos lie; tars are passed through for it. Raises as `extract` does.
+
+    report: as for `open_source`.
+    """
     check_place(config.out)
     choice = Choice(config.split, config.image_column, config.caption_column)
-    return open_photos(config.images, config.captions, choice)
+    return open_photos(config.images, config.captions, choice, report)
 
 
 @without_collections()

@@ -26,7 +26,7 @@ from pipeline.photos.sources.source import Source
 
 _FLUSH_INTERVAL_S = 2.0
 
-Stage = Literal["comparing", "copying", "extracting"]
+Stage = Literal["looking", "comparing", "copying", "extracting"]
 
 
 class ExtractError(CapError):
@@ -52,7 +52,8 @@ class Progress:
     copied: int  # photos that this run has copied from another cache
     elapsed_s: float  # of this run, from its first photo
     photos_per_s: float  # of this stage in this run
-    # While comparing, nothing is written, and `done` counts photos that were read.
+    # While comparing, nothing is written, and `done` counts photos that were read. While looking
+    # for photos in tars and Parquet files, it counts these.
     stage: Stage = "extracting"
 
 

@@ -132,16 +132,6 @@ def exists(address: str) -> bool:
         return False
 
 
-def is_folder(address: str) -> bool:
-    """Whether there are objects below an address, and none at it."""
-
-    def ask() -> bool:
-        fs, path = filesystem(address)
-        return str(fs.info(path).get("type")) == "directory"
-
-    return patiently(address, ask)
-
-
 def is_http(address: str) -> bool:
     return address.lower().startswith(("http://", "https://"))
 
@@ -235,14 +225,15 @@ def patiently(address: str, ask: Callable[[], T]) -> T:
             return ask()
         except SourceError:
             raise
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
         except _NoRanges:
             raise SourceError(
                 f"{name}: the server sends whole files only, and no parts of them; copy the file "
                 "to a drive"
             ) from None
-        except Exception as error:
+        except Exception as caught:
+            error = _behind(caught)
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
             if _is_lasting(error):
                 raise SourceError(f"{name}: cannot read ({_reason(error)})") from None
             spent_s = time.monotonic() - begun
@@ -253,6 +244,14 @@ def patiently(address: str, ask: Callable[[], T]) -> T:
                 ) from None
         time.sleep(wait_s * random.uniform(0.5, 1.0))  # not all readers at once
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def _behind(error: Exception) -> Exception:
+    """What has happened. fsspec calls any failure of HTTP a file that is not found."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return FileNotFoundError() if getattr(cause, "status", None) in (404, 410) else cause
+    return error
 
 
 def _is_lasting(error: Exception) -> bool:

@@ -29,6 +29,8 @@ _PARQUET = (".parquet", ".parq")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _AT_ONCE = 8  # containers that are looked into
 
+Report = Callable[[int, int], None]
+
 
 class Source(Protocol):
     """Photos by name. `label` says for messages what the user named, without secrets."""
@@ -162,11 +164,13 @@ def open_source(
     *,
     make_texts: MakeTexts | None = None,
     image_column: str | None = None,
+    report: Report | None = None,
 ) -> Source:
     """What `--images` names, looked into as far as it is no folder.
 
     make_texts: for captions of texts in tars; None if none are wanted. image_column: of
-    Parquet files. Raises SourceError.
+    Parquet files. report: is told how many tars and Parquet files are looked into, of how many.
+    Raises SourceError.
     """
     if not isinstance(images, (Path, str)):
         return images
@@ -199,7 +203,10 @@ def open_source(
                 _add_loose(item, name, kind, loose, left_out)
                 continue
             asked.append((name, threads.submit(look)))
-        indexes += [(name, future.result()) for name, future in asked]
+        for number, (name, future) in enumerate(asked):
+            if report is not None:
+                report(number, len(asked))
+            indexes.append((name, future.result()))
     finally:
         for _, future in asked:
             future.cancel()
