@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -235,3 +236,52 @@ def test_what_is_not_taken_is_given_back(store: Store) -> None:
         assert fetched is not None
         assert ahead.begin([StoredObject(f"s3://{BUCKET}/a.jpg", 100 << 20)]) is None
         fetched.close()
+
+
+def test_a_fault_of_http_is_not_a_missing_object(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec says of any fault that the file is not found."""
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.1)
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1:1/x\.tar: cannot read \(Cannot con"):
+        open_source("http://127.0.0.1:1/x.tar")
+    with pytest.raises(SourceError, match=r"cannot open \(no such object"):
+        open_source(f"{store[0]}/{BUCKET}/absent.tar")
+
+
+@pytest.mark.parametrize(
+    ("module", "images", "message"),
+    [
+        ("fsspec", "s3://b/x.tar", r"remote addresses need fsspec; `pip install 'cap\[remote\]'`"),
+        ("s3fs", "s3://b/x.tar", r"a package that is missing; `pip install 'cap\[remote\]'`"),
+        ("pyarrow", "x.parquet", r"Parquet files need pyarrow; `pip install 'cap\[parquet\]'`"),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_extra(
+    module: str,
+    images: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remote._filesystem.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    if "://" not in images:
+        images = str(tmp_path / images)
+        Path(images).write_bytes(b"PAR1")
+    with pytest.raises(SourceError, match=message):
+        open_source(images)
+
+
+def test_looking_into_tars_is_shown_while_it_takes_long(
+    photos: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_tars(photos, tmp_path, parts=4)
+    put({path.name: path.read_bytes() for path in tmp_path.glob("*.tar")})
+    store[1].faults = Faults(slow_s=0.2)
+    monkeypatch.setattr("pipeline.extraction.extract._LOOK_S", 0.05)
+    reports = extract(config(photos, tmp_path / "x.h5", images=f"s3://{BUCKET}/*.tar"))
+    first = next(reports)
+    reports.close()
+    assert isinstance(first, Progress)
+    assert (first.stage, first.total, first.new) == ("looking", 4, 0)

@@ -231,7 +231,7 @@ def patiently(address: str, ask: Callable[[], T]) -> T:
                 "to a drive"
             ) from None
         except Exception as caught:
-            error = _behind(caught)
+            error = _behind(caught) if is_http(address) else caught
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
             if _is_lasting(error):
@@ -247,7 +247,7 @@ def patiently(address: str, ask: Callable[[], T]) -> T:
 
 
 def _behind(error: Exception) -> Exception:
-    """What has happened. fsspec calls any failure of HTTP a file that is not found."""
+    """What has happened over HTTP. fsspec calls any failure to learn a size a missing file."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
         return FileNotFoundError() if getattr(cause, "status", None) in (404, 410) else cause
