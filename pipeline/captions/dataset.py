@@ -15,6 +15,7 @@ from pipeline.captions.formats.beside import SIDECAR, read_sidecars
 from pipeline.captions.formats.encoding import open_text
 from pipeline.captions.formats.inside import METADATA, read_metadata
 from pipeline.captions.formats.json_files import read_json
+from pipeline.captions.formats.parquet_tables import is_parquet, read_parquet
 from pipeline.captions.formats.tables import read_table
 from pipeline.captions.formats.with_photos import MemberTexts, read_with_photos
 from pipeline.captions.photo_index import Matches, PhotoIndex
@@ -212,6 +213,8 @@ def _read(source: Path, index: PhotoIndex | None, choice: Choice) -> Reading:
             raise DatasetError(f"--captions {source} has no splits")
         read = read_sidecars if str(source) == SIDECAR else read_metadata
         return read(list_photos(index.images).paths, index)
+    if is_parquet(source):
+        return read_parquet(source, index, choice)
     file, encoding = open_text(source)
     try:
         with file:

@@ -504,3 +504,28 @@ def test_bytes_for_a_gpu_are_those_of_the_file(tmp_path: Path) -> None:
         files = [batch.files[row] for row in range(8)]
         assert [ctypes.string_at(f.address, f.length) for f in files] == data * 2
         assert batch.digests.tolist() == [file_digest(each).tolist() for each in data * 2]
+
+
+def test_a_parquet_table_is_a_captions_file(photos: Path, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = [photo.name for photo in photos_of(photos)] * 2
+    texts = [captions_of(name)[n // 12] for n, name in enumerate(names)]
+    table = arrow.table(
+        {
+            "file_name": names,
+            "caption": texts,
+            "thumbnail": [b"x"] * 24,
+            "photo": [{"bytes": b"x", "path": "other.jpg"}] * 24,
+        }
+    )
+    parquet.write_table(table, tmp_path / "c.parquet")
+    assert read_photos(photos, tmp_path / "c.parquet") == read_photos(
+        photos, photos / "captions.txt"
+    )
+    parquet.write_table(arrow.table({"a": [1, 2]}), tmp_path / "d.parquet")
+    with pytest.raises(DatasetError, match=r"d\.parquet: no column names photos"):
+        read_photos(photos, tmp_path / "d.parquet")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(SourceError, match=r"d\.parquet: not a Parquet file that can be read"):
+        read_photos(photos, tmp_path / "d.parquet")

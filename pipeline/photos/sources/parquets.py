@@ -158,7 +158,7 @@ def _photo_column(shown: str, file: Any, wanted: str | None) -> tuple[str, str |
         )
     holding = []
     for each in schema:
-        if wanted in (None, each.name) and (column := _bytes_of(each)) is not None:
+        if wanted in (None, each.name) and (column := bytes_column(each)) is not None:
             picture = _holds_pictures(file, column)
             if picture or (wanted is not None and picture is None):
                 holding.append(each)
@@ -173,7 +173,7 @@ def _photo_column(shown: str, file: Any, wanted: str | None) -> tuple[str, str |
         both = " and ".join(field.name for field in holding[:2])
         raise SourceError(f"{shown}: columns {both} both hold pictures; say --image-column")
     chosen = holding[0]
-    column = _bytes_of(chosen)
+    column = bytes_column(chosen)
     assert column is not None
     paths = None
     if "." in column and any(inner.name == "path" for inner in chosen.type):
@@ -183,7 +183,7 @@ def _photo_column(shown: str, file: Any, wanted: str | None) -> tuple[str, str |
     return column, paths
 
 
-def _bytes_of(field: Any) -> str | None:
+def bytes_column(field: Any) -> str | None:
     """The column of bytes in a column: itself, or `bytes` of a struct, as Hugging Face has it."""
     if _is_binary(field.type):
         return str(field.name)
