@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.derived.shards import Listed, listed_arrays
 from cache.place import lock_new
 from cache.record import CacheError, Skeleton
 from cache.seal import FORMAT_VERSION, SEAL_BYTES, Region, write_seal
@@ -24,21 +25,28 @@ _ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 4096}
 _OVERHEAD_BYTES = 1 << 17  # more than the seal, HDF5's structures and padding take
 
 
-def create_file(path: Path, skeleton: Skeleton, library_versions: Mapping[str, str]) -> int:
+def create_file(
+    path: Path,
+    skeleton: Skeleton,
+    library_versions: Mapping[str, str],
+    shards: Sequence[Listed] | None = None,
+) -> int:
     """Write a sealed cache with all rows pending to `path`, which does not exist yet.
 
+    shards: the caches that hold the features, which makes it a catalogue; None for a cache that
+    holds them itself.
     Returns a locked descriptor. Raises CacheError if the disk has no room for the finished file,
     and OSError.
     """
     rows, encoder, captions = len(skeleton.paths), skeleton.encoder, skeleton.captions
-    views, dim = len(encoder.views), encoder.feature_dim
     unfilled = {
         "status": ((rows,), "u1"),
         "digests": ((rows, DIGEST_BYTES), "u1"),
         "checksums": ((rows,), "<u4"),
         "errors": ((rows, ERROR_BYTES), "u1"),
-        "features": ((rows, views, dim), "<f2"),
     }
+    if shards is None:
+        unfilled["features"] = ((rows, len(encoder.views), encoder.feature_dim), "<f2")
     filled: dict[str, NDArray[Any]] = {
         "later_versions": np.zeros(LATER_VERSIONS_BYTES, np.uint8),
         "captions/rows": captions.rows.astype("<i4", copy=False),
@@ -56,9 +64,11 @@ def create_file(path: Path, skeleton: Skeleton, library_versions: Mapping[str, s
         filled[f"{name}/offsets"] = strings.offsets.astype("<i8", copy=False)
     if skeleton.numbered is not None:
         filled["image_ids/numbers"] = skeleton.numbered.astype("u1")
+    if shards is not None:
+        filled |= listed_arrays(shards)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        _reserve(path, fd, size_bytes(skeleton))
+        _reserve(path, fd, size_bytes(skeleton, shards))
         attributes = _attributes(skeleton, library_versions)
         # The file is locked only afterwards. HDF5 would find that lock and refuse to write, if the
         # environment variable HDF5_USE_FILE_LOCKING makes it lock files itself.
@@ -83,17 +93,22 @@ def create_file(path: Path, skeleton: Skeleton, library_versions: Mapping[str, s
     return fd
 
 
-def size_bytes(skeleton: Skeleton) -> int:
-    """The size of a cache, finished or not: at most so much, and little less."""
+def size_bytes(skeleton: Skeleton, shards: Sequence[Listed] | None = None) -> int:
+    """The size of a cache, finished or not, or of a catalogue of these caches: at most so much,
+    and little less.
+    """
     captions, encoder = skeleton.captions, skeleton.encoder
     strings = (skeleton.image_ids, skeleton.paths, captions.texts, captions.words)
-    row_bytes = 2 * len(encoder.views) * encoder.feature_dim + DIGEST_BYTES + ERROR_BYTES + 6
+    row_bytes = DIGEST_BYTES + ERROR_BYTES + 6
+    if shards is None:
+        row_bytes += 2 * len(encoder.views) * encoder.feature_dim
     return (
         len(skeleton.paths) * row_bytes
         + sum(part.text.nbytes + part.offsets.nbytes for part in strings)
         + 4 * (len(captions.rows) + len(captions.tokens))
         + 8 * (len(captions.token_offsets) + len(captions.counts))
         + LATER_VERSIONS_BYTES
+        + sum(array.nbytes for array in listed_arrays(shards or []).values())
         + _OVERHEAD_BYTES
     )
 

@@ -37,6 +37,28 @@ class MergeReport:
     duplicate_captions: int  # captions left out with them
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Caches that fit together, in the order of their rows."""
+
+    caches: list[FeatureCache]
+    kept: list[NDArray[np.bool_]]  # which rows (N,) of each
+    skeleton: Skeleton  # of the kept rows
+    library_versions: dict[str, str]
+
+    def report(self) -> MergeReport:
+        pairs = list(zip(self.caches, self.kept, strict=True))
+        return MergeReport(
+            caches=len(pairs),
+            photos=len(self.skeleton.paths),
+            unreadable=sum(int((cache.status[mask] != DONE).sum()) for cache, mask in pairs),
+            captions=len(self.skeleton.captions),
+            duplicates=sum(int((~mask).sum()) for _, mask in pairs),
+            duplicate_captions=sum(len(cache.captions) for cache, _ in pairs)
+            - len(self.skeleton.captions),
+        )
+
+
 def merge(
     paths: Sequence[Path], out: Path, *, deduplicate: bool = False, overwrite: bool = False
 ) -> MergeReport:
@@ -53,6 +75,26 @@ def merge(
     Raises CacheError for another encoder (naming the field) or tokenizer, pending or damaged rows,
     missing shards, shards of other photos or captions, duplicates, two photos with one id, or an
     `out` that cannot be written.
+    """
+    joined = join(paths, deduplicate=deduplicate)
+    with new_cache(
+        out, joined.skeleton, library_versions=joined.library_versions, overwrite=overwrite
+    ) as writer:
+        first = 0
+        for cache, mask in zip(joined.caches, joined.kept, strict=True):
+            rows = np.flatnonzero(mask)
+            block = max(1, _BLOCK_BYTES // (cache.features[:1].nbytes or 1))
+            for start in range(0, len(rows), block):
+                part = rows[start : start + block]
+                writer.copy(np.arange(first, first + len(part)), cache, part)
+                first += len(part)
+    return joined.report()
+
+
+def join(paths: Sequence[Path], *, deduplicate: bool = False) -> Joined:
+    """Open caches and join their names and captions, after all checks of `merge` but those of rows.
+
+    Raises CacheError as `merge` does.
     """
     caches = [open_cache(path) for path in paths]
     if not caches:
@@ -73,26 +115,11 @@ def merge(
     kept = [np.ones(len(cache), bool) for cache in caches]
     if deduplicate or not sharded:
         kept = _without_duplicates(caches, deduplicate, of_one_set=sharded)
-    skeleton = _joined(caches, kept)
-    versions = join_versions(cache.library_versions for cache in caches)
-    with new_cache(out, skeleton, library_versions=versions, overwrite=overwrite) as writer:
-        first = 0
-        for cache, mask in zip(caches, kept, strict=True):
-            rows = np.flatnonzero(mask)
-            block = max(1, _BLOCK_BYTES // (cache.features[:1].nbytes or 1))
-            for start in range(0, len(rows), block):
-                part = rows[start : start + block]
-                writer.copy(np.arange(first, first + len(part)), cache, part)
-                first += len(part)
-        unreadable = int((writer.status != DONE).sum())
-    left_out = sum(int((~mask).sum()) for mask in kept)
-    return MergeReport(
-        caches=len(caches),
-        photos=len(skeleton.paths),
-        unreadable=unreadable,
-        captions=len(skeleton.captions),
-        duplicates=left_out,
-        duplicate_captions=sum(len(c.captions) for c in caches) - len(skeleton.captions),
+    return Joined(
+        caches=caches,
+        kept=kept,
+        skeleton=_joined(caches, kept),
+        library_versions=join_versions(cache.library_versions for cache in caches),
     )
 
 

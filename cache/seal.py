@@ -114,11 +114,19 @@ def check_seal(fd: int) -> Seal:
     return seal
 
 
+def read_seal(fd: int) -> Seal:
+    """The seal of an open file, not compared with the rest of the file.
+
+    Raises CacheError, whose message does not name the file, and OSError.
+    """
+    return _read_seal(fd)[0]
+
+
 def attributes_of(path: Path) -> Mapping[str, str | int] | None:
     """How a cache was made, read from its seal alone; None if the file is no readable cache."""
     try:
         with path.open("rb") as file:
-            return _read_seal(file.fileno())[0].attributes
+            return read_seal(file.fileno()).attributes
     except (OSError, CacheError):
         return None
 

@@ -32,6 +32,9 @@ Format, version 3. N photos, V views, D features, M captions, K tokens, W words.
   shard of a larger set of photos has five more: `shard` (as in `2/8`), `shard_first_row`,
   `all_rows`, `all_photos_sha256`, `all_captions_sha256`.
 
+A catalogue is such a file without `features`, which are in other caches; see
+`cache.derived.shards`.
+
 There are no timestamps, so the same photos and the same encoder give the same bytes.
 """
 
@@ -44,13 +47,14 @@ import os
 import stat
 import weakref
 import zlib
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.derived.rows import read_into, runs
+from cache.derived.shards import SEAL_DIGEST_BYTES, Listed, ShardedFeatures, seal_digest
 from cache.record import (
     FIRST_TOKENIZER,
     CacheError,
@@ -67,14 +71,15 @@ DIGEST_BYTES = 16
 ERROR_BYTES = 96
 LATER_VERSIONS_BYTES = 4096
 
-_READ_BYTES = 1 << 24  # at a time
-
 
 class FeatureCache:
     """A cache open for reading. Arrays are memory-mapped, and strings are decoded when asked for.
 
     `cache.features[rows]` reads only those rows. Open one with `open_cache`. Pickling stores only
     the path, so a cache can be passed to other processes.
+
+    A catalogue is read like any other cache, but its features are in other files. So `features` is
+    no array then, but a `ShardedFeatures`, which is indexed like one.
 
     If another program cuts the file off, the system kills a process that then touches the mapping
     (SIGBUS), and Python cannot prevent that. So whatever reads many rows uses `read_rows`, which
@@ -114,9 +119,8 @@ class FeatureCache:
         """
         self._regions = seal.arrays
         self.format_version = seal.version
-        self.features: NDArray[np.float16] = self._map("features", "<f2", 3)  # (N, V, D)
-        rows = len(self.features)
-        self.status: NDArray[np.uint8] = self._map("status", "|u1", 1, rows)  # (N,)
+        self.status: NDArray[np.uint8] = self._map("status", "|u1", 1)  # (N,)
+        rows = len(self.status)
         self.digests: NDArray[np.uint8] = self._map("digests", "|u1", 2, rows)  # (N, 16)
         self.checksums: NDArray[np.uint32] = self._map("checksums", "<u4", 1, rows)  # (N,)
         self.error_bytes: NDArray[np.uint8] = self._map("errors", "|u1", 2, rows)  # (N, 96)
@@ -152,6 +156,12 @@ class FeatureCache:
         )
         captions = self.captions
         shape = (rows, len(self.encoder.views), self.encoder.feature_dim)
+        self.shards: ShardedFeatures | None = None  # of a catalogue
+        if "features" in seal.arrays:
+            self.features: NDArray[np.float16] = self._map("features", "<f2", 3, rows)  # N, V, D
+        else:
+            self.shards = self._open_shards(shape[1:])
+            self.features = cast("NDArray[np.float16]", self.shards)
         if (
             self.features.shape != shape
             or self.digests.shape != (rows, DIGEST_BYTES)
@@ -186,6 +196,27 @@ class FeatureCache:
     def _strings(self, name: str, count: int | None = None) -> Strings:
         text: NDArray[np.uint8] = self._map(f"{name}/text", "|u1", 1)
         return Strings(text, self._offsets(f"{name}/offsets", len(text), count))
+
+    def _open_shards(self, row_shape: tuple[int, int]) -> ShardedFeatures:
+        paths = self._strings("shards/paths")
+        rows: NDArray[np.int64] = self._map("shards/rows", "<i8", 1, len(paths))
+        sizes: NDArray[np.int64] = self._map("shards/sizes", "<i8", 1, len(paths))
+        seals: NDArray[np.uint8] = self._map("shards/seals", "|u1", 2, len(paths))
+        if (rows < 0).any() or seals.shape[1] != SEAL_DIGEST_BYTES:
+            raise CacheError("damaged (its list of caches is invalid)")
+        return ShardedFeatures(
+            self.path,
+            Path(os.path.realpath(self.path)).parent,
+            [
+                Listed(*listed)
+                for listed in zip(
+                    paths, rows.tolist(), sizes.tolist(), map(bytes, seals), strict=True
+                )
+            ],
+            row_shape=row_shape,
+            status=self.status,
+            checksums=self.checksums,
+        )
 
     def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
         return FeatureCache, (self.path,)
@@ -247,6 +278,8 @@ class FeatureCache:
         Raises CacheError if the file cannot be read, or was cut off or overwritten meanwhile.
         """
         self.check_unchanged()
+        if self.shards is not None:
+            return self.shards.read_rows(rows)
         region = self._regions["features"]
         features = np.empty((len(rows), *region.shape[1:]), region.dtype)
         row_bytes = region.size_bytes // max(1, region.shape[0])
@@ -263,16 +296,16 @@ class FeatureCache:
 
     def _read_into(self, array: NDArray[Any], position: int) -> None:
         """Fill an array with the bytes from `position` on, without touching the mapping."""
-        left = array.reshape(-1).view(np.uint8).data
         try:
-            while len(left):
-                count = os.preadv(self._fd, [left[:_READ_BYTES]], position)
-                if not count:
-                    self.check_unchanged()
-                    raise CacheError(f"{self.path}: the file has become shorter")
-                left, position = left[count:], position + count
+            if not read_into(self._fd, array, position):
+                self.check_unchanged()
+                raise CacheError(f"{self.path}: the file has become shorter")
         except OSError as error:
             raise CacheError(f"{self.path}: cannot read ({error.strerror})") from None
+
+    def identity(self) -> tuple[int, bytes]:
+        """(size in bytes, digest of the seal), by which a catalogue knows this file again."""
+        return self._size, seal_digest(self._seal_block)
 
     def region(self, name: str) -> Region:
         """Where an array lies in the file."""
@@ -328,12 +361,6 @@ class FeatureCache:
             )
             for n, row in enumerate(rows.tolist())
         ]
-
-
-def runs(rows: NDArray[np.int64]) -> list[slice]:
-    """Slices of `rows` with consecutive numbers. Each slice takes one read or write."""
-    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return [slice(start, stop) for start, stop in pairwise(cuts) if stop > start]
 
 
 def _open(path: Path) -> int:

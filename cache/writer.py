@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from cache.atomic import follow_link, remove_leftovers
 from cache.create import create_file
+from cache.derived.rows import runs
+from cache.derived.shards import FILLS_NO_CATALOGUE, is_catalogue
 from cache.place import folder_above, lock_existing, new_file, publish
 from cache.record import (
     CacheError,
@@ -31,7 +33,6 @@ from cache.store import (
     PENDING,
     UNREADABLE,
     FeatureCache,
-    runs,
 )
 
 _GO_ON = "what is done is kept, run the same command again to go on"
@@ -254,7 +255,7 @@ def open_writer(
     Raises CacheError if another process is writing it, if the file there is no cache, or differs
     (naming the field) and `overwrite` is off, or if the folder cannot be written to.
     """
-    path = _followed(Path(path))
+    path = followed(Path(path))
     while True:
         existing = lock_existing(path)
         try:
@@ -284,7 +285,7 @@ def new_cache(
 
     Raises CacheError as `open_writer` does, and if a file is there and `overwrite` is off.
     """
-    path = _followed(path)
+    path = followed(path)
     existing = lock_existing(path)
     there = CacheError(f"{path}: already exists; name another --out, or --overwrite it")
     try:
@@ -306,7 +307,7 @@ def new_cache(
             os.close(existing)
 
 
-def _followed(path: Path) -> Path:
+def followed(path: Path) -> Path:
     """The file that `path` leads to.
 
     Raises CacheError if it is a link into a folder that is missing. That may be a disk that is not
@@ -319,8 +320,12 @@ def _followed(path: Path) -> Path:
 
 
 def check_place(path: Path) -> None:
-    """Raise CacheError before any work is done if `open_writer` could not start at `path`."""
-    path = _followed(path)
+    """Raise CacheError before any work is done if `open_writer` could not start at `path`, or if
+    a catalogue is there.
+    """
+    if is_catalogue(path):
+        raise CacheError(f"{path}: {FILLS_NO_CATALOGUE}")
+    path = followed(path)
     fd = lock_existing(path)
     if fd is not None:
         os.close(fd)
@@ -334,6 +339,8 @@ def _share(shard: Shard | None) -> str:
 
 def _check_same(path: Path, skeleton: Skeleton) -> None:
     there = FeatureCache(path)
+    if there.shards is not None:
+        raise CacheError(f"{path}: {FILLS_NO_CATALOGUE}")
     advice = "Use another --out, or --overwrite."
     difference = there.encoder.difference(skeleton.encoder)
     if difference is None and str(there.shard) != str(skeleton.shard):

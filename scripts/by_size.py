@@ -5,7 +5,8 @@
 A share has the first N photos of a seeded order, so a larger one contains the smaller ones. On each
 share `best` trains as it comes, and `classic` 10, 20 and 60 epochs; the best of its three scores
 counts. The test cache is used only to score. After an interruption, the same command continues.
-Prints a Markdown table of the means over the seeds.
+Prints a Markdown table of the means over the seeds. Beside other work, seconds say little; the
+seconds of CPU time, which the table gives in brackets, say more.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cache.record import Skeleton, Strings
 from cache.store import DONE, FeatureCache, open_cache
 from cache.writer import open_writer
 from pipeline.evaluation.evaluate import evaluate
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 from train.config import BEST, CLASSIC, Recipe, SearchConfig, TrainConfig
 from train.fit.reports import EpochLog
 from train.fit.run import train
@@ -115,7 +116,7 @@ def _scored(
     if result.exists():
         scores: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return scores
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     resume = (run / "checkpoint.pt").exists()
     if not resume:
         shutil.rmtree(run, ignore_errors=True)
@@ -125,9 +126,14 @@ def _scored(
             epochs = report.epoch + 1
             if epochs % 10 == 0:
                 print(f"{run.name}: {report.line()}", file=sys.stderr, flush=True)
-    seconds = time.perf_counter() - started
-    evaluated = evaluate(run, test_cache, _SEARCH, meteor=False, spice=False).scores
-    scores = {**evaluated.as_dict(), "seconds": seconds, "epochs": epochs}
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    evaluated = evaluate(run, test_cache, _SEARCH, meteor=False).scores
+    scores = {
+        **evaluated.as_dict(),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "epochs": epochs,
+    }
     write_text(result, json.dumps(scores, indent=1) + "\n")
     return scores
 
@@ -141,11 +147,13 @@ def _table(found: dict[int, list[dict[str, dict[str, Any]]]]) -> str:
         if not runs:
             continue
         best, classic = ([run[name] for run in runs] for name in ("best", "classic"))
-        seconds = statistics.mean(run["seconds"] for run in best)
+        seconds, cpu = (
+            statistics.mean(run[key] for run in best) for key in ("seconds", "cpu_seconds")
+        )
         epochs = statistics.mean(run["epochs"] for run in best)
         chosen = ", ".join(sorted({str(run["epochs"]) for run in classic}, key=int))
         lines.append(
-            f"| {size:,} | {_scores(best)} | {epochs:.0f} epochs in {seconds:.0f} s "
+            f"| {size:,} | {_scores(best)} | {epochs:.0f} epochs in {seconds:.0f} s ({cpu:.0f} s) "
             f"| {_scores(classic)} ({chosen} epochs) |"
         )
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from cache.record import EncoderRecord, Skeleton, Strings
 from cache.store import open_cache
 from cache.writer import open_writer
 from train.captions.caption_set import Batch, CaptionSet, caption_set
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 from train.captions.vocabulary import END, PAD, Vocabulary, build_vocabulary
 from train.config import BEST, CLASSIC, Recipe, TrainConfig
 from train.fit.run import train

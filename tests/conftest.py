@@ -25,8 +25,8 @@ from cache.store import FeatureCache, open_cache
 from cache.writer import open_writer
 from pipeline.encoder.networks import random_weights
 from pipeline.encoder.networks.headless import Headless
+from train.captions.numbering import build_caption_table
 from train.captions.script import TREEBANK
-from train.captions.tokenizer import build_caption_table
 from train.fit.record.drawn_curves import DrawnCurves
 from train.scores import meteor
 from train.scores.java import package_folder

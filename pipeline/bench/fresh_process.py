@@ -12,7 +12,11 @@ def start_cap(*arguments: object) -> subprocess.Popen[str]:
 
     Its output and its errors are pipes of text.
     """
-    code = "from pipeline.cli.main import main; main()"
+    return start_python("from pipeline.cli.main import main; main()", *arguments)
+
+
+def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """`start_cap` with other code than the command's own."""
     return subprocess.Popen(
         # -P keeps files in the working folder from being imported instead.
         [sys.executable, "-P", "-c", code, *map(str, arguments)],

@@ -25,7 +25,7 @@ from train.device import resolve_device
 from train.model.bundle import Bundle
 from train.search.likelihood import likeliest, log_likelihoods
 
-_BLOCK_ROWS = 4096  # read and compared at once
+_BLOCK_ROWS = 1024  # read and compared at once; the first ones get no bounds
 _AVERAGED_ROWS = 1000  # whose mean stands for no photo in particular
 _FINAL = frozenset(".!?。！？")  # a sentence that ends with one of these is a whole caption
 

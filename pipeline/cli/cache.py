@@ -24,7 +24,15 @@ from pipeline.photos.sources.patterns import photos_at
 
 def merge(
     caches: Annotated[list[Path], typer.Argument(help="Finished caches of one encoder.")],
-    out: Annotated[Path, typer.Option(help="The cache to write.")],
+    out: Annotated[Path, typer.Option(help="The cache to write, or the catalogue.")],
+    catalogue: Annotated[
+        bool,
+        typer.Option(
+            "--catalogue",
+            help="Write a catalogue, which is read like a cache: names, captions, and where the "
+            "caches are. It copies no features, so keep the caches.",
+        ),
+    ] = False,
     deduplicate: Annotated[
         bool,
         typer.Option(
@@ -43,12 +51,19 @@ def merge(
 
     Example: cap merge train.1.h5 train.2.h5 --out train.h5
     """
+    if catalogue and deduplicate:
+        raise WrongArguments("a catalogue lists whole caches; --deduplicate is for merging")
     with errors(f"{out} was not made"):
+        from cache.derived.catalogue import write_catalogue
         from cache.merge import merge as join
 
-        report = join(caches, out, deduplicate=deduplicate, overwrite=overwrite)
+        report = (
+            write_catalogue(caches, out, overwrite=overwrite)
+            if catalogue
+            else join(caches, out, deduplicate=deduplicate, overwrite=overwrite)
+        )
         if as_json:
-            print_json({"cache": str(out), **dataclasses.asdict(report)})
+            print_json({"cache": str(out), **dataclasses.asdict(report), "is_catalogue": catalogue})
             return
         left_out = (
             f"; {report.duplicates:,} duplicates left out"
@@ -57,7 +72,8 @@ def merge(
             else ""
         )
         print(
-            f"{out}: {report.photos:,} photos of {report.caches} caches,"
+            f"{out}: {'catalogue of ' if catalogue else ''}"
+            f"{report.photos:,} photos of {report.caches} caches,"
             f" {report.captions:,} captions; {report.unreadable:,} set aside{left_out}"
         )
 

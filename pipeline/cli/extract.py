@@ -15,17 +15,19 @@ from pipeline.cli.terminal import ProgressLine, duration, mention, one_line, pri
 from pipeline.encoder.networks.known_backbones import KNOWN_BACKBONES, backbones_table
 from pipeline.encoder.networks.sources import TIMM
 from pipeline.extraction.config import ExtractConfig, ExtractOptions, settled
+from pipeline.extraction.distributed.config import RayOptions
 from train.torch_import import start_torch
 
 if TYPE_CHECKING:
     from cache.store import FeatureCache
+    from pipeline.extraction.distributed.run import ClusterProgress
     from pipeline.extraction.fill import Progress
 
 _LISTED_ERRORS = 20
 
 
 @options
-def extract_features(*, asked: ExtractOptions, as_json: Json = False) -> None:
+def extract_features(*, asked: ExtractOptions, cluster: RayOptions, as_json: Json = False) -> None:
     """Encode every photo once and store its features.
 
     Each photo passes through a frozen network. After an interruption, the same command continues
@@ -33,6 +35,9 @@ def extract_features(*, asked: ExtractOptions, as_json: Json = False) -> None:
 
     Example: cap extract-features --images val2014 --captions captions_val2014.json --out val.h5
     """
+    if cluster.ray is not None:
+        _extract_on_cluster(asked, cluster, as_json)
+        return
     before = _state(asked.out)
     with errors(lambda: _kept(asked.out, before)):
         config, taken = settled(asked)
@@ -74,6 +79,87 @@ def extract_features(*, asked: ExtractOptions, as_json: Json = False) -> None:
                 f" {last.unreadable:,} set aside; {last.new:,} new{copied}"
                 f" in {duration(last.elapsed_s)}"
             )
+
+
+# What a job on a cluster does not do, by the name of the setting.
+_NOT_ON_CLUSTERS = ("shard", "reuse", "update", "retry_unreadable", "dry_run")
+
+
+def _extract_on_cluster(asked: ExtractOptions, cluster: RayOptions, as_json: bool) -> None:
+    from pipeline.extraction.distributed.job import folder_of
+
+    for name in _NOT_ON_CLUSTERS:
+        if getattr(asked, name):
+            raise WrongArguments(f"--{name.replace('_', '-')} does not go with --ray")
+    folder = folder_of(asked.out)
+    with errors(
+        lambda: (
+            f"what is done is kept in {folder}; run the same command to go on"
+            if folder.is_dir()
+            else "nothing was begun; run the same command again"
+        )
+    ):
+        config, taken = settled(asked)
+        if taken is not None:
+            say(taken)
+        from pipeline.extraction.distributed.run import extract_on_cluster
+        from pipeline.extraction.fill import Notice
+
+        last: ClusterProgress | None = None
+        with (
+            ProgressLine("extracting", "photos") as line,
+            contextlib.closing(extract_on_cluster(config, cluster)) as reports,
+        ):
+            for report in reports:
+                if isinstance(report, Notice):
+                    line.say(one_line(report.text), mention if report.detail else say)
+                    continue
+                last = report
+                line.update(
+                    report.done + report.unreadable,
+                    report.total,
+                    report.photos_per_s,
+                    note=_on_cluster(report),
+                )
+        assert last is not None
+        from cache.store import open_cache
+
+        cache = open_cache(config.out)
+        _list_unreadable(cache)
+        if as_json:
+            print_json(
+                {
+                    "cache": str(config.out),
+                    "done": last.done,
+                    "unreadable": last.unreadable,
+                    "new": last.new,
+                    "copied": 0,
+                    "seconds": round(last.elapsed_s, 3),
+                    "photos_per_s": round(last.photos_per_s, 2),
+                    "shards": last.shards,
+                    "cost": None if last.cost is None else round(last.cost, 4),
+                }
+            )
+        else:
+            cost = "" if last.cost is None else f", for {last.cost:,.2f}"
+            print(
+                f"{config.out}: {last.done:,} photos of {cache.encoder.feature_dim} features"
+                f" x {len(cache.encoder.views)} views, {len(cache.captions):,} captions;"
+                f" {last.unreadable:,} set aside; {last.new:,} new"
+                f" in {duration(last.elapsed_s)}{cost}"
+            )
+
+
+def _on_cluster(report: ClusterProgress) -> str:
+    """Shards, workers and cost, for a line of progress."""
+    parts = [f"{report.shards_done:,}/{report.shards:,} shards"]
+    if report.workers:
+        parts.append("1 worker" if report.workers == 1 else f"{report.workers} workers")
+    if report.unreadable:
+        parts.append(f"{report.unreadable:,} set aside")
+    if report.cost is not None:
+        parts.append(f"cost so far {report.cost:,.2f}")
+    return ", ".join(parts)
 
 
 def _state(out: Path) -> tuple[int, int] | None:

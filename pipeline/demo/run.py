@@ -232,7 +232,7 @@ def _judge(
     )
     return DemoResult(
         scores=evaluation.scores,
-        control=score(shifted, evaluation.references, meteor=False, spice=False),
+        control=score(shifted, evaluation.references, meteor=False),
         objects=sum(count[0] for count in counts),
         nouns_right=sum(count[1] for count in counts),
         colors_right=sum(count[2] for count in counts),

@@ -33,9 +33,7 @@ from train.model.bundle import find_bundle, load_bundle
 from train.scores.diversity import Diversity, diversity
 from train.scores.human_agreement import Agreement, human_agreement
 from train.scores.intervals import LEVEL, RESAMPLINGS, intervals
-from train.scores.java import has_java
-from train.scores.metrics import MetricsError, Scores, score
-from train.scores.spice import missing_requirement
+from train.scores.metrics import Scores, score
 
 
 @dataclass(frozen=True)
@@ -99,23 +97,21 @@ def evaluate(
     only: Path | None = None,
     device: str = "auto",
     meteor: bool = True,
-    spice: bool = False,
     report: Callable[[int, int], None] | None = None,
     others: int = 0,
 ) -> Evaluation:
     """Caption every photo of a cache and score the captions against those in the cache.
 
     only: a file with one photo name per line; other photos are left out. meteor: False to leave
-    that score out, which takes most of the time. spice: whether to compute SPICE, which needs Java
-    and files of its own. report: is told how many photos of how many are captioned. others: how
-    many other captions of the search the predictions have, see `search_several`. Writes two files,
-    called as `pipeline.evaluation.result_files` says, into `out` or beside the model; `problem` of
-    the result says why not. Raises BundleError, CacheError (no captions, damaged rows,
-    or features of another encoder), DatasetError (`only`), CaptionError, DeviceError, SearchError,
+    that score out, which takes most of the time. report: is told how many photos of how many are
+    captioned. others: how many other captions of the search the predictions have, see
+    `search_several`. Writes two files, called as `pipeline.evaluation.result_files` says, into
+    `out` or beside the model; `problem` of the result says why not. Raises BundleError, CacheError
+    (no captions, damaged rows, or features of another encoder), DatasetError (`only`),
+    CaptionError, DeviceError, SearchError,
     ViewError or MetricsError.
     """
     check_search(search_config)
-    _check_spice(spice)
     model_file = find_bundle(model)
     bundle = load_bundle(model_file, resolve_device(device))
     asked = search_config
@@ -139,7 +135,6 @@ def evaluate(
         tokenizer=bundle.vocabulary.tokenizer,
         vocabulary=len(bundle.vocabulary) - len(SPECIALS),
         meteor=meteor,
-        spice=spice,
     )
     files = result_files(model_file, cache, asked, out=out, only=only)
     problem = write_results(
@@ -163,15 +158,6 @@ def evaluate(
     )
 
 
-def _check_spice(spice: bool) -> None:
-    """Raise MetricsError if SPICE is asked for and cannot be computed here."""
-    missing = missing_requirement() if spice else None
-    if spice and missing is None and not has_java():
-        missing = "it needs `java`"
-    if missing is not None:
-        raise MetricsError(f"SPICE cannot be computed: {missing}; leave out --spice")
-
-
 def evaluate_predictions(
     predictions: Path,
     *,
@@ -184,7 +170,6 @@ def evaluate_predictions(
     caption_column: str | None = None,
     all_photos: bool = False,
     meteor: bool = True,
-    spice: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> ScoredPredictions:
     """Score a file in COCO's results format against the captions of a cache or of a captions file.
@@ -194,7 +179,6 @@ def evaluate_predictions(
     leaves out photos; otherwise those that it has are scored, and a notice of the scores says how
     many of how many. Raises PredictionsError, CacheError, DatasetError or MetricsError.
     """
-    _check_spice(spice)
     found = read_predictions(predictions)
     references = references_of(
         cache=cache,
@@ -215,7 +199,6 @@ def evaluate_predictions(
         matched.references,
         tokenizer=tokenizer or tokenizer_of(cache),
         meteor=meteor,
-        spice=spice,
     )
     notices = (*([matched.notice] if matched.notice is not None else []), *result.scores.notices)
     return ScoredPredictions(
@@ -237,7 +220,6 @@ def evaluate_people(
     image_column: str | None = None,
     caption_column: str | None = None,
     meteor: bool = True,
-    spice: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Agreement:
     """`human_agreement` of the captions of a cache or of a captions file.
@@ -246,7 +228,6 @@ def evaluate_people(
     splits captions; None for that of the cache, or `treebank`. Raises CacheError, DatasetError or
     MetricsError.
     """
-    _check_spice(spice)
     references = references_of(
         cache=cache,
         captions=captions,
@@ -256,9 +237,7 @@ def evaluate_people(
         caption_column=caption_column,
         say=say,
     )
-    return human_agreement(
-        references, tokenizer=tokenizer or tokenizer_of(cache), meteor=meteor, spice=spice
-    )
+    return human_agreement(references, tokenizer=tokenizer or tokenizer_of(cache), meteor=meteor)
 
 
 def _score(
@@ -268,9 +247,8 @@ def _score(
     tokenizer: str,
     vocabulary: int | None = None,
     meteor: bool,
-    spice: bool,
 ) -> Result:
-    scores = score(captions, references, tokenizer=tokenizer, meteor=meteor, spice=spice)
+    scores = score(captions, references, tokenizer=tokenizer, meteor=meteor)
     spoken = list(captions.values())
     if tokenizer != TREEBANK:  # words that may have no spaces between them
         spoken = [" ".join(tokenize(caption, tokenizer)) for caption in spoken]

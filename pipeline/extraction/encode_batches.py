@@ -51,11 +51,13 @@ def encode_batches(
     batch_rows: int,
     readers: int,
     decoder: str = "auto",
+    encoder: Encoder | None = None,
 ) -> Iterator[EncodedBatch | str]:
     """Encode `pending_batches` one after the other. A str is a notice for the user.
 
     record: how the backbone is used. paths: the name of each row's photo in `source`. readers: how
-    many load photos. decoder: `auto`, `cpu` or `gpu`, which decodes them.
+    many load photos. decoder: `auto`, `cpu` or `gpu`, which decodes them. encoder: that of the
+    record on the device, if there is one from earlier batches.
 
     A GPU computes one batch while the next one is copied to it or decoded on it. Raises
     DecoderError, StalledError, VanishedError, ShortageError, SourceError, ReaderError or
@@ -91,13 +93,14 @@ def encode_batches(
     running: tuple[QueuedFeatures | None, LoadedBatch] | None = None  # on the device
     checks = FeatureChecks(backbone, record.precision, paths, beside=device.type == "cuda")
     with loaded:  # first, so that photos are read while the encoder is made
-        encoder = Encoder(
-            backbone,
-            device=device,
-            precision=record.precision,
-            image_size=record.image_size,
-            views=record.views,
-        )
+        if encoder is None:
+            encoder = Encoder(
+                backbone,
+                device=device,
+                precision=record.precision,
+                image_size=record.image_size,
+                views=record.views,
+            )
         encoder.warm_up(batch_rows, len(batches))
         for batch in loaded:
             queued = _encode(encoder, batch), batch

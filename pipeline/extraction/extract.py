@@ -17,7 +17,16 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from cache.record import CacheError, EncoderRecord, Skeleton, Strings, photos_sha256, texts_sha256
+from cache.record import (
+    CacheError,
+    CaptionTable,
+    EncoderRecord,
+    Shard,
+    Skeleton,
+    Strings,
+    photos_sha256,
+    texts_sha256,
+)
 from cache.seal import attributes_of
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
@@ -25,12 +34,13 @@ from pipeline.captions.dataset import open_photos, read_photos
 from pipeline.captions.image_ids import NumberId
 from pipeline.captions.records import Choice, Photo
 from pipeline.encoder.backbone import Backbone
-from pipeline.encoder.encoder import encoder_record
+from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
 from pipeline.encoder.warm_up import begin_warm_up
 from pipeline.encoder.weights import load_backbone
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import other_photos
+from pipeline.extraction.distributed.shards import shard_of, unlike_siblings
 from pipeline.extraction.fill import (
     CacheFiller,
     ExtractError,
@@ -38,7 +48,6 @@ from pipeline.extraction.fill import (
     Progress,
 )
 from pipeline.extraction.reuse import KnownPhotos, open_known
-from pipeline.extraction.shards import shard_of, unlike_siblings
 from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import Preprocessing
@@ -46,14 +55,15 @@ from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from pipeline.photos.sources.ahead import DaemonThreads
 from pipeline.photos.sources.source import Report, Source
 from train.allocator import without_collections
+from train.captions.numbering import build_caption_table
 from train.captions.script import misfit
-from train.captions.tokenizer import build_caption_table
 from train.device import resolve_devices
 
 # A CPU is fastest with a few megabytes of activations per layer, a GPU with many.
-_BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
+BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
 _PRECISION_CHECK_PHOTOS = 8
 _LOOK_S = 1.0  # between two reports while tars are looked into
+PRECISION_PHOTOS = 4 * _PRECISION_CHECK_PHOTOS  # looked at, since some may be unreadable
 
 
 @dataclass
@@ -69,6 +79,9 @@ class Job:
     updates: bool  # whether the cache at --out is brought up to date, and so kept
     notices: list[str]
     details: list[str]  # notices that ask for nothing
+    encoder: Encoder | None = (
+        None  # the backbone, made ready for the first device by an earlier job
+    )
 
 
 def library_versions() -> dict[str, str]:
@@ -93,6 +106,12 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     del photos  # the job's skeleton holds the same in a third of the memory
     yield from map(Notice, job.notices)
     yield from (Notice(text, detail=True) for text in job.details)
+    yield from fill_cache(job)
+
+
+def fill_cache(job: Job) -> Generator[Notice | Progress, None, None]:
+    """Do what is asked for. Yields, and raises, as `extract` does."""
+    config = job.config
     if job.updates:
         yield from _update(job)
     writer = _open(job)
@@ -106,8 +125,10 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
             size = writer.cache.batch_rows
             yield Notice(f"continuing with the cache's own batch size, {size}", detail=True)
         del job.skeleton  # the cache holds the same, memory-mapped
-        filler = CacheFiller(writer, config, source)
-        yield from filler.fill(job.backbone, job.devices, job.known, packed=job.updates)
+        filler = CacheFiller(writer, config, job.source)
+        yield from filler.fill(
+            job.backbone, job.devices, job.known, packed=job.updates, encoder=job.encoder
+        )
         # Only now: rows that were pending before have the same places in their batches as ever.
         if config.retry_unreadable and (count := writer.retry_unreadable()):
             yield Notice(f"trying {count:,} unreadable photos again")
@@ -315,31 +336,55 @@ def is_unfinished(config: ExtractConfig, skeleton: Skeleton) -> bool:
     )
 
 
-@without_collections()
 def _skeleton(
     config: ExtractConfig, photos: Sequence[Photo], record: EncoderRecord, device: torch.device
 ) -> Skeleton:
     """All that a cache of these photos, or of the shard asked for, holds besides its rows."""
-    batch_rows = min(config.batch_size or _BATCH_PHOTOS[device.type], len(photos))
+    batch_rows = min(config.batch_size or BATCH_PHOTOS[device.type], len(photos))
     shard = None
     if config.shard is not None:
-        names = (photo.image_id for photo in photos), (photo.path for photo in photos)
-        counts = [len(photo.captions) for photo in photos]
+        names, texts = digests_of(photos)
         shard, share = shard_of(
             len(photos),
             batch_rows,
             *config.shard,
-            all_photos_sha256=photos_sha256(*map(Strings.pack, names)),
-            all_captions_sha256=texts_sha256(
-                Strings.pack(text for photo in photos for text in photo.captions),
-                np.repeat(np.arange(len(photos), dtype=np.int32), counts),
-            ),
+            all_photos_sha256=names,
+            all_captions_sha256=texts,
         )
         photos = photos[share]
+    return skeleton_of(photos, config.tokenizer, record, batch_rows, shard)
+
+
+@without_collections()
+def digests_of(photos: Sequence[Photo]) -> tuple[str, str]:
+    """(`photos_sha256`, `texts_sha256`) of all photos, as every shard records them."""
+    names = (photo.image_id for photo in photos), (photo.path for photo in photos)
+    counts = [len(photo.captions) for photo in photos]
+    return photos_sha256(*map(Strings.pack, names)), texts_sha256(
+        Strings.pack(text for photo in photos for text in photo.captions),
+        np.repeat(np.arange(len(photos), dtype=np.int32), counts),
+    )
+
+
+@without_collections()
+def skeleton_of(
+    photos: Sequence[Photo],
+    tokenizer: str,
+    record: EncoderRecord,
+    batch_rows: int,
+    shard: Shard | None,
+    captions: CaptionTable | None = None,
+) -> Skeleton:
+    """All that a cache of exactly these photos holds besides its rows.
+
+    captions: those of the photos, if they are tokenized already.
+    """
+    if captions is None:
+        captions = build_caption_table([photo.captions for photo in photos], tokenizer)
     return Skeleton(
         image_ids=Strings.pack(photo.image_id for photo in photos),
         paths=Strings.pack(photo.path for photo in photos),
-        captions=build_caption_table([photo.captions for photo in photos], config.tokenizer),
+        captions=captions,
         encoder=record,
         batch_rows=batch_rows,
         shard=shard,
@@ -365,7 +410,7 @@ def _choose_precision(
         return FeatureCache(config.out).encoder.precision, [], []
     if config.reuse is not None:
         return FeatureCache(config.reuse).encoder.precision, [], []
-    precision, notices, details = _fastest_precision(config, source, backbone, photos, device)
+    precision, notices, details = fastest_precision(config, source, backbone, photos, device)
     if config.shard is not None:
         number, count = config.shard
         notices.append(
@@ -375,19 +420,22 @@ def _choose_precision(
     return precision, notices, details
 
 
-def _fastest_precision(
+def fastest_precision(
     config: ExtractConfig,
     source: Source,
     backbone: Backbone,
     photos: Sequence[Photo],
     device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
-    """(precision, notices, details: why the faster ones do not do)."""
+    """(precision, notices, details: why the faster ones do not do), by the first photos.
+
+    config: its image size is known.
+    """
     if fast_precisions(device) == ("float32",):
         return "float32", [], []
     assert config.image_size is not None
     pixels: list[torch.Tensor] = []
-    first = range(min(len(photos), 4 * _PRECISION_CHECK_PHOTOS))
+    first = range(min(len(photos), PRECISION_PHOTOS))
     loader = PhotoLoader(
         [
             BatchRequest(row, first[row : row + _PRECISION_CHECK_PHOTOS])

@@ -15,6 +15,7 @@ from cache.errors import CapError
 from cache.store import DONE, PENDING, UNREADABLE
 from cache.writer import CacheWriter
 from pipeline.encoder.backbone import Backbone
+from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.precision import check_device
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.device_workers import encode_on_devices
@@ -74,12 +75,13 @@ class CacheFiller:
         known: KnownPhotos | None = None,
         *,
         packed: bool = False,
+        encoder: Encoder | None = None,
     ) -> Generator[Notice | Progress, None, None]:
         """Fill the pending rows; yields notices and progress, at the end the final progress.
 
         packed: whether the pending rows fill the batches one after the other. Otherwise each row
-        has its own place, and the more rows are done, the more places are black. Raises as
-        `extract` does.
+        has its own place, and the more rows are done, the more places are black. encoder: the
+        backbone on the first device, if it is ready already. Raises as `extract` does.
         """
         writer = self._writer
         self._done = int(np.count_nonzero(writer.status == DONE))
@@ -105,7 +107,7 @@ class CacheFiller:
             order = np.flatnonzero(writer.status == PENDING)
         writer.flush()
         self._begin("extracting")
-        for item in self._encoded(backbone, devices, order):
+        for item in self._encoded(backbone, devices, order, encoder):
             if isinstance(item, str):
                 yield Notice(item)
             else:
@@ -119,7 +121,11 @@ class CacheFiller:
         self._stage_start, self._stage_before = time.perf_counter(), self._new + self._copied
 
     def _encoded(
-        self, backbone: Backbone, devices: Sequence[torch.device], order: NDArray[np.int64]
+        self,
+        backbone: Backbone,
+        devices: Sequence[torch.device],
+        order: NDArray[np.int64],
+        encoder: Encoder | None,
     ) -> Iterator[EncodedBatch | str]:
         """The pending rows of `order`, batch by batch, as they are ready; a str is a notice."""
         cache, config = self._writer.cache, self._config
@@ -150,6 +156,7 @@ class CacheFiller:
             batch_rows=cache.batch_rows,
             readers=readers,
             decoder=config.decoder,
+            encoder=encoder,
         )
 
     def _store(self, encoded: EncodedBatch) -> None:

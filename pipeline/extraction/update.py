@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.derived.update import update_cache
 from cache.record import CacheError, Skeleton
 from cache.store import DONE, PENDING, FeatureCache
-from cache.update import update_cache
 from cache.verify import damaged_rows
 from pipeline.extraction.digests import digest_or_none, look_at
 from pipeline.extraction.reuse import KnownPhotos

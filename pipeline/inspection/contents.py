@@ -10,10 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache.errors import CapError
 from pipeline.inspection.kinds import Kind, kind_of
+
+if TYPE_CHECKING:
+    from cache.store import FeatureCache
 
 Facts = dict[str, Any]
 
@@ -71,11 +74,19 @@ def cache_facts(path: Path) -> Facts:
         "distinct_words": len(opened.captions.words),
         "tokenizer": opened.captions.tokenizer,
         "size_bytes": path.stat().st_size,
+        **_shard_facts(opened),
         **asdict(opened.encoder),
         "batch_rows": opened.batch_rows,
         **({"shard": str(opened.shard)} if opened.shard else {}),
         "library_versions": opened.library_versions,
     }
+
+
+def _shard_facts(opened: FeatureCache) -> Facts:
+    if opened.shards is None:
+        return {}
+    listed = opened.shards.listed
+    return {"listed_caches": len(listed), "listed_bytes": sum(item.size_bytes for item in listed)}
 
 
 def model_facts(path: Path) -> Facts:

@@ -12,8 +12,8 @@ from cache.seal import is_cache
 from cache.store import open_cache
 from pipeline.captions.dataset import read_captions
 from pipeline.captions.records import DatasetError
+from train.captions.numbering import build_caption_table
 from train.captions.script import TREEBANK, misfit
-from train.captions.tokenizer import build_caption_table
 from train.captions.vocabulary import SPECIALS, Vocabulary, build_vocabulary
 
 _SHOWN_WORDS = 12

@@ -20,8 +20,8 @@ from cache.verify import verify
 from cache.writer import CacheWriter, open_writer
 from tests.conftest import ROOT, record
 from tests.pipeline.test_cli import cap
+from train.captions.numbering import build_caption_table
 from train.captions.script import TREEBANK, WHITESPACE
-from train.captions.tokenizer import build_caption_table
 
 PHOTOS = [f"{letter}.jpg" for letter in "abcdefghij"]
 CAPTIONS = {

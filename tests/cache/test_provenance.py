@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.derived.update import update_cache
 from cache.merge import merge
 from cache.record import Strings, join_versions, pack_versions, unpack_versions
 from cache.store import LATER_VERSIONS_BYTES, PENDING, open_cache
-from cache.update import update_cache
 from cache.verify import verify
 from cache.writer import open_writer
 from tests.cache.test_store import CAPTIONS, DIGESTS, FEATURES, fill

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.derived.update import update_cache
 from cache.record import CacheError, Skeleton, Strings
 from cache.store import DONE, PENDING, UNREADABLE, open_cache
-from cache.update import update_cache
 from cache.verify import verify
 from cache.writer import open_writer
 from tests.cache.test_store import CAPTIONS, DIGESTS, FEATURES, fill
 from tests.conftest import skeleton
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 
 OTHER = [["A dog sleeps ."], ["Nothing ."], []]
 

@@ -18,7 +18,7 @@ from cache.record import EncoderRecord, Shard, Skeleton, Strings, photos_sha256,
 from cache.store import DONE, open_cache
 from cache.writer import open_writer
 from pipeline.captioner.cached import caption_cache
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 from train.config import Recipe, SearchConfig, TrainConfig
 from train.fit.reports import EpochLog
 from train.fit.run import train

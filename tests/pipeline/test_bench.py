@@ -75,6 +75,11 @@ def test_bench_predict_times_fresh_and_loaded_models() -> None:
         # A fresh process does the same work as a loaded model, and loads it first.
         assert row["warm_p50_ms"] / 1000 < row["cold_p50_s"] <= row["cold_p99_s"]
         assert row["photos_per_s"] > 0
+        assert list(row["cold_parts_s"]) == ["interpreter", "imports", "load", "caption", "end"]
+        assert all(seconds > 0 for seconds in row["cold_parts_s"].values())
+        assert sum(row["cold_parts_s"].values()) == pytest.approx(row["cold_p50_s"])  # of one start
+        assert list(row["warm_parts_ms"]) == ["decode", "encode", "search"]
+        assert all(ms > 0 for ms in row["warm_parts_ms"].values())
     assert result["precision"] in ("float32", "bfloat16")
     assert "cores" in result["machine"]
     assert result["machine"] in err
@@ -90,7 +95,7 @@ def test_bench_predict_tells_what_it_is_doing(monkeypatch: pytest.MonkeyPatch) -
             raise InterruptedError
 
     monkeypatch.setattr(predict, "write_bench_model", lambda *_: (Path("m.cap"), "float32"))
-    monkeypatch.setattr(predict, "_caption_afresh", stop_at_the_third)
+    monkeypatch.setattr(predict, "caption_afresh", stop_at_the_third)
     with pytest.raises(InterruptedError):
         predict.bench_predict(
             photos=1,

@@ -132,21 +132,9 @@ def test_a_list_chooses_the_photos_of_a_cache(run: Path, tmp_path: Path) -> None
     assert "1 of 1 names are not among the photos (first: nowhere.jpg)" in err
 
 
-def test_spice_is_computed_only_if_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_of_earlier_versions_is_still_taken(run: Path) -> None:
     where = ["evaluate", "--model", run, "--cache", run.parent / "a/test.h5", "--no-meteor"]
-    out, err = cap(*where)
-    assert "SPICE" not in out + err
-    assert "spice " not in out
-    assert cap(*where, "--no-spice")[0] == out  # of 0.1.0
-    _, err = cap(*where, "--spice", "--no-spice", code=2)
-    assert "give one of them" in err
-    from pipeline.evaluation import evaluate as stage
-
-    monkeypatch.setattr(stage, "missing_requirement", lambda: "no parser")
-    for what in (where, ["evaluate", "--human", "--cache", run.parent / "a/test.h5"]):
-        out, err = cap(*what, "--spice", code=1)
-        assert out == ""
-        assert err == "error: SPICE cannot be computed: no parser; leave out --spice\n"
+    assert cap(*where, "--no-spice") == cap(*where)  # of 0.1.0, which computed SPICE
 
 
 def test_a_search_is_called_by_what_is_unusual() -> None:

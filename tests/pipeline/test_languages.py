@@ -53,7 +53,7 @@ def test_captions_are_printed_without_spaces(chinese: Path) -> None:
 
 def test_scores_obey_the_models_tokenizer(chinese: Path) -> None:
     model = ("--model", chinese / "run", "--cache", chinese / "x.h5")
-    out, err = cap("evaluate", *model, "--json", "--no-spice")
+    out, err = cap("evaluate", *model, "--json")
     scores = json.loads(out)
     assert scores["tokenizer"] == "characters"
     assert scores["bleu_4"] == pytest.approx(1)

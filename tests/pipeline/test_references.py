@@ -126,7 +126,7 @@ def test_predictions_for_a_part_of_the_photos_are_scored_and_counted() -> None:
 def test_scores_of_a_part_say_so(tmp_path: Path) -> None:
     captions = written(tmp_path / "c.json", COCO)
     predictions = written(tmp_path / "p.json", [{"image_id": 7, "caption": "a cat"}])
-    result = evaluate_predictions(predictions, captions=captions, meteor=False, spice=False)
+    result = evaluate_predictions(predictions, captions=captions, meteor=False)
     assert result.scores.count == 1
     assert result.scores.notices[0].startswith(f"{predictions}: no caption for 1 of the 2 photos")
     with pytest.raises(PredictionsError, match=r"no caption for 1 of the 2 .* leave out --all"):

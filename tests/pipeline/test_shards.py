@@ -8,7 +8,7 @@ from cache.merge import merge
 from cache.record import CacheError
 from cache.store import open_cache
 from pipeline.extraction.config import parse_shard
-from pipeline.extraction.shards import ShardError, shard_of
+from pipeline.extraction.distributed.shards import ShardError, shard_of
 from tests.pipeline.test_cli import cap
 from tests.pipeline.test_extract import run
 

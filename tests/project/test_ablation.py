@@ -41,7 +41,7 @@ def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     }
     monkeypatch.setattr(module, "VARIANTS", variants)
     # METEOR's program takes most of the time; `tests/train/test_metrics.py` runs it.
-    monkeypatch.setattr(module, "evaluate", partial(module.evaluate, meteor=False, spice=False))
+    monkeypatch.setattr(module, "evaluate", partial(module.evaluate, meteor=False))
     return module
 
 

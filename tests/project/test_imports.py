@@ -32,7 +32,7 @@ TRAIN = {
     "allocator": set[str](),
     "captions": {"config"},
     "model": {"config", "captions"},
-    "search": {"config", "captions", "model"},
+    "search": {"private_torch", "config", "captions", "model"},
     "scores": {"captions"},
     "step": {"private_torch", "torch_import", "device", "config", "captions", "model", "search"},
     "fit": {

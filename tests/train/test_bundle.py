@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, record
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 from train.captions.vocabulary import build_vocabulary
 from train.model.bundle import Bundle, BundleError, load_bundle, read_record, read_training
 from train.model.decoder import CaptionDecoder, DecoderConfig

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from train.captions.tokenizer import build_caption_table
+from train.captions.numbering import build_caption_table
 from train.captions.vocabulary import END, PAD, UNK, build_vocabulary
 from train.scores.cider_reward import CiderReward
 

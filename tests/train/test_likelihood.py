@@ -71,21 +71,53 @@ def test_the_likeliest_are_found_although_most_are_dropped_early(
     np.testing.assert_allclose(found.log_probs, expected[order].numpy(), rtol=1e-4)
 
 
-def test_a_photo_below_the_floor_is_dropped_before_its_last_word(
-    decoder: CaptionDecoder, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    computed: list[int] = []
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(photos, words of the softmax) of every step that is computed."""
+    steps: list[tuple[int, int]] = []
     whole = likelihood._log_probs
 
-    def counted(decoder: CaptionDecoder, hidden: torch.Tensor, word: int) -> torch.Tensor:
-        computed.append(len(hidden))
-        return whole(decoder, hidden, word)
+    def counted(
+        decoder: CaptionDecoder, hidden: torch.Tensor, word: int, softmax_words: int
+    ) -> torch.Tensor:
+        steps.append((len(hidden), softmax_words))
+        return whole(decoder, hidden, word, softmax_words)
 
     monkeypatch.setattr(likelihood, "_log_probs", counted)
+    return steps
+
+
+def test_a_photo_below_the_floor_is_dropped_before_its_last_word(
+    decoder: CaptionDecoder, features: torch.Tensor, computed: list[tuple[int, int]]
+) -> None:
     expected = plain(decoder, features, SENTENCES[2])
     floor = float(expected.sort().values[-10])
     found = log_likelihoods(decoder, features, SENTENCES[2], floor)
-    assert computed[0] == 300
-    assert computed[-1] < 290, computed
+    assert computed[0] == (300, 40)
+    assert computed[-1][0] < 290, computed
     torch.testing.assert_close(found[expected >= floor], expected[expected >= floor])
     assert log_likelihoods(decoder, features, SENTENCES[2], 1.0).tolist() == [-torch.inf] * 300
+
+
+@pytest.mark.parametrize("words", [*SENTENCES, [30, 39, 12, 5]], ids=str)
+def test_bounds_by_some_words_drop_no_photo_above_the_floor(
+    decoder: CaptionDecoder,
+    features: torch.Tensor,
+    computed: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[int],
+) -> None:
+    monkeypatch.setattr(likelihood, "_BOUND_WORDS", 19)
+    expected = plain(decoder, features, words)
+    floor = float(expected.sort().values[-10])
+    found = log_likelihoods(decoder, features, words, floor)
+    torch.testing.assert_close(found[expected >= floor], expected[expected >= floor])
+    assert computed[0] == (300, 19)
+    whole = [photos for photos, softmax_words in computed if softmax_words == 40]
+    assert 10 <= whole[0] < 300
+    rows = torch.arange(300)
+    with torch.inference_mode():
+        photos = decoder.read_photo(features)
+        _, bounds = likelihood._summed(decoder, photos, rows, words, -torch.inf, 19)
+    assert (bounds >= expected - 1e-5).all()
+    assert (bounds > expected + 1e-3).any()

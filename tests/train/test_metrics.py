@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import real_captions
-from train.scores import java, meteor, metrics, spice
+from train.scores import java, meteor
 from train.scores.intervals import intervals
 from train.scores.metrics import MetricsError, score
 
@@ -156,91 +156,10 @@ def test_the_scores_of_the_photos_make_the_corpus_scores() -> None:
     assert photos.cider.shape == photos.rouge_l.shape == (3,)
 
 
-def test_spice_says_what_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "spice/lib").mkdir(parents=True)
-    (tmp_path / "spice/lib/stanford-corenlp-3.6.0.jar").touch()
-    monkeypatch.setattr(spice, "package_folder", lambda: tmp_path)
-    said = spice.missing_requirement()
-    assert said is not None
-    assert said.startswith("Stanford CoreNLP 3.6.0 is missing or incomplete in ")
-    (tmp_path / "spice/lib/stanford-corenlp-3.6.0-models.jar").touch()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    too_new = "its program needs Java 8 to 14, `java` is version"
-    for printed, expected in (
-        ('openjdk version "17.0.15" 2025-04-15', f"{too_new} 17"),
-        ('java version "25" 2025-09-16', f"{too_new} 25"),
-        ('openjdk version "1.8.0_412"', None),
-        ('openjdk version "11.0.2" 2019-01-15', None),
-        ("nonsense", None),
-    ):
-        (tmp_path / "java").write_text(f"#!/bin/sh\necho '{printed}' >&2\n")
-        (tmp_path / "java").chmod(0o755)
-        assert spice.missing_requirement() == expected
-
-
-# As spice-1.0.jar writes it, for three images.
-SPICE_ANSWER = """[{"scores":{"All":{"pr":0.6666666666666666,"re":0.25,"f":0.36363636363636365,
-"fn":6,"numImages":1,"fp":1,"tp":2}},"image_id":"0"},{"scores":{"All":{"pr":0.0,"re":0.0,"f":0.0,"fn":4,
-"numImages":1,"fp":0,"tp":0}},"image_id":"1"},{"scores":{"All":{"pr":1.0,"re":1.0,"f":1.0,"fn":0,
-"numImages":1,"fp":0,"tp":3}},"image_id":"2"}]"""
-# What it prints on stderr when it fails, here under Java 17.
-SPICE_FAILURE = """Parsing reference captions
-Initiating Stanford parsing pipeline
-Error: Could not score batched file input:
-java.lang.NullPointerException: Cannot invoke "javax.script.ScriptEngine.put(String, Object)"
-	at edu.anu.spice.SpiceScorer.scoreBatch(SpiceScorer.java:128)"""
-
-
-# Finds the program's input and output files among its arguments.
-FILES = 'while [ "$1" != -out ]; do asked=$1; shift; done; answered=$2; '
-
-
-@needs_java
-@pytest.mark.parametrize(
-    ("script", "expected", "notice"),
-    [
-        (f"{FILES} cp $HERE/answer.json $answered", (4 / 11 + 1) / 3, None),
-        ("cat $HERE/failure >&2; exit 1", None, "fails (java.lang.NullPointerException: Cannot"),
-        ("echo no such option >&2; exit 1", None, "no SPICE: Java fails (no such option)"),
-        (f'{FILES} echo "[]" > "$answered"', None, "0 scores came back for 3"),
-        (f'{FILES} echo "[{{}}]" > "$answered"', None, "unexpected answer"),
-        ("exit 0", None, "no SPICE: Java fails"),
-    ],
-)
-def test_spice_is_asked_where_its_models_are(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    script: str,
-    expected: float | None,
-    notice: str | None,
-) -> None:
-    real = shutil.which("java")
-    (tmp_path / "answer.json").write_text(SPICE_ANSWER)
-    (tmp_path / "failure").write_text(SPICE_FAILURE)
-    (tmp_path / "java").write_text(
-        f"#!/bin/sh\nHERE={tmp_path}\n"
-        f'case "$*" in *spice-1.0.jar*) {script};; *) exec {real} "$@";; esac\n'
-    )
-    (tmp_path / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(metrics, "missing_spice_requirement", lambda: None)
-    scores = score(HYPOTHESES, REFERENCES, meteor=False, spice=True)
-    assert scores.spice == (None if expected is None else pytest.approx(expected))
-    assert scores.tokenizer == "ptb"
-    if notice is None:
-        assert scores.notices == ()
-        assert scores.photos.spice is not None
-        assert scores.photos.spice.tolist() == pytest.approx([4 / 11, 0, 1])
-        low, high = intervals(scores.photos)["spice"]
-        assert (low, high) == (0, 1)
-    else:
-        assert notice in scores.notices[0]
-
-
 @needs_java
 def test_official_tokens_and_meteor_with_java() -> None:
     odd = HYPOTHESES | {"2": "two\ncats \u2028on \x85 a ||| bed\0 (asleep)"}
-    scores = score(odd, REFERENCES, spice=False)
+    scores = score(odd, REFERENCES)
     assert scores.tokenizer == "ptb"
     assert scores.notices == ()
     assert scores.meteor is not None
@@ -252,7 +171,7 @@ def test_official_tokens_and_meteor_with_java() -> None:
 @needs_java
 @pytest.mark.usefixtures("small_meteor")
 def test_captions_that_equal_a_reference_have_full_meteor() -> None:
-    scores = score({i: t[0] for i, t in REFERENCES.items()}, REFERENCES, spice=False)
+    scores = score({i: t[0] for i, t in REFERENCES.items()}, REFERENCES)
     assert scores.meteor == pytest.approx(1, abs=0.01)
 
 
@@ -285,7 +204,7 @@ def test_java_and_its_stand_in_agree_on_real_captions(sample_data: Path, name: s
     captions = real_captions(sample_data, name)
     hypotheses = {image: texts[0] for image, texts in captions.items()}
     references = {image: texts[1:] for image, texts in captions.items()}
-    official = score(hypotheses, references, meteor=False, spice=False)
+    official = score(hypotheses, references, meteor=False)
     stand_in = score(hypotheses, references, java=False)
     assert official.tokenizer == "ptb"
     for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"):

@@ -10,9 +10,10 @@ from nltk.tokenize.treebank import TreebankWordDetokenizer
 
 from train.captions import sentence as module
 from train.captions.casing import written_cases
+from train.captions.numbering import build_caption_table
 from train.captions.script import CHARACTERS, TREEBANK, WHITESPACE
 from train.captions.sentence import sentence
-from train.captions.tokenizer import build_caption_table, tokenize
+from train.captions.tokenizer import tokenize
 from train.captions.vocabulary import Vocabulary
 from train.captions.word_places import word_places
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train.captions.numbering import build_caption_table
 from train.captions.script import TREEBANK, WHITESPACE
-from train.captions.tokenizer import build_caption_table, tokenize
+from train.captions.tokenizer import tokenize
 from train.captions.vocabulary import END, UNK, Vocabulary, VocabularyError, build_vocabulary
 
 CAPTIONS = [["a a a dog", "the dog"], ["a cat"]]

@@ -1,4 +1,4 @@
-"""Splits captions into tokens, and numbers the tokens of a whole set of captions.
+"""Splits captions into tokens.
 
 Captions are lower-cased. Tokens are then NLTK's Penn Treebank words, or those of another tokenizer
 of `train.captions.script`. NLTK's `word_tokenize` first splits the text into sentences, with a
@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from array import array
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
-import numpy as np
-
 from cache.errors import CapError
-from cache.record import CaptionTable, Strings
 from train.captions.script import CHARACTERS, TOKENIZERS, TREEBANK, WHITESPACE, has_no_spaces
-
-_COUNTED_TOKENS = 1 << 20  # tokens counted at a time; bincount needs 8 bytes for each
 
 
 class TokenizerError(CapError):
@@ -130,41 +123,3 @@ _SPLITTERS: dict[str, Callable[[str], list[str]]] = {
     WHITESPACE: str.split,
     CHARACTERS: _words_and_characters,
 }
-
-
-def build_caption_table(
-    captions: Sequence[Sequence[str]], tokenizer: str = TREEBANK
-) -> CaptionTable:
-    """Tokenize and number the captions of N photos; `captions[n]` are the texts of photo n.
-
-    Raises TokenizerError.
-    """
-    texts = [text for group in captions for text in group]
-    rows = np.repeat(np.arange(len(captions), dtype=np.int32), [len(group) for group in captions])
-    # Tokens are numbered as they first appear: lists of words would take ten times the memory.
-    first_numbers: defaultdict[str, int] = defaultdict(lambda: len(first_numbers))
-    flat, offsets = array("i"), np.zeros(len(texts) + 1, np.int64)
-    for index, text in enumerate(texts, 1):
-        flat.extend([first_numbers[token] for token in tokenize(text, tokenizer)])
-        offsets[index] = len(flat)
-    tokens = np.frombuffer(flat, np.int32)
-    parts = np.split(tokens, range(_COUNTED_TOKENS, len(tokens), _COUNTED_TOKENS))
-    counts = np.zeros(len(first_numbers), np.int64)
-    for part in parts:
-        counts += np.bincount(part, minlength=len(first_numbers))
-    by_frequency = sorted(
-        zip(first_numbers, counts.tolist(), strict=True), key=lambda item: (-item[1], item[0])
-    )
-    final_numbers = np.zeros(len(first_numbers), np.int32)
-    final_numbers[[first_numbers[word] for word, _ in by_frequency]] = np.arange(len(first_numbers))
-    for part in parts:
-        part[:] = final_numbers[part]
-    return CaptionTable(
-        texts=Strings.pack(texts),
-        rows=rows,
-        tokens=tokens,
-        token_offsets=offsets,
-        words=Strings.pack(word for word, _ in by_frequency),
-        counts=np.array([count for _, count in by_frequency], np.int64),
-        tokenizer=tokenizer,
-    )

@@ -52,14 +52,13 @@ def human_agreement(
     tokenizer: str = TREEBANK,
     java: bool | None = None,
     meteor: bool = True,
-    spice: bool = False,
 ) -> Agreement:
     """Score the k-th caption of every photo against the photo's other captions.
 
     There is a round for each k up to the most captions of a photo, but at most 5. Photos with one
     caption are left out. Photos with fewer captions than rounds start again with the first. In each
     round, CIDEr's document frequencies are those of the other captions. tokenizer: what splits
-    them, as for `score`. meteor, spice: whether to compute them. Raises MetricsError.
+    them, as for `score`. meteor: whether to compute it. Raises MetricsError.
     """
     several = {image: list(texts) for image, texts in references.items() if len(texts) > 1}
     if not several:
@@ -72,9 +71,7 @@ def human_agreement(
             place = k % len(texts)
             hypotheses[image] = texts[place]
             others[image] = texts[:place] + texts[place + 1 :]
-        results.append(
-            score(hypotheses, others, tokenizer=tokenizer, java=java, meteor=meteor, spice=spice)
-        )
+        results.append(score(hypotheses, others, tokenizer=tokenizer, java=java, meteor=meteor))
     means = {}
     for field in fields(Scores):
         values = [getattr(result, field.name) for result in results]

@@ -31,7 +31,7 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """For each score's name, the central interval that contains `level` of the resampled scores.
 
-    As fractions. METEOR and SPICE are included if they were computed.
+    As fractions. METEOR is included if it was computed.
     """
     bleu, count = photos.bleu, len(photos.cider)
 
@@ -50,8 +50,6 @@ def intervals(
     }
     if photos.meteor is not None:
         parts["meteor",] = (photos.meteor, corpus_meteor)
-    if photos.spice is not None:
-        parts["spice",] = (photos.spice, mean)
     statistics = np.column_stack([values for values, _ in parts.values()])
     random = np.random.default_rng(seed)
     sums = []

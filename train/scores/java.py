@@ -1,4 +1,4 @@
-"""Runs the Java programs that come with pycocoevalcap: its tokenizer, METEOR and SPICE."""
+"""Runs the Java programs that come with pycocoevalcap: its tokenizer and METEOR."""
 
 from __future__ import annotations
 
@@ -27,24 +27,10 @@ def package_folder() -> Path:
     return Path(pycocoevalcap.bleu.bleu.__file__).parent.parent
 
 
-def java_version() -> int | None:
-    """The major version of `java`: 8, 11, 17 …; None if it does not tell."""
-    try:
-        result = subprocess.run(
-            ["java", "-version"], capture_output=True, encoding="utf-8", timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r'version "(?:1\.)?(\d+)', result.stderr)  # 8 calls itself 1.8
-    return int(found[1]) if found else None
-
-
-def run_java(
-    arguments: Sequence[str], lines: Sequence[str], folder: Path, *, timeout_s: float | None = None
-) -> list[str]:
+def run_java(arguments: Sequence[str], lines: Sequence[str], folder: Path) -> list[str]:
     """Run a Java program with lines of text as its input. Returns its lines of output.
 
-    timeout_s: None for TIMEOUT_S. Raises OSError or SubprocessError.
+    Raises OSError or SubprocessError.
     """
     result = subprocess.run(
         ["java", *UTF_8, *arguments],
@@ -53,7 +39,7 @@ def run_java(
         encoding="utf-8",
         errors="replace",
         cwd=folder,
-        timeout=TIMEOUT_S if timeout_s is None else timeout_s,
+        timeout=TIMEOUT_S,
         check=True,
     )
     output = result.stdout.split("\n")

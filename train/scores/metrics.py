@@ -1,6 +1,6 @@
-"""Caption scores: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, computed by pycocoevalcap's scorers.
+"""Caption scores: BLEU, METEOR, ROUGE-L and CIDEr, computed by pycocoevalcap's scorers.
 
-METEOR, SPICE and the official tokenizer are Java programs. Without Java, the other scores are
+METEOR and the official tokenizer are Java programs. Without Java, the other scores are
 computed on NLTK's tokens, and the result says so. On COCO and Flickr8k captions that changes no
 score by more than 0.3 points of 100; `tests/train/test_metrics.py` measures it if Java is present.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +22,6 @@ from train.scores.bleu import BleuStatistics
 from train.scores.java import failure_reason
 from train.scores.meteor import meteor as meteor_score
 from train.scores.scoring_tokens import scoring_tokens
-from train.scores.spice import missing_requirement as missing_spice_requirement
-from train.scores.spice import spice as spice_score
 
 
 class MetricsError(CapError):
@@ -42,7 +39,6 @@ class PhotoScores:
     rouge_l: NDArray[np.float64]  # (N,)
     cider: NDArray[np.float64]  # (N,)
     meteor: NDArray[np.float64] | None = None  # (N, 23) counts for `corpus_meteor`
-    spice: NDArray[np.float64] | None = None  # (N,)
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Scores:
     """Corpus scores as fractions (papers print them times 100; CIDEr may exceed 1).
 
     tokenizer: `ptb` (official, Java), `treebank` (NLTK) or another of `train.captions.script`.
-    meteor: None without Java or for another language. spice: None if it was not asked for.
+    meteor: None without Java or for another language.
     notices: why a score is missing or the tokenizer is not the official one.
     """
 
@@ -61,7 +57,6 @@ class Scores:
     meteor: float | None
     rouge_l: float
     cider: float
-    spice: float | None
     count: int  # captions scored
     tokenizer: str
     photos: PhotoScores = field(compare=False, repr=False)
@@ -76,7 +71,6 @@ class Scores:
             "meteor": self.meteor,
             "rouge_l": self.rouge_l,
             "cider": self.cider,
-            "spice": self.spice,
             "count": self.count,
             "tokenizer": self.tokenizer,
         }
@@ -89,13 +83,12 @@ def score(
     tokenizer: str = TREEBANK,
     java: bool | None = None,
     meteor: bool = True,
-    spice: bool = False,
 ) -> Scores:
     """Score one caption per image against the image's references, over the whole corpus.
 
     tokenizer: what splits captions and references; Java's takes the place of `treebank`. java:
     whether to use Java; None to use it if it is there and works. meteor: False leaves it out, which
-    saves most of the time. spice: True to compute it, which needs more files. CIDEr's document
+    saves most of the time. CIDEr's document
     frequencies come from these references, as in the official evaluation. Raises MetricsError or
     TokenizerError.
     """
@@ -116,7 +109,6 @@ def score(
     corpus_meteor, meteor_counts = (
         _meteor(truth, captions, notices) if meteor and official else (None, None)
     )
-    photo_spice = _spice(truth, captions, notices) if spice and official else None
     return Scores(
         bleu_1=bleu[0],
         bleu_2=bleu[1],
@@ -125,10 +117,9 @@ def score(
         meteor=corpus_meteor,
         rouge_l=float(photos.rouge_l.mean()),
         cider=float(photos.cider.mean()),
-        spice=None if photo_spice is None else float(photo_spice.mean()),
         count=len(ids),
         tokenizer=tokenizer,
-        photos=replace(photos, meteor=meteor_counts, spice=photo_spice),
+        photos=replace(photos, meteor=meteor_counts),
         notices=tuple(notices),
     )
 
@@ -184,16 +175,3 @@ def _meteor(
     except (OSError, ValueError) as error:
         notices.append(f"no METEOR: Java fails ({failure_reason(error)})")
         return None, None
-
-
-def _spice(
-    references: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]], notices: list[str]
-) -> NDArray[np.float64] | None:
-    problem = missing_spice_requirement()
-    if problem is None:
-        try:
-            return spice_score(references, hypotheses)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            problem = f"Java fails ({failure_reason(error)})"
-    notices.append(f"no SPICE: {problem}")
-    return None

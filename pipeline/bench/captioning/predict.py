@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from cache.errors import CapError
-from pipeline.bench.fresh_process import start_cap
+from pipeline.bench.captioning.cold_start import PARTS, caption_afresh
 from pipeline.bench.machine import Machine, describe_machine
 from pipeline.captioner.captioner import Captioner
 from pipeline.encoder.backbone import Backbone
@@ -38,6 +38,7 @@ BEAM_SIZES = (1, 3)
 _VOCAB_SIZE = 9_948  # COCO train2014 at minimum count 4
 CAPTION_WORDS = 11  # the mean of COCO's captions, rounded
 _PHOTO_SIZE = (640, 480)  # pixels; most of COCO
+_WARM_PARTS = ("decode", "encode", "search")
 _WARM_UP = 3  # photos captioned before the first measurement
 
 
@@ -51,6 +52,8 @@ class Latency:
     warm_p50_ms: float  # one photo with a loaded model, from its path to its caption
     warm_p99_ms: float
     photos_per_s: float  # over a folder, with a loaded model
+    cold_parts_s: dict[str, float]  # medians, in the order of `cold_start.PARTS`
+    warm_parts_ms: dict[str, float]  # medians of _WARM_PARTS
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,26 @@ class PredictBench:
             f"{self.cold_runs} cold starts, files in memory",
             f"{'':<10}{'cold p50':>10}{'p99':>10}{'warm p50':>12}{'p99':>12}{'folder':>16}",
         ]
-        for row in self.latencies:
-            name = "greedy" if row.beam_size == 1 else f"beam {row.beam_size}"
-            lines.append(
-                f"{name:<10}{row.cold_p50_s:>8.2f} s{row.cold_p99_s:>8.2f} s"
-                f"{row.warm_p50_ms:>9.1f} ms{row.warm_p99_ms:>9.1f} ms"
-                f"{row.photos_per_s:>7.1f} photos/s"
-            )
+        lines += [
+            f"{_named(row.beam_size):<10}{row.cold_p50_s:>8.2f} s{row.cold_p99_s:>8.2f} s"
+            f"{row.warm_p50_ms:>9.1f} ms{row.warm_p99_ms:>9.1f} ms"
+            f"{row.photos_per_s:>7.1f} photos/s"
+            for row in self.latencies
+        ]
+        for head, unit, parts in (
+            ("where a cold start goes", "s", [row.cold_parts_s for row in self.latencies]),
+            ("where a warm photo goes", "ms", [row.warm_parts_ms for row in self.latencies]),
+        ):
+            lines += ["", f"{head:<30}" + "".join(f"{name:>14}" for name in parts[0])]
+            for row, seconds in zip(self.latencies, parts, strict=True):
+                digits = 2 if unit == "s" else 1
+                cells = "".join(f"{f'{seconds[p]:.{digits}f} {unit}':>14}" for p in seconds)
+                lines.append(f"{_named(row.beam_size):<30}{cells}")
         return "\n".join(lines)
+
+
+def _named(beam_size: int) -> str:
+    return "greedy" if beam_size == 1 else f"beam {beam_size}"
 
 
 def bench_predict(
@@ -103,13 +118,12 @@ def bench_predict(
     with tempfile.TemporaryDirectory(prefix="cap-bench-") as folder:
         names = write_bench_photos(Path(folder) / "photos", photos)
         model, precision = write_bench_model(Path(folder), backbone, weights, names, chosen)
-        cold: dict[int, list[float]] = {beam_size: [] for beam_size in BEAM_SIZES}
+        cold: dict[int, list[dict[str, float]]] = {beam_size: [] for beam_size in BEAM_SIZES}
         for run in range(cold_runs):
             for place, beam_size in enumerate(BEAM_SIZES, run * len(BEAM_SIZES) + 1):
                 progress(place, steps, 0, f"cold start {place} of {starts}")
-                started = time.perf_counter()
-                _caption_afresh(model, names[run % len(names)], beam_size, device)
-                cold[beam_size].append(time.perf_counter() - started)
+                photo = names[run % len(names)]
+                cold[beam_size].append(caption_afresh(model, photo, beam_size, device))
         progress(starts + 1, steps, 0, "captioning with the loaded model")
         captioners = {
             beam_size: Captioner.load(
@@ -120,8 +134,10 @@ def bench_predict(
             for beam_size in BEAM_SIZES
         }
         warm = _time_singly(captioners, names)
+        parts = _time_parts(captioners, names)
         rates = {b: _folder_rate(captioner, names) for b, captioner in captioners.items()}
     progress(steps, steps, 0, "")
+    totals = {beam_size: [sum(run.values()) for run in runs] for beam_size, runs in cold.items()}
     return PredictBench(
         backbone=backbone,
         precision=precision,
@@ -130,11 +146,13 @@ def bench_predict(
         latencies=tuple(
             Latency(
                 beam_size=beam_size,
-                cold_p50_s=statistics.median(cold[beam_size]),
-                cold_p99_s=float(np.percentile(cold[beam_size], 99)),
+                cold_p50_s=statistics.median(totals[beam_size]),
+                cold_p99_s=float(np.percentile(totals[beam_size], 99)),
                 warm_p50_ms=1000 * statistics.median(warm[beam_size]),
                 warm_p99_ms=1000 * float(np.percentile(warm[beam_size], 99)),
                 photos_per_s=rates[beam_size],
+                cold_parts_s=_medians(PARTS, cold[beam_size]),
+                warm_parts_ms=_medians(_WARM_PARTS, parts[beam_size]),
             )
             for beam_size in BEAM_SIZES
         ),
@@ -187,15 +205,6 @@ def _precision(backbone: Backbone, photos: list[str], device: torch.device) -> s
     return found
 
 
-def _caption_afresh(model: Path, photo: str, beam_size: int, device: str) -> None:
-    options = ("--model", model, "--beam-size", beam_size, "--device", device)
-    with start_cap("predict", photo, *options) as process:
-        out, err = process.communicate()
-    if process.returncode or not out.startswith(photo):
-        reason = (err.strip().splitlines() or ["it wrote no caption"])[-1]
-        raise CapError(f"a fresh `cap predict` failed ({reason})")
-
-
 def _time_singly(captioners: dict[int, Captioner], names: list[str]) -> dict[int, list[float]]:
     """Seconds for each photo captioned alone, by beam size."""
     for captioner in captioners.values():
@@ -208,6 +217,30 @@ def _time_singly(captioners: dict[int, Captioner], names: list[str]) -> dict[int
             captioner.caption([name])
             taken[beam_size].append(time.perf_counter() - started)
     return taken
+
+
+def _time_parts(
+    captioners: dict[int, Captioner], names: list[str]
+) -> dict[int, list[dict[str, float]]]:
+    """Milliseconds of each of _WARM_PARTS for each photo, by beam size."""
+    taken: dict[int, list[dict[str, float]]] = {beam_size: [] for beam_size in captioners}
+    for name in names:
+        for beam_size, captioner in captioners.items():
+            started = time.perf_counter()
+            pixels = captioner.decode(name).pixels
+            decode_s = time.perf_counter() - started
+            if pixels is None:
+                raise CapError(f"{name}: cannot be read any more")
+            timed = captioner.caption_decoded([name], pixels[None])
+            seconds = (decode_s, timed.encode_s, timed.search_s)
+            taken[beam_size].append(
+                {part: 1000 * s for part, s in zip(_WARM_PARTS, seconds, strict=True)}
+            )
+    return taken
+
+
+def _medians(names: Sequence[str], parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(part[name] for part in parts) for name in names}
 
 
 def _folder_rate(captioner: Captioner, names: list[str]) -> float:

@@ -78,7 +78,6 @@ _CALLED = {
     "ids": "image-info image-ids",
     "null": "print0 zero null-data z",
     "log-probs": "logprobs probabilities probs scores",
-    "spice": "with-spice",
     "no-meteor": "fast skip-meteor",
     "trials": "n-trials num-trials n runs",
     "jobs": "n-jobs num-jobs workers parallel j",

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.arguments.scoring import check_what_is_scored
 from pipeline.cli.arguments.search import searched
-from pipeline.cli.errors import WrongArguments, errors
+from pipeline.cli.errors import errors
 from pipeline.cli.options import (
     CaptionColumn,
     Device,
@@ -72,11 +72,8 @@ def evaluate(
     no_meteor: Annotated[
         bool, typer.Option("--no-meteor", help="Leave out METEOR, which takes most of the time.")
     ] = False,
-    spice: Annotated[
-        bool, typer.Option("--spice", help="Compute SPICE, too; it needs Java 8 to 14 and jars.")
-    ] = False,
     no_spice: Annotated[
-        bool, typer.Option("--no-spice", hidden=True, help="The default; of earlier versions.")
+        bool, typer.Option("--no-spice", hidden=True, help="Of earlier versions; no effect.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -92,14 +89,13 @@ def evaluate(
 ) -> None:
     """Score the captions of a model, a file or people.
 
-    The scores are BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
+    The scores are BLEU, METEOR, ROUGE-L and CIDEr.
 
     Example: cap evaluate --model runs/base --cache val.h5
     """
     searches = search != SearchConfig()
     search = searched(search)
-    if spice and no_spice:
-        raise WrongArguments("--spice and --no-spice contradict each other; give one of them")
+    del no_spice  # nothing computes SPICE any more
     check_what_is_scored(
         model=model,
         predictions=predictions,
@@ -141,7 +137,6 @@ def evaluate(
                     only=only,
                     device=device,
                     meteor=not no_meteor,
-                    spice=spice,
                     report=line.update_timed,
                     others=others,
                 )
@@ -170,7 +165,7 @@ def evaluate(
             "image_column": image_column,
             "caption_column": caption_column,
         }
-        scoring: dict[str, Any] = {"meteor": not no_meteor, "spice": spice, "say": say}
+        scoring: dict[str, Any] = {"meteor": not no_meteor, "say": say}
         if predictions is not None:
             scored = stage.evaluate_predictions(
                 predictions, all_photos=all_photos, **references, **scoring

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.derived.shards import FILLS_NO_CATALOGUE
 from cache.record import CacheError, Skeleton
 from cache.store import PENDING, FeatureCache
 from cache.writer import new_cache
@@ -30,6 +31,8 @@ def update_cache(path: Path, skeleton: Skeleton, old_rows: NDArray[np.int64]) ->
     if another process is writing the cache, or if the disk is full. The old cache is then intact.
     """
     old = FeatureCache(path)
+    if old.shards is not None:
+        raise CacheError(f"{path}: {FILLS_NO_CATALOGUE}")
     difference = old.encoder.difference(skeleton.encoder)
     if difference is not None:
         raise CacheError(f"{path}: written with {difference}; its rows cannot be kept")
