@@ -25,6 +25,7 @@ from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
 from cache.writer import new_cache
 
 _BLOCK_BYTES = 1 << 24  # of features, copied at a time
+_BLOCK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,21 @@ def merge_captions(
     ]
     counts: Counter[str] = Counter()
     for table, own in zip(tables, tokens, strict=True):
-        numbers = np.bincount(own, minlength=len(table.words)).tolist()
-        counts.update({w: n for w, n in zip(table.words, numbers, strict=True) if n})
+        times = np.zeros(len(table.words), np.int64)
+        for first in range(0, len(own), _BLOCK_TOKENS):  # counting takes 8 bytes for each
+            times += np.bincount(own[first : first + _BLOCK_TOKENS], minlength=len(times))
+        counts.update({w: n for w, n in zip(table.words, times.tolist(), strict=True) if n})
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     number = {word: index for index, (word, _) in enumerate(ordered)}
-    # A word that occurs only in captions left out has no number, and none is looked up.
-    renumbered = [
-        np.array([number.get(word, -1) for word in table.words], np.int32)[own]
-        for table, own in zip(tables, tokens, strict=True)
-    ]
+    renumbered = np.empty(sum(map(len, tokens)), np.int32)
+    end = 0
+    for table, own in zip(tables, tokens, strict=True):
+        # A word that occurs only in captions left out has no number, and none is looked up.
+        numbers = np.array([number.get(word, -1) for word in table.words], np.int32)
+        start, end = end, end + len(own)
+        for first in range(start, end, _BLOCK_TOKENS):
+            stop = min(end, first + _BLOCK_TOKENS)
+            renumbered[first:stop] = numbers[own[first - start : stop - start]]
     first_rows = offsets_of(np.array([int(mask.sum()) for mask in kept], np.int64))
     rows = [
         (first + np.cumsum(mask)[table.rows[captions]] - 1).astype(np.int32)
@@ -173,7 +180,7 @@ def merge_captions(
     return CaptionTable(
         texts=_join([table.texts for table in tables], chosen),
         rows=np.concatenate(rows),
-        tokens=np.concatenate(renumbered),
+        tokens=renumbered,
         token_offsets=offsets_of(
             np.concatenate([s[captions] for s, captions in zip(spans, chosen, strict=True)])
         ),

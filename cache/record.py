@@ -7,7 +7,7 @@ import json
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -155,6 +155,25 @@ class CaptionTable:
         for row, text in zip(self.rows.tolist(), self.texts, strict=True):
             grouped[row].append(text)
         return grouped
+
+    def part(self, start: int, stop: int) -> CaptionTable:
+        """The captions `start` to `stop` - 1, without copies of texts and tokens."""
+        texts, tokens = self.texts.offsets[start : stop + 1], self.token_offsets[start : stop + 1]
+        return replace(
+            self,
+            texts=Strings(self.texts.text[texts[0] : texts[-1]], texts - texts[0]),
+            rows=self.rows[start:stop],
+            tokens=self.tokens[tokens[0] : tokens[-1]],
+            token_offsets=tokens - tokens[0],
+        )
+
+    def of_photos(self, rows: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+        """(M,) whether a caption is of one of these photos; None: of any."""
+        if rows is None:
+            return np.ones(len(self), bool)
+        wanted = np.zeros(max(self.rows.max(initial=-1), rows.max(initial=-1)) + 1, bool)
+        wanted[rows] = True
+        return wanted[self.rows]
 
     def other_tokenizer(self, other: CaptionTable) -> str | None:
         """`tokenizer mine, not theirs`; None if they are equal or one of the tables is empty."""

@@ -272,16 +272,18 @@ class FeatureCache:
         except OSError as error:
             raise CacheError(f"{self.path}: cannot read ({error.strerror})") from None
 
-    def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Features (B, V, D) of these rows (B,), copied into memory.
+    def read_rows(
+        self, rows: NDArray[np.int64], out: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """Features (B, V, D) of these rows (B,), copied into memory, or into `out`.
 
         Raises CacheError if the file cannot be read, or was cut off or overwritten meanwhile.
         """
         self.check_unchanged()
         if self.shards is not None:
-            return self.shards.read_rows(rows)
+            return self.shards.read_rows(rows, out)
         region = self._regions["features"]
-        features = np.empty((len(rows), *region.shape[1:]), region.dtype)
+        features = np.empty((len(rows), *region.shape[1:]), region.dtype) if out is None else out
         row_bytes = region.size_bytes // max(1, region.shape[0])
         for run in runs(rows):
             self._read_into(features[run], region.offset + int(rows[run.start]) * row_bytes)

@@ -39,18 +39,25 @@ def damaged_rows(cache: FeatureCache, rows: NDArray[np.int64]) -> list[tuple[int
     found: list[tuple[int, str]] = []
     for start in range(0, len(rows), _BLOCK_ROWS):
         part = rows[start : start + _BLOCK_ROWS]
-        features = cache.read_rows(part)
-        # Eleven times as fast as `np.isfinite`: without the sign, a float16 that is infinite or NaN
-        # is at least 0x7c00.
-        finite = (features.view("<u2") & 0x7FFF).max(axis=(1, 2)) < 0x7C00
-        intact = cache.intact(part, features)
-        if all(intact) and finite[cache.status[part] == DONE].all():
-            continue
-        for place, row in enumerate(part.tolist()):
-            if not intact[place]:
-                found.append((row, "does not match its checksum"))
-            elif cache.status[row] == DONE and not finite[place]:
-                found.append((row, "has features that are not finite (NaN or infinity)"))
+        found += _damaged(cache, part, cache.read_rows(part))
+    return found
+
+
+def _damaged(
+    cache: FeatureCache, rows: NDArray[np.int64], features: NDArray[np.float16]
+) -> list[tuple[int, str]]:
+    # Eleven times as fast as `np.isfinite`: without the sign, a float16 that is infinite or NaN is
+    # at least 0x7c00.
+    finite = (features.view("<u2") & 0x7FFF).max(axis=(1, 2)) < 0x7C00
+    intact = cache.intact(rows, features)
+    found: list[tuple[int, str]] = []
+    if all(intact) and finite[cache.status[rows] == DONE].all():
+        return found
+    for place, row in enumerate(rows.tolist()):
+        if not intact[place]:
+            found.append((row, "does not match its checksum"))
+        elif cache.status[row] == DONE and not finite[place]:
+            found.append((row, "has features that are not finite (NaN or infinity)"))
     return found
 
 
@@ -60,7 +67,19 @@ def check_rows(cache: FeatureCache, rows: NDArray[np.int64]) -> None:
     rows: (R,); a row may occur several times.
     """
     rows = np.unique(rows)
-    damaged = damaged_rows(cache, rows)
+    _refuse(cache, rows, damaged_rows(cache, rows))
+
+
+def check_features(
+    cache: FeatureCache, rows: NDArray[np.int64], features: NDArray[np.float16]
+) -> None:
+    """As `check_rows`, of features (R, V, D) that have just been read."""
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        _refuse(cache, rows, _damaged(cache, rows[part], features[part]))
+
+
+def _refuse(cache: FeatureCache, rows: NDArray[np.int64], damaged: list[tuple[int, str]]) -> None:
     if damaged:
         row, what = damaged[0]
         raise CacheError(

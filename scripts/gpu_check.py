@@ -56,6 +56,14 @@ CHECKS = (
         },
     ),
     Group(
+        _TRAIN,
+        "gpu_check_processes",
+        {
+            "sums_of_one_process_change_nothing": 40.0,
+            "processes_reach_what_one_does": 90.0,
+        },
+    ),
+    Group(
         _EXTRACT,
         "gpu_check_extraction",
         {

@@ -32,6 +32,7 @@ from train.step.cuda.kernel_choice import kernels_for
 from train.step.cuda.objective import CudaObjective
 from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import pack
+from train.step.processes.group import Processes
 from train.step.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
@@ -418,10 +419,19 @@ def _trainer(
     *,
     precision: str,
     plain: bool = False,
+    processes: Processes | None = None,
 ) -> Trainer:
     torch.manual_seed(0)
     config = DecoderConfig.of_recipe(
         recipe, feature_dim=captions.feature_dim, vocab_size=len(vocabulary)
     )
     decoder = CaptionDecoder(config).to(captions.device)
-    return Trainer(decoder, captions, recipe, seed=0, precision=precision, plain=plain)
+    return Trainer(
+        decoder,
+        captions,
+        recipe,
+        seed=0,
+        precision=precision,
+        plain=plain,
+        processes=processes,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
@@ -171,6 +172,34 @@ VAL_CACHE_HELP = "Cache to validate on; without it, some of the photos are held 
 
 
 @dataclass(frozen=True)
+class WindowSize:
+    """The memory for features that training uses: by itself `auto`, as `parse` reads it."""
+
+    everything: bool = False
+    size_bytes: int | None = None
+    share: float | None = None  # of all features
+
+    @classmethod
+    def parse(cls, text: str) -> WindowSize:
+        """`auto`, `all`, a size as in `4GB`, or a share as in `10%`. Raises SettingError."""
+        if text in ("auto", "all"):
+            return cls(everything=text == "all")
+        found = _SIZE.fullmatch(text)
+        number = float(found[1]) if found else 0.0
+        if not found or not number or (found[2] == "%" and number > 100):
+            raise SettingError(
+                f"--window {text!r} is neither auto nor all, nor a size as in 4GB, nor a share as "
+                "in 10%"
+            )
+        if found[2] == "%":
+            return cls(share=number / 100)
+        return cls(size_bytes=int(number * 1000 ** "BkMGT".index((found[2] or "B")[0])))
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(%|B|kB|MB|GB|TB)?")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The settings of `cap train`."""
 
@@ -224,6 +253,11 @@ class TrainConfig:
     tensorboard: bool = option(
         False, "Also write the curves for TensorBoard, into the run's folder (needs TensorBoard)."
     )
+    window: str = option(
+        "auto",
+        "Memory for features: auto (all of them if they fit, else a part at a time), all, a size "
+        "as in 4GB, or a share of them as in 10%.",
+    )
     device: str = option("auto", DEVICE_HELP)
     precision: str = option(
         "auto",
@@ -240,6 +274,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raises SettingError."""
         check_bounds(self)
+        WindowSize.parse(self.window)
         if self.plain and self.precision == "bfloat16":
             raise SettingError("--plain computes in float32; leave out --precision bfloat16")
         if self.val_cache is not None and self.val_list is not None:

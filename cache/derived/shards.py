@@ -150,12 +150,14 @@ class ShardedFeatures:
         values: NDArray[np.float16] = self.read_rows(rows % max(1, len(self)))[(chosen, *rest)]
         return values
 
-    def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Features (B, V, D) of these rows (B,), from 0 on.
+    def read_rows(
+        self, rows: NDArray[np.int64], out: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """Features (B, V, D) of these rows (B,), from 0 on, in memory, or in `out`.
 
         Raises CacheError if a file is missing, has changed, or cannot be read.
         """
-        features = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        features = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         row_bytes = features[:1].nbytes
         with contextlib.ExitStack() as stack:
             opened = -1

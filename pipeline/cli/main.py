@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 
 from pipeline.cli.process import OutputError, abandon_stdout, leave_at_once, open_streams
+from pipeline.cli.training.together import only_the_first_speaks
 from train.torch_import import share_machine
 
 
@@ -27,7 +28,8 @@ def main() -> None:
 
     try:
         try:
-            app()
+            with only_the_first_speaks():
+                app()
         finally:
             sys.stdout.flush()  # here, because at the interpreter's end a failure has no name
     except SystemExit as end:

@@ -9,6 +9,7 @@ from typing import Self
 from pipeline.extraction.distributed.messages import (
     Died,
     Ended,
+    Failed,
     Message,
     Place,
     Settings,
@@ -29,7 +30,7 @@ class LocalPool:
 
     def __init__(self, fault: Fault = lambda worker, shard, message: message) -> None:
         self.fault = fault
-        self.starts = True  # whether workers start at all
+        self.starts: Callable[[int], bool] = lambda worker: True  # whether a worker starts at all
         self.calls: list[tuple[int, str, int]] = []  # (worker, method, shard)
         self.added = 0
         self._workers: dict[int, ShardWorker] = {}
@@ -55,7 +56,7 @@ class LocalPool:
     def add(self) -> int:
         number, self.added = self.added, self.added + 1
         self._workers[number] = ShardWorker(self._settings)
-        if self.starts:
+        if self.starts(number):
             self.call(number, "place")
         return number
 
@@ -78,6 +79,8 @@ class LocalPool:
             message = self.fault(worker, shard, message)
             if isinstance(message, Died):
                 self.end(worker)
+            elif isinstance(message, Failed) and worker in self._running:
+                self._running[worker] = shard, iter(())  # it has no more to say
             found.append((worker, message))
         return found
 

@@ -317,11 +317,29 @@ def test_what_no_worker_can_load_is_the_jobs_error(
 def test_a_cluster_without_room_is_named_with_what_was_asked(
     photos: Path, tmp_path: Path, pool: LocalPool
 ) -> None:
-    pool.starts = False
+    pool.starts = lambda worker: False
     error, notices = failure_of(photos, tmp_path / "x.h5")
     there = "asked for 2 workers of 1 CPU each; the cluster has 2 CPUs"
     assert error == f"no worker could start within 0.2 s: {there}"
     assert f"no worker has started yet: {there}" in notices
+
+
+def test_the_only_worker_that_has_started_tries_a_shard_again(
+    photos: Path, tmp_path: Path, pool: LocalPool
+) -> None:
+    """Another one, which never comes, is not waited for."""
+    failed: list[int] = []
+
+    def fails_once(worker: int, shard: int, message: Message) -> Message:
+        if shard == 2 and not failed and isinstance(message, Filled):
+            failed.append(shard)
+            return Failed("a passing fault")
+        return message
+
+    pool.starts, pool.fault = (lambda worker: worker == 0), fails_once
+    last, _ = on_cluster(photos, tmp_path / "x.h5")
+    assert last.done == 11
+    assert work_calls(pool) == [1, 2, 3, 2]
 
 
 def test_workers_that_end_while_they_start_end_the_job(

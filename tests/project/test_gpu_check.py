@@ -106,12 +106,13 @@ def test_the_checks_themselves_run_on_a_cpu(
     assert code == 0, printed.err
     assert printed.out.strip() == str(out)
     checks = json.loads(out.read_text())["checks"]
-    assert len(checks) == 13
+    assert len(checks) == 15
     assert all(figures["ok"] for figures in checks.values())
     assert {
         "gpu_tests_pass", "gpu_pixels_are_the_cpus", "no_wrong_pixel_beside_the_backbone",
     } <= {name for name, figures in checks.items() if "skipped" in figures}  # fmt: skip
     assert checks["graphs_train_as_direct_steps_do"]["steps"] == 48
+    assert checks["processes_reach_what_one_does"]["processes"] == 2
     assert checks["resumed_extraction_has_the_same_bytes"]["photos"] == 24
 
 

@@ -46,10 +46,10 @@ from train.step.cuda.launch import Function, KernelError
 from train.step.cuda.objective import CudaObjective
 from train.step.dropout import Masks, draw_masks
 from train.step.kernels import Kernels
-from train.step.optimizer import FlatAdamW
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.torch_kernels import TorchKernels
-from train.step.weight_average import WeightAverage
+from train.step.update.optimizer import FlatAdamW
+from train.step.update.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
 LOW = {"float32": torch.float32, "bfloat16": torch.bfloat16}

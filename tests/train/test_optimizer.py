@@ -12,8 +12,8 @@ from torch import nn
 from train.config import FixedRecipe, Recipe
 from train.model.decoder import CaptionDecoder, DecoderConfig
 from train.model.flat_parameters import FlatParameters
-from train.step.optimizer import FlatAdamW, learning_rate
-from train.step.weight_average import WeightAverage
+from train.step.update.optimizer import FlatAdamW, learning_rate
+from train.step.update.weight_average import WeightAverage
 
 
 def decoder() -> CaptionDecoder:

@@ -15,6 +15,7 @@ from cache.record import CaptionTable, Strings
 
 _NEARLY_ALWAYS = 0.8
 _LEAST_OCCURRENCES = 2
+_PART_CAPTIONS = 1 << 18  # read at a time, since it takes 200 bytes for each of their tokens
 _ENDS = (".", "!", "?")
 # A full stop behind these does not end a sentence.
 _ABBREVIATIONS = frozenset(("dr", "jr", "mr", "mrs", "ms", "st", "vs"))
@@ -40,10 +41,30 @@ def written_cases(table: CaptionTable, rows: NDArray[np.int64] | None = None) ->
     rows: read only the captions of these photos, or None for all. A caption whose every word has a
     capital is left out.
     """
-    words = list(table.words)
-    chosen = np.ones(len(table), bool) if rows is None else np.isin(table.rows, rows)
-    within = _within_sentences(table, words) & np.repeat(chosen, np.diff(table.token_offsets))
+    words, chosen = list(table.words), table.of_photos(rows)
     forms: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    totals = np.zeros(len(words), np.int64)
+    for start in range(0, len(table), _PART_CAPTIONS):
+        stop = min(len(table), start + _PART_CAPTIONS)
+        totals += _count_forms(table.part(start, stop), words, chosen[start:stop], forms)
+    cases = {}
+    for word, total in zip(words, totals.tolist(), strict=True):
+        written = forms.get(word, Counter())
+        if total >= _LEAST_OCCURRENCES and written.total() >= _NEARLY_ALWAYS * total:
+            cases[word] = min(written.items(), key=lambda item: (-item[1], item[0]))[0]
+    return cases
+
+
+def _count_forms(
+    table: CaptionTable,
+    words: list[str],
+    chosen: NDArray[np.bool_],
+    forms: defaultdict[str, Counter[str]],
+) -> NDArray[np.int64]:
+    """Add the forms of words with capitals to `forms`. Returns how often each word (W,) is within a
+    sentence. words: those of the table. chosen: (M,) the captions to read.
+    """
+    within = _within_sentences(table, words) & np.repeat(chosen, np.diff(table.token_offsets))
     for index in np.flatnonzero(chosen & _may_have_capitals(table.texts)).tolist():
         text = table.texts[index]
         place = slice(*table.token_offsets[index : index + 2].tolist())
@@ -56,13 +77,8 @@ def written_cases(table: CaptionTable, rows: NDArray[np.int64] | None = None) ->
         for word, form in inside:
             if form != word:
                 forms[word][form] += 1
-    totals = np.bincount(table.tokens[within], minlength=len(words))
-    cases = {}
-    for word, total in zip(words, totals.tolist(), strict=True):
-        written = forms.get(word, Counter())
-        if total >= _LEAST_OCCURRENCES and written.total() >= _NEARLY_ALWAYS * total:
-            cases[word] = min(written.items(), key=lambda item: (-item[1], item[0]))[0]
-    return cases
+    counts: NDArray[np.int64] = np.bincount(table.tokens[within], minlength=len(words))
+    return counts
 
 
 def _may_have_capitals(texts: Strings) -> NDArray[np.bool_]:

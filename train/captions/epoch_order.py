@@ -22,7 +22,21 @@ def epoch_batches(
     which are then shuffled. Captions of similar length share a batch, so little of it is padding.
     """
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths))
+    return in_batches_of_similar_length(
+        random.permutation(len(lengths)), lengths, batch_size, random
+    )
+
+
+def in_batches_of_similar_length(
+    order: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    batch_size: int,
+    random: np.random.Generator,
+) -> list[NDArray[np.int64]]:
+    """Batches, in random order, of captions that come in random order. Changes `order`.
+
+    lengths: of all captions. One batch may be smaller than `batch_size`.
+    """
     pool = _POOL_BATCHES * batch_size
     for start in range(0, len(order), pool):
         part = order[start : start + pool]

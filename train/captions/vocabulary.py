@@ -22,6 +22,7 @@ from train.config import LONGEST
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
 # Every word is a step of the decoder; more of them than a paragraph has take too long.
+_PART_CAPTIONS = 1 << 18  # counted at a time
 _MOST_WORDS = 400
 
 
@@ -179,7 +180,7 @@ def usual_length(table: CaptionTable, rows: NDArray[np.int64] | None = None) -> 
     """
     lengths = np.diff(table.token_offsets)
     if rows is not None:
-        lengths = lengths[np.isin(table.rows, rows)]
+        lengths = lengths[table.of_photos(rows)]
     if not len(lengths):
         return 0
     return min(int(np.quantile(lengths, 0.99, method="higher")), _MOST_WORDS)
@@ -189,12 +190,15 @@ def _counts(
     table: CaptionTable, rows: NDArray[np.int64] | None, max_length: int | None
 ) -> tuple[NDArray[np.int64], int]:
     """(how often each word of the table (W,) occurs in the chosen captions, their number)."""
-    lengths = np.diff(table.token_offsets)
-    chosen = np.ones(len(table), bool) if rows is None else np.isin(table.rows, rows)
-    counted = np.repeat(chosen, lengths)  # (K,)
-    if max_length is not None:
-        for caption in np.flatnonzero(lengths > max_length).tolist():
-            start, end = table.token_offsets[caption : caption + 2].tolist()
-            counted[start + max_length : end] = False
-    counts = np.bincount(table.tokens[counted], minlength=len(table.words))
+    chosen = table.of_photos(rows)
+    counts = np.zeros(len(table.words), np.int64)
+    for first in range(0, len(table), _PART_CAPTIONS):
+        part = table.part(first, min(len(table), first + _PART_CAPTIONS))
+        lengths = np.diff(part.token_offsets)
+        counted = np.repeat(chosen[first : first + len(part)], lengths)  # (K,)
+        if max_length is not None:
+            for caption in np.flatnonzero(lengths > max_length).tolist():
+                start, end = part.token_offsets[caption : caption + 2].tolist()
+                counted[start + max_length : end] = False
+        counts += np.bincount(part.tokens[counted], minlength=len(counts))
     return counts, int(chosen.sum())

@@ -34,14 +34,22 @@ class Started:
     epochs: int = 0  # by cross-entropy, at most
     epoch_steps: int = 0
     patience_steps: int | None = None  # steps without a better model after which training ends
+    processes: int = 1  # that train together
+    window: str = ""  # how features are streamed that do not fit into memory, in one line
 
     def summary(self) -> str:
-        """Two lines, and one for each thing to know about equal photos."""
-        return "\n".join([self._sizes(), self._length() + self._choice(), *self.notices()])
+        """Two lines, and one for each thing to know about processes, features that are streamed,
+        and equal photos.
+        """
+        lines = [self._sizes(), self._length() + self._choice(), *self.notices()]
+        if self.processes > 1:
+            shares = "each on its share of the captions of every step"
+            lines.insert(2, f"{self.processes} processes, {shares}")
+        return "\n".join(lines)
 
     def notices(self) -> list[str]:
-        """A line for each thing to know about equal photos."""
-        lines = []
+        """A line if features are streamed, and one for each thing to know about equal photos."""
+        lines = [self.window] if self.window else []
         if self.copies:
             lines.append(
                 f"{self.copies:,} photos are copies of others; a photo and its copies are either "

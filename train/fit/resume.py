@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cache.store import DIGEST_BYTES, FeatureCache, open_cache
+from train.captions.streaming.stream import FeatureStream
+from train.captions.streaming.window import Layout
 from train.config import FixedRecipe, TrainConfig
 from train.fit.record.run_folder import Checkpoint, TrainError
+from train.fit.run_data import LayoutOfEpoch
 from train.fit.validation import ValidationPhotos
 
 
@@ -127,6 +132,20 @@ def _may_change(name: str, checkpoint: Checkpoint, config: TrainConfig) -> bool:
         recipe = config.recipe
         return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
     return name.startswith("self_critical")
+
+
+def window_tensor(stream: FeatureStream | None) -> Tensor:
+    """What a checkpoint records of the order of an epoch; zeros if all features are in memory."""
+    layout = None if stream is None else stream.layout
+    return torch.tensor([0, 0, 0] if layout is None else astuple(layout))
+
+
+def recorded_window(checkpoint: Checkpoint) -> LayoutOfEpoch:
+    """How the epoch that was interrupted goes through its photos."""
+    if checkpoint.photos is None or "window" not in checkpoint.photos:
+        return LayoutOfEpoch(None)  # by a version without windows
+    block, blocks, passes = checkpoint.photos["window"].tolist()
+    return LayoutOfEpoch(Layout(block, blocks, passes) if block else None)
 
 
 def resumed_photos(

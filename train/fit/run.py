@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from cache.atomic import WriteError
+from cache.create import size_text
 from cache.store import open_cache
 from train.config import SAVE_EVERY, SAVE_PAUSE_S, SearchConfig, TrainConfig
 from train.device import is_out_of_memory, resolve_device
 from train.fit.best_epoch import BEFORE_TRAINING, BestEpochTracker, ValidatedEpoch
 from train.fit.data_recipe import FEW_CAPTIONS, fit_to_data
-from train.fit.failures import (
+from train.fit.processes.follower import follow
+from train.fit.processes.leader import leading, tell_epoch, tell_followers, with_own_device
+from train.fit.record.drawn_curves import DrawnCurves
+from train.fit.record.failures import (
     diverged,
     out_of_memory_as,
     too_large_decoder,
@@ -30,7 +34,6 @@ from train.fit.failures import (
     too_large_step,
     too_large_validation,
 )
-from train.fit.record.drawn_curves import DrawnCurves
 from train.fit.record.metrics import epoch_record, step_record
 from train.fit.record.pace import Pace
 from train.fit.record.run_folder import DATA_RULES, Checkpoint, RunFolder, TrainError
@@ -45,15 +48,24 @@ from train.fit.reports import (
     StepLog,
     TrainReport,
 )
-from train.fit.resume import check_resumable, data_identity, resumed_photos, run_settings
-from train.fit.run_data import load_run_data
+from train.fit.resume import (
+    check_resumable,
+    data_identity,
+    recorded_window,
+    resumed_photos,
+    run_settings,
+    window_tensor,
+)
+from train.fit.run_data import load_run_data, with_settled_window
 from train.fit.trainer import StepResult, Trainer
 from train.fit.validation import ValidationScores
 from train.model.bundle import Bundle, load_bundle, read_training
 from train.model.start_model import load_start_model, new_decoder
 from train.step.cuda.kernel_choice import begin_kernels
 from train.step.objective import product_dtype
-from train.step.optimizer import learning_rate
+from train.step.processes.group import Processes
+from train.step.processes.launch import ProcessesError
+from train.step.update.optimizer import learning_rate
 
 
 def train(
@@ -61,6 +73,7 @@ def train(
     *,
     saves_within_epochs: bool = True,
     notice_of_curves: Callable[[str], object] | None = None,
+    processes: Processes | None = None,
 ) -> Generator[TrainReport | None, None, None]:
     """Train as configured. Yields a report, or None, after every step.
 
@@ -68,19 +81,27 @@ def train(
     The files of finished epochs are written after `SAVE_PAUSE_S` and when training ends, also with
     an error. saves_within_epochs: also save models within epochs, as `save_every` says.
     notice_of_curves: draw the run's curves, and call this with one line if that fails; None: do not
-    draw.
+    draw. processes: those that train together; all of them call this, with the same configuration.
+    Only the first one reports and writes. The others yield None after each step. If the first one
+    ends early, their processes end there and then. In the end all are disconnected.
 
-    Raises CacheError, TrainError, VocabularyError, TrainingSetError or WriteError.
+    Raises CacheError, TrainError, VocabularyError, TrainingSetError, ProcessesError or WriteError.
     """
-    if config.tensorboard:
-        check_tensorboard()
-    with RunFolder(config.out) as folder:
+    if processes is not None and not processes.leads:
+        yield from follow(config, processes)
+        return
+    with leading(processes), RunFolder(config.out) as folder:
+        if config.tensorboard:
+            check_tensorboard()
+        if processes is not None:
+            config = with_own_device(config, processes)
         try:
             run = _Run(
                 config,
                 folder,
                 saves_within_epochs=saves_within_epochs,
                 notice_of_curves=notice_of_curves,
+                processes=processes,
             )
             with run.curves, run.metrics, run.board:
                 try:
@@ -94,6 +115,8 @@ def train(
                     folder.write_kept()
         except WriteError as error:
             raise folder.failure(error) from None
+        except ProcessesError as error:
+            raise ProcessesError(f"{config.out}: {error}; {folder.how_to_go_on()}") from None
 
 
 @dataclass(frozen=True)
@@ -135,9 +158,11 @@ class _Run:
         *,
         saves_within_epochs: bool,
         notice_of_curves: Callable[[str], object] | None,
+        processes: Processes | None = None,
     ) -> None:
         self._saves_within_epochs = saves_within_epochs
         self.folder = folder
+        self._processes = processes
         self.device = resolve_device(config.device)
         if self.device.index is not None:
             # Seeds and graphs belong to the current device.
@@ -148,11 +173,27 @@ class _Run:
         checkpoint = folder.read_checkpoint() if config.resume else None
         self.data_rules = DATA_RULES if checkpoint is None else checkpoint.data_rules
         recorded = None if checkpoint is None else checkpoint.settings
+        window = recorded_window(checkpoint) if checkpoint is not None and checkpoint.step else None
         config, recipe = fit_to_data(config, cache, recorded)
         self.config, self.recipe = config, recipe
         start = load_start_model(config.from_model, cache) if config.from_model else None
         self._identity = data_identity(cache) | {"from_model": start.sha256 if start else ""}
-        self.data = load_run_data(config, recipe, cache, self.device, self.data_rules, start)
+        if processes is not None:
+            if window is None:
+                config = self.config = with_settled_window(config, cache, self.device)
+            tell_followers(
+                processes,
+                self.device,
+                recorded=recorded,
+                rules=self.data_rules,
+                settings=run_settings(config),
+                data=self._identity,
+                window=config.window,
+                interrupted=window,
+            )
+        self.data = load_run_data(
+            config, recipe, cache, self.device, self.data_rules, start, window
+        )
         self.vocabulary = self.data.vocabulary
         self.training_captions = self.data.training_captions
         self.validation_captions = self.data.validation_captions
@@ -171,7 +212,10 @@ class _Run:
                 vocabulary=self.vocabulary,
                 precision=config.precision,
                 plain=config.plain,
+                processes=processes,
             )
+        if processes is not None:
+            processes.use(self.device)  # also waits for the others, before any file is touched
         self.epoch, self.step = 0, 0
         # (N,) photos of the training cache: those of an epoch, those that any step has trained on.
         self._training = np.zeros(len(cache), bool)
@@ -188,6 +232,8 @@ class _Run:
             self._resume(checkpoint)
         else:
             self.folder.start(overwrite=config.overwrite, needed_bytes=self._needed_bytes())
+        if processes is not None:
+            self.trainer.start_together()
         self.metrics = self.folder.open_metrics()
         self.board = Board(folder.path if config.tensorboard else None, self._all_steps())
         self.curves = DrawnCurves(folder.path, notice_of_curves)
@@ -219,7 +265,7 @@ class _Run:
     def started(self) -> Started:
         return Started(
             captions=len(self.training_captions),
-            photos=len(set(self.training_captions.feature_rows.tolist())),
+            photos=int(self._training.sum()),
             val_captions=len(self.validation_captions),
             vocab_size=len(self.vocabulary),
             by_loss=self.config.select_by == "loss",
@@ -234,6 +280,22 @@ class _Run:
             copies=self.data.copies,
             val_photos=len(self.validation_photos.rows),
             val_photos_trained_on=self.data.val_photos_trained_on,
+            processes=1 if self._processes is None else self._processes.count,
+            window=self._window_line(),
+        )
+
+    def _window_line(self) -> str:
+        """What is streamed, in one line; empty if all features are in memory."""
+        stream = self.training_captions.stream
+        if stream is None:
+            return ""
+        reason = self.data.memory.reason
+        block = stream.layout.block_photos * self.cache.features[:1].nbytes
+        return (
+            f"{size_text(self.cache.features.nbytes)} of features{reason and f' are {reason}'}: "
+            f"{size_text(stream.size_bytes)} of them in memory at a time, half of which is read "
+            f"while half is trained on: {stream.layout.photos:,} photos in shuffled blocks of "
+            f"{size_text(block)}"
         )
 
     def epochs(self) -> Generator[TrainReport | None, None, None]:
@@ -429,6 +491,8 @@ class _Run:
                 yield Saved(self.folder.path / name)
 
     def _train_steps(self) -> Iterator[StepResult]:
+        if self._processes is not None:
+            tell_epoch(self._processes, self.epoch, self.step)
         steps = self.trainer.epoch(self.epoch, self.step)
         while True:
             with out_of_memory_as(self._too_large_step):
@@ -626,6 +690,7 @@ class _Run:
                     "training": torch.from_numpy(self._training),
                     "trained_on": torch.from_numpy(self._trained_on.copy()),  # training changes it
                     "validation": torch.from_numpy(self.validation_photos.rows),
+                    "window": window_tensor(self.training_captions.stream),
                 },
             )
         )

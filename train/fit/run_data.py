@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from cache.create import size_text
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
 from cache.verify import check_rows
@@ -15,6 +17,7 @@ from train.captions.caption_set import (
     TrainingSetError,
     begin_upload,
     caption_set,
+    captioned_photos,
 )
 from train.captions.photo_split import (
     count_copies,
@@ -23,11 +26,27 @@ from train.captions.photo_split import (
     split_by_list,
     split_photos,
 )
+from train.captions.streaming.held import HeldFeatures, hold
+from train.captions.streaming.memory import FeatureMemory, feature_memory
+from train.captions.streaming.stream import FeatureStream
+from train.captions.streaming.window import (
+    Layout,
+    least_photos_in_memory,
+    most_moved,
+    window_layout,
+)
 from train.captions.vocabulary import Vocabulary, build_vocabulary, usual_length
-from train.config import FixedRecipe, TrainConfig
+from train.config import FixedRecipe, TrainConfig, WindowSize
 from train.fit.record.run_folder import TrainError
 from train.fit.validation import ValidationPhotos
 from train.model.start_model import StartModel
+
+
+@dataclass(frozen=True)
+class LayoutOfEpoch:
+    """How the epoch that was interrupted goes through its photos. None: all are in memory."""
+
+    layout: Layout | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ class RunData:
     training_captions: CaptionSet
     validation_captions: CaptionSet
     validation_photos: ValidationPhotos  # with their references
+    memory: FeatureMemory  # for the features of the training photos
     copies: int  # photos, of those that are split, that are copies of another one
     val_photos_trained_on: int  # validation photos that are copies of training photos
 
@@ -49,15 +69,21 @@ def load_run_data(
     device: torch.device,
     rules: int,
     start: StartModel | None = None,
+    window: LayoutOfEpoch | None = None,
 ) -> RunData:
     """Choose the photos, count the words and number the captions.
 
     Validation photos come from a cache of their own, or are listed or held out of the training
     cache. config, recipe: as `fit_to_data` gives them. rules: as `DATA_RULES`. start: the model
-    that training starts from, whose words are kept. Raises CacheError, TrainError,
+    that training starts from, whose words are kept. window: of the interrupted epoch that training
+    goes on with, which fixes the order of its photos. Raises CacheError, TrainError,
     TrainingSetError, SplitError or VocabularyError.
     """
-    copies, features = 0, begin_upload(cache, device)
+    memory = feature_memory(WindowSize.parse(config.window), cache, device)
+    if window is not None:
+        memory = _as_before(config, window, memory)
+    resident = memory.size_bytes is None
+    copies, features = 0, begin_upload(cache, device) if resident else None
     if config.val_cache is not None:
         val_cache = open_cache(config.val_cache)
         _check_val_cache(val_cache, cache, may_be_the_same=rules == 1)
@@ -101,7 +127,9 @@ def load_run_data(
             rows=training_rows,
             device=device,
             max_length=length,
-            features_from=features,
+            features_from=features
+            if resident
+            else _stream(cache, training_rows, recipe, device, memory, window),
         )
         validation = caption_set(
             val_cache,
@@ -109,14 +137,21 @@ def load_run_data(
             rows=validation_rows,
             device=device,
             max_length=length,
-            features_from=training if val_cache is cache else None,
+            features_from=_validation_features(
+                val_cache, validation_rows, training, device, shared=val_cache is cache
+            ),
         )
     except torch.OutOfMemoryError:
         size = cache.features.nbytes + (0 if val_cache is cache else val_cache.features.nbytes)
+        if memory.size_bytes is not None:
+            size = memory.size_bytes
         raise TrainError(
-            f"{device}: no memory for {size / 1e9:.1f} GB of features; use --device cpu"
+            f"{device}: no memory for {size / 1e9:.1f} GB of features; use a smaller --window, or "
+            "--device cpu"
         ) from None
-    if val_cache is cache:  # together, because neighbouring rows are read at once
+    if training.stream is not None:  # which checks rows when it reads them
+        check_rows(val_cache, validation.feature_rows)
+    elif val_cache is cache:  # together, because neighbouring rows are read at once
         check_rows(cache, np.concatenate([training.feature_rows, validation.feature_rows]))
     else:
         check_rows(cache, training.feature_rows)
@@ -129,10 +164,84 @@ def load_run_data(
         validation_captions=validation,
         validation_photos=validation_photos,
         copies=copies,
+        memory=memory,
         val_photos_trained_on=count_copies_of(
             trained_on, val_cache.digests[validation_photos.rows]
         ),
     )
+
+
+def with_settled_window(
+    config: TrainConfig, cache: FeatureCache, device: torch.device
+) -> TrainConfig:
+    """The settings with a `--window` that means the same to every process that trains with this
+    one, whatever memory is free where it runs.
+    """
+    memory = feature_memory(WindowSize.parse(config.window), cache, device)
+    size = "all" if memory.size_bytes is None else f"{memory.size_bytes}B"
+    return replace(config, window=size)
+
+
+def _as_before(config: TrainConfig, window: LayoutOfEpoch, memory: FeatureMemory) -> FeatureMemory:
+    """The memory for an epoch that was interrupted, whose order depends on it."""
+    if config.window != "auto" and (memory.size_bytes is None) != (window.layout is None):
+        how = "all features in memory" if window.layout is None else "a window of the features"
+        raise TrainError(
+            f"{config.out}: was interrupted in an epoch with {how}; leave out --window until the "
+            "epoch ends, or name another --out"
+        )
+    if window.layout is None:
+        return FeatureMemory(None)
+    return FeatureMemory(memory.size_bytes or 0, "streamed as the interrupted epoch began")
+
+
+def _stream(
+    cache: FeatureCache,
+    rows: NDArray[np.int64],
+    recipe: FixedRecipe,
+    device: torch.device,
+    memory: FeatureMemory,
+    window: LayoutOfEpoch | None,
+) -> FeatureStream:
+    """What streams the features of the training photos. Raises TrainError if memory is too small
+    for a batch.
+    """
+    photos, captions = captioned_photos(cache, rows)
+    photo_bytes = cache.features[:1].nbytes
+    batch = recipe.batch_size
+    if recipe.self_critical_epochs:
+        batch = max(batch, recipe.self_critical_photos)
+    if window is not None and window.layout is not None:
+        layout: Layout | None = window.layout
+    else:
+        assert memory.size_bytes is not None
+        layout = window_layout(memory.size_bytes // photo_bytes, photo_bytes, captions, batch)
+    if layout is None:
+        least = least_photos_in_memory(captions, batch)
+        raise TrainError(
+            f"--window: batches of {batch:,} need {size_text(least * photo_bytes)}, for {least:,} "
+            "photos; name more, or lower --batch-size"
+        )
+    moved = most_moved(captions, recipe.batch_size, layout.passes)
+    if recipe.self_critical_epochs:  # whose items are photos
+        moved = max(moved, most_moved(np.ones_like(captions), recipe.self_critical_photos))
+    return FeatureStream(cache, photos, layout, moved, device)
+
+
+def _validation_features(
+    val_cache: FeatureCache,
+    rows: NDArray[np.int64] | None,
+    training: CaptionSet,
+    device: torch.device,
+    *,
+    shared: bool,
+) -> CaptionSet | HeldFeatures | None:
+    """Where validation takes its features from; None: from its cache, as a whole."""
+    if training.stream is None:
+        return training if shared else None
+    if device.type == "cpu" and val_cache.shards is None:
+        return None  # mapped
+    return hold(val_cache, captioned_photos(val_cache, rows)[0], device)
 
 
 def _check_val_cache(

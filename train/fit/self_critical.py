@@ -28,6 +28,7 @@ from train.search.rollout import sample
 from train.step.dropout import draw_masks
 from train.step.objective import Objective
 from train.step.packed_batch import pack
+from train.step.processes.group import Processes
 from train.torch_import import seeded_generator
 
 # Words in a sample; of COCO's captions about one in a thousand is longer. Where the captions are
@@ -56,12 +57,14 @@ class SelfCritical:
         samples: int,
         anchor: float,
         random_views: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         """samples: captions sampled for each photo, at least two. anchor: weight of the true
         captions' cross-entropy. random_views: train on a random view of each photo, not always on
-        the full one.
+        the full one. processes: those that train together, each on its share of the photos.
         """
         self._decoder = decoder
+        self._processes = processes
         self._objective = objective
         self._captions = captions
         self._samples = samples
@@ -99,8 +102,14 @@ class SelfCritical:
         """Write one step's gradients, summed over tokens, into the flat buffer.
 
         photos: (B,) rows of the cache; views: (B,). Returns the number of tokens and the mean
-        CIDEr-D of the samples (0 to 10).
+        CIDEr-D of the samples (0 to 10). With several processes, the gradients are those of this
+        process's share, and what is returned is of all photos.
         """
+        idle = False
+        if self._processes is not None:
+            share, idle = self._processes.share_of(len(photos))
+            photos, views = photos[share], views[share]
+            seed = self._processes.own_seed(seed)
         generator = seeded_generator(seed, self._captions.device)
         features = self._captions.photo_features(photos, views)
         features = _dropout(features, self._decoder.config.feature_dropout, generator)
@@ -123,15 +132,34 @@ class SelfCritical:
         # After `max_length` words `<end>` is forced, not sampled, so it has no gradient.
         weights[sum(packed.steps[: self._max_length]) :] = 0
         self._objective.loss_and_gradients(packed, weights=weights, training=False, drawn=True)
-        count = packed.count()
+        count, reward = packed.count(), torch.tensor(rewards.mean())
+        if self._processes is not None:
+            count, reward = self._of_all(count, rewards, idle)
         if self._anchor:
-            self._add_true_captions(photos, views, self._anchor * count, seed)
-        return count, torch.tensor(rewards.mean())
+            self._add_true_captions(photos, views, self._anchor * count, seed, idle)
+        if idle:
+            self._objective.parameters.gradients.zero_()
+        return count, reward
+
+    def _of_all(
+        self, count: Tensor, rewards: NDArray[np.float64], idle: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens and the mean reward of all processes. idle: this one's photos do not count."""
+        assert self._processes is not None
+        own = [0.0, 0.0, 0.0] if idle else [float(count), float(rewards.sum()), rewards.size]
+        tokens, reward, samples = self._processes.sums(own)
+        return count.new_tensor(int(tokens)), torch.tensor(reward / samples)
 
     def _add_true_captions(
-        self, photos: NDArray[np.int64], views: NDArray[np.int64], weight: Tensor, seed: int
+        self,
+        photos: NDArray[np.int64],
+        views: NDArray[np.int64],
+        weight: Tensor,
+        seed: int,
+        idle: bool,
     ) -> None:
-        """Add the gradient of the mean loss of these photos' captions, times `weight`.
+        """Add the gradient of the mean loss of these photos' captions, times `weight`. With several
+        processes, this is the part of these captions in the mean over those of all processes.
 
         Nothing depends on which captions share a part, since BatchNorm uses its running statistics.
         """
@@ -163,6 +191,9 @@ class SelfCritical:
             if before is not None:
                 gradients.add_(before)
             count += packed.count()
+        if self._processes is not None:
+            (tokens,) = self._processes.sums([0.0 if idle else float(count)])
+            count.fill_(int(tokens))
         gradients.mul_(weight / count).add_(rewarded)
 
 

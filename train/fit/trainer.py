@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from train.captions.caption_set import Batch, CaptionSet
 from train.captions.epoch_order import epoch_batches, epoch_views
+from train.captions.streaming.window import WindowedOrder
 from train.captions.vocabulary import Vocabulary
 from train.config import Recipe
 from train.fit.data_recipe import data_recipe
@@ -29,10 +32,12 @@ from train.step.cuda.objective import CudaObjective
 from train.step.cuda.step_inputs import StepInputs
 from train.step.dropout import draw_masks
 from train.step.objective import flat_parameters, objective_for, product_dtype
-from train.step.optimizer import FlatAdamW, learning_rate
 from train.step.packed_batch import PackedBatch, gather_packed, pack
+from train.step.processes.group import Processes
+from train.step.processes.launch import ProcessesError
 from train.step.scheduled_sampling import with_sampled_words
-from train.step.weight_average import WeightAverage
+from train.step.update.optimizer import FlatAdamW, learning_rate
+from train.step.update.weight_average import WeightAverage
 
 # Photos that BatchNorm's statistics are computed from, for averaged weights: a tenth of a second.
 _STATISTICS_PHOTOS = 8192
@@ -69,10 +74,12 @@ class Trainer:
         vocabulary: Vocabulary | None = None,
         precision: str = "auto",
         plain: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         """vocabulary: the words of the captions, which self-critical epochs need. precision: of the
         fast path's matrix products: `auto`, `float32` or `bfloat16`. plain: use the readable
         reference (`CaptionDecoder.loss` and autograd, in float32) instead of the fast path.
+        processes: those that train this decoder together, each with such a trainer.
         """
         recipe = data_recipe(recipe, len(captions))
         self.decoder = decoder
@@ -94,33 +101,97 @@ class Trainer:
             label_smoothing=recipe.label_smoothing,
         )
         self.optimizer = self._make_optimizer(numbers[1])
+        self._order: WindowedOrder | None = None  # of captions whose features are streamed
+        if captions.stream is not None:
+            photos = captions.stream.held.photos
+            self._order = WindowedOrder(
+                np.searchsorted(photos, captions.feature_rows).astype(np.int32),
+                len(photos),
+                captions.stream.layout,
+                recipe.batch_size,
+                captions.lengths,
+            )
         self._vocabulary = vocabulary
         self._self_critical: SelfCritical | None = None  # made before its first epoch
         self._plain = plain
+        self._processes = processes
+        self._batches = 0  # a checksum of those that several processes have gone through
         self.graphs: GraphedSteps | None = None
         if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
-            self.graphs = GraphedSteps(self._gather_and_update, lambda: self.objective.generation)
+            # A sum over processes is no part of a graph, so neither is the optimizer then.
+            step = self._gather_and_update if processes is None else self._gather_and_differentiate
+            self.graphs = GraphedSteps(step, lambda: self.objective.generation)
             assert isinstance(self.objective, CudaObjective)
             longest = graph_length(int(captions.lengths.max()))
-            self.objective.reserve(largest_batch, longest)
+            own_batch = -(-largest_batch // (1 if processes is None else processes.count))
+            self.objective.reserve(own_batch, longest)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepResult]:
-        """Train an epoch from `first_step` on, by cross-entropy or, if self-critical, by reward."""
-        if epoch >= self.recipe.epochs:
-            return self._self_critical_epoch(epoch, first_step)
-        return self._cross_entropy_epoch(epoch, first_step)
+        """Train an epoch from `first_step` on, by cross-entropy or, if self-critical, by reward.
+
+        Raises ProcessesError if another process has ended or has other weights afterwards.
+        """
+        rewarded = epoch >= self.recipe.epochs
+        train = self._self_critical_epoch if rewarded else self._cross_entropy_epoch
+        if self._processes is None:
+            return train(epoch, first_step)
+        return self._epoch_together(self._processes, epoch, train(epoch, first_step))
+
+    def _epoch_together(
+        self, processes: Processes, epoch: int, steps: Iterator[StepResult]
+    ) -> Iterator[StepResult]:
+        processes.in_steps = True
+        for number, step in enumerate(steps):
+            if not number:
+                self._check_batches(processes)
+            yield step
+        self._check_batches(processes)
+        same = processes.are_equal(self._tensors())
+        processes.in_steps = False
+        if not same:
+            raise ProcessesError(
+                f"the weights of the {processes.count} processes differ after epoch {epoch + 1}; "
+                "they need machines of one kind, the same versions and as many threads each"
+            )
+
+    def _check_batches(self, processes: Processes) -> None:
+        """Raise ProcessesError unless all have gone through the same batches.
+
+        Otherwise their weights would be the same, and yet wrong.
+        """
+        if not processes.agree([self._batches]):
+            raise ProcessesError("the processes go through the captions in different orders")
 
     def _cross_entropy_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         captions, recipe = self.captions, self.recipe
-        batches = epoch_batches(captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch)
         count = captions.views if recipe.random_views else 1
-        views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
-        steps = len(batches)
-        for step, chosen in enumerate(batches[first_step:], first_step):
-            chosen_views = None if views is None else views[chosen]
+        if self._order is None:
+            batches = epoch_batches(
+                captions.lengths, recipe.batch_size, seed=self.seed, epoch=epoch
+            )
+            steps = len(batches)
+            views = epoch_views(len(captions), count, seed=self.seed, epoch=epoch)
+            chosen_steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]] = (
+                (chosen, None if views is None else views[chosen])
+                for chosen in batches[first_step:]
+            )
+        else:
+            steps = len(self._order)
+            chosen_steps = self._streamed(self._order, epoch, count, first_step)
+        for step, (chosen, chosen_views) in enumerate(chosen_steps, first_step):
             position = epoch * steps + step
             loss = self._step(chosen, chosen_views, epoch, position, recipe.epochs * steps)
             yield StepResult(epoch, step, steps, len(chosen), loss)
+
+    def _streamed(
+        self, order: WindowedOrder, epoch: int, views: int, first_step: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]]:
+        """The steps of an epoch from `first_step` on, each when its photos are in memory."""
+        assert self.captions.stream is not None
+        windows = order.windows(seed=self.seed, epoch=epoch, views=views, first_step=first_step)
+        with contextlib.closing(self.captions.stream.through(windows)) as ready:
+            for window in ready:
+                yield from window.steps
 
     def _self_critical_epoch(self, epoch: int, first_step: int) -> Iterator[StepResult]:
         recipe = self.recipe
@@ -134,24 +205,44 @@ class Trainer:
                 samples=recipe.self_critical_samples,
                 random_views=recipe.random_views,
                 anchor=recipe.self_critical_anchor,
+                processes=self._processes,
             )
         if epoch == recipe.epochs and not first_step:
             self._restart_from_average()
         self.optimizer.set_rate(recipe.self_critical_rate)
-        batches = self._self_critical.epoch_batches(
-            recipe.self_critical_photos, seed=self.seed, epoch=epoch
-        )
-        for step, (photos, views) in enumerate(batches[first_step:], first_step):
-            position = (epoch - recipe.epochs) * len(batches) + step
+        steps, batches = self._self_critical_steps(self._self_critical, epoch, first_step)
+        for step, (photos, views) in enumerate(batches, first_step):
+            position = (epoch - recipe.epochs) * steps + step
             count, reward = self._self_critical.gradients(
                 photos, views, _step_seed(self.seed + 1, position)
             )
+            if self._processes is not None:
+                self._batches = zlib.crc32(photos.tobytes() + views.tobytes(), self._batches)
+                self._processes.add_up(self.parameters, reward)
             if self.average is not None:
                 self.average.set_step(position)
             self._apply(count)
             yield StepResult(
-                epoch, step, len(batches), len(photos) * recipe.self_critical_samples, -reward
+                epoch, step, steps, len(photos) * recipe.self_critical_samples, -reward
             )
+
+    def _self_critical_steps(
+        self, training: SelfCritical, epoch: int, first_step: int
+    ) -> tuple[int, Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+        """(steps of an epoch, the photos and their views of each from `first_step` on)."""
+        size = self.recipe.self_critical_photos
+        stream = self.captions.stream
+        if stream is None:
+            batches = training.epoch_batches(size, seed=self.seed, epoch=epoch)
+            return len(batches), iter(batches[first_step:])
+        photos = stream.held.photos
+        every = np.arange(len(photos), dtype=np.int32)
+        order = WindowedOrder(every, len(photos), replace(stream.layout, passes=1), size)
+        count = self.captions.views if self.recipe.random_views else 1
+        return len(order), (
+            (photos[chosen], np.full(len(chosen), self.captions.full_view) if v is None else v)
+            for chosen, v in self._streamed(order, epoch, count, first_step)
+        )
 
     def _restart_from_average(self) -> None:
         """Replace the weights by their average, and the optimizer by a new one."""
@@ -178,6 +269,8 @@ class Trainer:
         self.optimizer.set_rate(rate)
         if self.average is not None:
             self.average.set_step(position)
+        if self._processes is not None:
+            return self._step_together(self._processes, chosen, views, epoch, seed)
         batch = self.captions.batch(chosen, views)
         share = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
         if share:
@@ -189,6 +282,48 @@ class Trainer:
             return self._update(batch, None)
         return self._update(batch, seed)
 
+    def _step_together(
+        self,
+        processes: Processes,
+        chosen: NDArray[np.int64],
+        views: NDArray[np.int64] | None,
+        epoch: int,
+        seed: int,
+    ) -> Tensor:
+        """Train one batch, of which each process computes its share."""
+        captions, recipe = self.captions, self.recipe
+        on_cpu = captions.device.type == "cpu"
+        chosen, views = self._in_shared_order(chosen, views)
+        share, idle = processes.share_of(len(chosen))
+        batch = captions.batch(chosen[share], views[share])
+        sampled = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
+        if sampled:
+            batch = with_sampled_words(self.objective, batch, sampled, processes.own_seed(seed))
+        packed = dataclasses.replace(
+            pack(batch, round_up=on_cpu),
+            features=captions.photo_features(captions.feature_rows[chosen], views),
+            share=share,
+        )
+        if not on_cpu:
+            torch.cuda.manual_seed(seed)
+        loss = processes.add_up(
+            self.parameters, self._differentiate(packed, seed if on_cpu else None, idle)
+        )
+        count = torch.tensor(int(captions.lengths[chosen].sum()), device=captions.device)
+        self._apply(count)
+        return loss / count
+
+    def _in_shared_order(
+        self, chosen: NDArray[np.int64], views: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A batch in the order in which it is shared, longest first, and the photos' views."""
+        order = np.argsort(-self.captions.lengths[chosen], kind="stable")
+        if views is None:
+            views = np.full(len(chosen), self.captions.full_view)
+        chosen, views = chosen[order], views[order]
+        self._batches = zlib.crc32(chosen.tobytes() + views.tobytes(), self._batches)
+        return chosen, views
+
     def _graphed_step(
         self,
         graphs: GraphedSteps,
@@ -199,6 +334,9 @@ class Trainer:
         seed: int,
     ) -> Tensor:
         """Send this step's inputs to the device in one copy and launch a graph that reads them."""
+        processes = self._processes
+        if processes is not None:
+            chosen, views = self._in_shared_order(chosen, views)
         config, lengths = self.decoder.config, self.captions.lengths[chosen]
         if config.dropout or config.feature_dropout:
             torch.cuda.manual_seed(seed)
@@ -211,13 +349,40 @@ class Trainer:
         )
         assert isinstance(self.objective, CudaObjective)
         self.objective.refresh()
-        return graphs.run(*inputs, graph_length(int(lengths.max())))
+        if processes is None:
+            return graphs.run(*inputs, graph_length(int(lengths.max())))
+        own_lengths = lengths[processes.share_of(len(chosen))[0]]
+        loss = graphs.run(*inputs, graph_length(int(own_lengths.max())))
+        loss, count = processes.add_up(self.parameters, loss), self._inputs.numbers[0]
+        self._apply(count)
+        return loss / count
 
     def _gather_and_update(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
         assert isinstance(self.objective, CudaObjective)
         kernels = self.objective.kernels
         packed = gather_packed(self.captions, kernels, captions, views, length)
         return self._update_packed(packed, self._inputs.numbers[0], None)
+
+    def _gather_and_differentiate(self, captions: Tensor, views: Tensor, length: int) -> Tensor:
+        """Compute the gradients of this process's share. Returns the sum of its losses."""
+        assert isinstance(self.objective, CudaObjective)
+        assert self._processes is not None
+        share, idle = self._processes.share_of(len(captions))
+        packed = gather_packed(
+            self.captions, self.objective.kernels, captions, views, length, share
+        )
+        return self._differentiate(packed, None, idle)
+
+    def _differentiate(self, packed: PackedBatch, seed: int | None, idle: bool) -> Tensor:
+        """As `_update_packed`, without the update: the sum of the losses. idle: they count for
+        nothing, because other processes compute them.
+        """
+        assert self._processes is not None
+        masks = draw_masks(
+            self.decoder.config, packed, self.objective.dtype, seed, self._processes.rank
+        )
+        weights = torch.zeros(len(packed.words), device=packed.words.device) if idle else None
+        return self.objective.loss_and_gradients(packed, masks, weights=weights)
 
     def _update(self, batch: Batch, seed: int | None) -> Tensor:
         packed = pack(batch, round_up=self.captions.device.type == "cpu")
@@ -336,6 +501,17 @@ class Trainer:
             total += loss.double() * count
             tokens += count
         return float(total) / tokens
+
+    def start_together(self) -> None:
+        """Take over the weights and the optimizer of the process that leads."""
+        assert self._processes is not None
+        self._processes.send_from_first([*self._tensors(), *self.decoder.buffers()])
+
+    def _tensors(self) -> list[Tensor]:
+        """All float32 numbers that follow from training, on the device."""
+        average = [] if self.average is None else [self.average.values]
+        buffers = [each for each in self.decoder.buffers() if each.is_floating_point()]
+        return [self.parameters.values, *average, *self.optimizer.tensors, *buffers]
 
     def is_finite(self) -> bool:
         """Whether no weight, averaged weight or BatchNorm statistic is infinite or NaN."""

@@ -16,6 +16,7 @@ from train.model.decoder import CaptionDecoder
 
 # oneDNN's kernels are fastest if the number of words fills their registers.
 _WORDS_MULTIPLE = 16
+_SUMS = 16  # room beside the gradients, which keeps them aligned
 IMPOSSIBLE_LOGIT = -1e4  # its exponential is zero, its difference to any other logit finite
 
 
@@ -31,7 +32,9 @@ class _Place:
 class FlatParameters:
     """Moves a decoder's parameters into `values` and their `.grad` into `gradients`, in place.
 
-    Both are (P,) float32 on the decoder's device. Matrices come first, `values[:matrices]`, then
+    Both are (P,) float32 on the decoder's device. `gradients_and_sums`, (P + 16,), is the memory of
+    `gradients` with room behind it for what is summed together with them over several processes.
+    Matrices come first, `values[:matrices]`, then
     biases and BatchNorm. Word matrices are padded to a multiple of 16 words with zeros, the output
     bias with −10,000. The padding words therefore have no probability, and their gradients stay
     zero.
@@ -61,7 +64,8 @@ class FlatParameters:
                 self.matrices = start
         device = next(iter(named.values())).device
         self.values = torch.zeros(start, device=device)
-        self.gradients = torch.zeros(start, device=device)
+        self.gradients_and_sums = torch.zeros(start + _SUMS, device=device)
+        self.gradients = self.gradients_and_sums[:start]
         if "head.bias" in named:
             self.memory("head.bias", self.values).fill_(IMPOSSIBLE_LOGIT)
         for name, parameter in named.items():

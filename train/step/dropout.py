@@ -28,12 +28,13 @@ NO_MASKS = Masks(None, None, ())
 
 
 def draw_masks(
-    config: DecoderConfig, batch: PackedBatch, dtype: torch.dtype, seed: int | None
+    config: DecoderConfig, batch: PackedBatch, dtype: torch.dtype, seed: int | None, rank: int = 0
 ) -> Masks:
     """Masks for a batch, which keep a number with probability 1 - p.
 
     seed: seeds a generator that is used for this step alone; None: draw on the batch's device with
-    its default generator.
+    its default generator. rank: of the process, if several share the batch. They draw the same
+    masks of the features, which are those of the whole batch, and different ones of the rows.
     """
     rows, photos = len(batch.words), len(batch.features)
     feature_shapes = [(photos, config.feature_dim)] if config.feature_dropout else []
@@ -45,10 +46,12 @@ def draw_masks(
     if seed is None:
         device = batch.words.device
         of_features = _draw_on_device(feature_shapes, keep_features, dtype, device)
-        of_rows = _draw_on_device(row_shapes, keep, dtype, device)
+        of_rows = _draw_on_device(row_shapes, keep, dtype, device, skipped=rank)
     else:
         random = np.random.Generator(np.random.SFC64(seed))
         of_features = [_draw_on_host(random, s, keep_features, dtype) for s in feature_shapes]
+        if rank:
+            random = np.random.Generator(np.random.SFC64((seed, rank)))
         of_rows = [_draw_on_host(random, shape, keep, dtype) for shape in row_shapes]
     return Masks(
         of_features[0] if of_features else None, of_rows[0] if of_rows else None, tuple(of_rows[1:])
@@ -56,13 +59,22 @@ def draw_masks(
 
 
 def _draw_on_device(
-    shapes: list[tuple[int, int]], keep: float, dtype: torch.dtype, device: torch.device
+    shapes: list[tuple[int, int]],
+    keep: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    skipped: int = 0,
 ) -> list[Tensor]:
-    """Draw all masks at once, which takes two kernels."""
+    """Draw all masks at once, which takes two kernels.
+
+    skipped: draw so many other sets of masks before, because a captured graph cannot seed its
+    generator otherwise than other processes do. They take a few microseconds.
+    """
     sizes = [rows * size for rows, size in shapes]
     if not sizes:
         return []
-    drawn = torch.empty(sum(sizes), dtype=dtype, device=device).bernoulli_(keep).div_(keep)
+    drawn = torch.empty((skipped + 1) * sum(sizes), dtype=dtype, device=device)
+    drawn = drawn.bernoulli_(keep)[skipped * sum(sizes) :].div_(keep)
     return [part.view(shape) for part, shape in zip(drawn.split(sizes), shapes, strict=True)]
 
 

@@ -36,12 +36,21 @@ class PackedBatch:
     Row n of step t continues row n of step t - 1. Rows after the last step are filling.
     """
 
-    features: Tensor  # (B, D) float16
+    features: Tensor  # (B, D) float16; with a `share` those of the whole batch
     steps: tuple[int, ...]
     words: Tensor  # (R,) int64: the word each row reads; meaningless in the rows of step 0
     targets: Tensor  # (R,) int64; <pad> in rows that do not affect the loss
     captions: Tensor  # (R,) int64: the caption of each row; B or more in filling rows
     previous: Tensor  # (R,) int64: the same caption's row one step earlier; 0 at step 0
+    # Which of the features these captions belong to. The others are those of the captions that
+    # other processes train on; BatchNorm measures all of them. None: there are no others.
+    share: slice | None = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of captions."""
+        photos = len(self.features)
+        return photos if self.share is None else len(range(photos)[self.share])
 
     def count(self) -> Tensor:
         """N, the number of target tokens, a scalar on the batch's device."""
@@ -94,13 +103,22 @@ def pack(batch: Batch, *, round_up: bool) -> PackedBatch:
 
 
 def gather_packed(
-    captions: CaptionSet, kernels: Kernels, chosen: Tensor, views: Tensor, length: int
+    captions: CaptionSet,
+    kernels: Kernels,
+    chosen: Tensor,
+    views: Tensor,
+    length: int,
+    share: slice | None = None,
 ) -> PackedBatch:
     """The packed batch of some captions, `length` steps of B rows each.
 
     chosen: (B,) int64, the captions in the order of the rows. views: (B,), the view of each photo.
-    All work is on the device, so it can be part of a captured graph.
+    share: which of the captions to pack, as in `PackedBatch`; of the others only the features are
+    gathered. All work is on the device, so it can be part of a captured graph.
     """
+    features = captions.features_of(chosen, views)
+    if share is not None:
+        chosen = chosen[share].contiguous()
     rows = length * len(chosen)
     words, targets = (
         torch.empty(rows, dtype=torch.int64, device=captions.device) for _ in range(2)
@@ -108,13 +126,29 @@ def gather_packed(
     kernels.gather_words(chosen, captions.starts, captions.targets, captions.tokens, words, targets)
     caption_of, previous = _cached_even_rows(len(chosen), length, captions.device)
     return PackedBatch(
-        features=captions.features_of(chosen, views),
+        features=features,
         steps=(len(chosen),) * length,
         words=words,
         targets=targets,
         captions=caption_of,
         previous=previous,
+        share=share,
     )
+
+
+def of_all_photos(batch: PackedBatch, d_photos: Tensor) -> Tensor:
+    """The gradients (B, E) of the photos that a batch's captions read, among those of the whole
+    batch: zero for the photos of other processes' captions.
+
+    BatchNorm's backward pass is linear in these gradients. Each process therefore goes through it
+    with its own part, over the whole batch, and the sum over all processes is right: BatchNorm
+    needs no communication of its own.
+    """
+    if batch.share is None:
+        return d_photos
+    everywhere = d_photos.new_zeros(len(batch.features), d_photos.shape[1])
+    everywhere[batch.share] = d_photos
+    return everywhere
 
 
 def _even_rows(count: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pipeline.cli.arguments.files import wrong_file
 from pipeline.cli.arguments.names import near_options
 from pipeline.cli.errors import WrongArguments
 from pipeline.cli.terminal import complain, one_line
+from pipeline.cli.training.together import company_of
 from train.option import or_list
 
 
@@ -32,7 +33,10 @@ class Command(TyperCommand):
             for parameter in self.params
             if parameter.name
         }
-        problem = wrong_file(self.name or "", flags, ctx.params)
+        name = self.name or ""
+        in_group = ctx.parent is not None and ctx.parent.parent is not None
+        full_name = f"{ctx.parent.command.name} {name}" if in_group else name
+        problem = company_of(full_name) or wrong_file(name, flags, ctx.params)
         if problem is not None:
             complain(f"error: {one_line(problem)}")
             raise typer.Exit(1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +16,13 @@ import typer
 from pipeline.cli.errors import errors
 from pipeline.cli.options import CaptionColumn, ImageColumn, Json, choice, options
 from pipeline.cli.terminal import complain, print_json, say
+from pipeline.cli.training.together import connect, signals_left_to_the_first
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import SweepConfig, TrainConfig
+from train.step.processes.launch import Launch, launched
 from train.torch_import import start_torch
+
+_SAME_MOMENT_S = 1.0
 
 
 def build_vocab(
@@ -83,16 +88,20 @@ def train(*, config: TrainConfig, as_json: Json = False) -> None:
         return "no checkpoint was saved; start again with --overwrite"
 
     with errors(kept):
-        start_torch(config.device)
+        launch = launched()
+        start_torch(config.device if launch is None else launch.own_device(config.device))
         from pipeline.cli.training.progress import TrainingProgress
         from train.fit.reports import EpochLog, Started
         from train.fit.run import train as run_training
 
         best, stopped = None, False
+        processes = None if launch is None else connect(launch)
         with (
-            _between_steps() as interrupted,
+            _between_steps(launch) as interrupted,
             TrainingProgress(every_step_log=config.log_every is not None) as progress,
-            contextlib.closing(run_training(config, notice_of_curves=progress.say)) as reports,
+            contextlib.closing(
+                run_training(config, notice_of_curves=progress.say, processes=processes)
+            ) as reports,
         ):
             for report in reports:
                 if report is not None:
@@ -126,19 +135,30 @@ def train(*, config: TrainConfig, as_json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def _between_steps() -> Iterator[Callable[[], bool]]:
+def _between_steps(launch: Launch | None) -> Iterator[Callable[[], bool]]:
     """Hold back the first Ctrl-C until the caller asks for it, so that no step is left half done.
 
-    SIGTERM, which schedulers and `kill` send, does the same. A second one interrupts at once.
+    SIGTERM, which schedulers and `kill` send, does the same. A second one interrupts at once. Those
+    of the same moment count once if torchrun, which has started this process, passes on what the
+    process may have got itself.
     """
-    pressed = False
+    if launch is not None and launch.rank:
+        with signals_left_to_the_first():
+            yield lambda: False
+        return
+    pressed, pressed_at = False, 0.0
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def press(signum: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        for each in signals:
-            signal.signal(each, signal.default_int_handler)
+        nonlocal pressed, pressed_at
+        if launch is not None and pressed:
+            if time.monotonic() - pressed_at < _SAME_MOMENT_S:
+                return
+            raise KeyboardInterrupt
+        pressed, pressed_at = True, time.monotonic()
+        if launch is None:
+            for each in signals:
+                signal.signal(each, signal.default_int_handler)
 
     before = {each: signal.signal(each, press) for each in signals}
     try:

@@ -16,11 +16,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from cache.errors import CapError
 from cache.share import cores
@@ -124,8 +125,8 @@ class Actor:
 class RayPool:
     """Workers on a cluster. `with` connects; its end ends the workers, and what was started here.
 
-    While it is open, nothing but this program's own results belongs on stdout: Ray's messages to
-    the driver, which it prints there, are dropped. Each is told by a worker's death, too.
+    While it is open, what Ray's threads print to stdout is dropped: many lines for each process
+    that dies, of which the job has heard already.
     """
 
     def __init__(self, address: str) -> None:
@@ -144,10 +145,10 @@ class RayPool:
         # `auto` and tests: an instance that this process is connected to already is used, and kept.
         self._ray = _imported_ray()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.redirect_stdout(_Nowhere()))
+            stack.enter_context(contextlib.redirect_stdout(_WithoutRay(sys.stdout)))
             if not self._ray.is_initialized():
                 self._connect()
-                stack.callback(self._ray.shutdown)
+                stack.callback(self._shut_down)
             self._stack = stack.pop_all()
         return self
 
@@ -184,17 +185,35 @@ class RayPool:
             reason = " ".join(str(error).split())
             raise ClusterError(f"--ray {self._address}: cannot connect ({reason})") from None
 
+    def _shut_down(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # messages that Ray has held back
+            self._ray.shutdown()
+
     def nodes(self) -> list[Node]:
         """The living machines of the cluster."""
+        with self._lost_cluster():
+            found = self._ray.nodes()
         return [
             Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-            for node in self._ray.nodes()
+            for node in found
             if node["Alive"]
         ]
 
+    @contextlib.contextmanager
+    def _lost_cluster(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
+            raise ClusterError(
+                f"--ray {self._address}: the cluster does not answer any more "
+                f"({_last_of(str(error))}); what is done is kept, run the same command again"
+            ) from None
+
     def in_words(self) -> str:
         """What the cluster has, and how much of it is free."""
-        nodes, free = self.nodes(), self._ray.available_resources()
+        nodes = self.nodes()
+        with self._lost_cluster():
+            free = self._ray.available_resources()
         parts = [
             f"{sum(getattr(node, name) for node in nodes):g} {kind}s ({free.get(kind, 0.0):g} free)"
             for kind, name in (("CPU", "cpus"), ("GPU", "gpus"))
@@ -237,9 +256,10 @@ class RayPool:
             time.sleep(timeout_s)
             return []
         streams = list(self._calls)
-        ready, _ = ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
-        if not ready:
-            ready, _ = ray.wait(streams, timeout=timeout_s, fetch_local=False)
+        with self._lost_cluster():
+            ready, _ = ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
+            if not ready:
+                ready, _ = ray.wait(streams, timeout=timeout_s, fetch_local=False)
         found: list[tuple[int, Message]] = []
         for stream in ready:
             worker = self._calls[stream]
@@ -277,11 +297,19 @@ class RayPool:
         return self._alive_s + sum(now - since for since in self._alive_since.values())
 
 
-class _Nowhere(io.TextIOBase):
-    """A stream that forgets what is written to it."""
+class _WithoutRay(io.TextIOBase):
+    """A stream without what Ray's threads write to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
+        if not threading.current_thread().name.startswith("ray_"):
+            self._stream.write(text)
         return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _imported_ray() -> Any:
@@ -340,6 +368,8 @@ def _reason(error: Exception) -> str:
         return "its machine ran out of memory"
     if kind == "NodeDiedError" or "node was terminated" in text:
         return "its machine is gone"
+    if kind == "ActorUnavailableError":
+        return "it does not answer any more"
     if "creation task" in text:  # as where this package is not installed
         return _last_of(str(error))
     _, found, rest = text.partition("The actor is dead because ")

@@ -483,8 +483,8 @@ class ClusterJob:
                 self._workers[self._pool.add()] = _Worker()
 
     def _next_for(self, worker: _Worker) -> tuple[str, int] | None:
-        """What a worker does next. It tries no shard twice, if others can."""
-        if len(self._workers) == 1:
+        """What a worker does next. It tries no shard twice, if others can work."""
+        if sum(other.loaded for other in self._workers.values()) == 1:
             return self._queue[0]
         return next((each for each in self._queue if each[1] not in worker.failed_at), None)
 

@@ -62,7 +62,8 @@ class Checkpoint:
     data_rules: int = 1  # as `DATA_RULES`; 0.1.0 wrote none
     # `training` and `trained_on`, (N,) bool: the photos of the training cache that an epoch trains
     # on, and those that any step has trained on. `validation`, (K,) int64: the rows of the
-    # validation photos in their cache. 0.1.0 did not record them.
+    # validation photos in their cache. `window`, (3,) int64: the fields of a `Layout`, or zeros;
+    # earlier versions wrote none. 0.1.0 recorded none of these.
     photos: dict[str, Tensor] | None = None
 
 
@@ -235,11 +236,13 @@ class RunFolder:
 
     def failure(self, error: WriteError) -> WriteError:
         """The error of a run that cannot write, with what to do then."""
+        return WriteError(f"{error}; free space or mend the disk, then {self.how_to_go_on()}")
+
+    def how_to_go_on(self) -> str:
+        """What to do after a run has failed for a reason that is gone."""
         if self.has_checkpoint():
-            then = "go on with --resume"
-        else:
-            then = f"run the command again{' with --overwrite' if self._files() else ''}"
-        return WriteError(f"{error}; free space or mend the disk, then {then}")
+            return "go on with --resume"
+        return f"run the command again{' with --overwrite' if self._files() else ''}"
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint. Raises WriteError."""

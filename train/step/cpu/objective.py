@@ -31,7 +31,7 @@ from train.step.cpu.lstm import LstmStates, lstm_backward, lstm_forward
 from train.step.cpu.matmul import multiply
 from train.step.dropout import NO_MASKS, Masks
 from train.step.logits import draw_words, rule_out_undrawn_words
-from train.step.packed_batch import PackedBatch
+from train.step.packed_batch import PackedBatch, of_all_photos
 
 # The softmax takes this many rows of float32 logits at a time: some megabytes, which fit a CPU's
 # cache.
@@ -134,7 +134,7 @@ class CpuObjective:
         if self._product_values is not self.parameters.values:
             self._product_values.copy_(self.parameters.values)
         rows, first_rows = len(batch.words), batch.steps[0]
-        captions, embedding_size = len(batch.features), self.config.embedding_size
+        captions, embedding_size = batch.size, self.config.embedding_size
         photo = self._read_photo(batch, masks, training)
         inputs = self._buffers.low("inputs", rows, embedding_size)
         torch.index_select(
@@ -180,6 +180,8 @@ class CpuObjective:
         normalized, mean, inverse_std = private_torch.batch_norm(projected, normalize, measure)
         if measure and normalize.num_batches_tracked is not None:
             normalize.num_batches_tracked.add_(1)
+        if batch.share is not None:
+            normalized = normalized[batch.share]
         return _Photo(features, projected, normalized, mean, inverse_std, measure)
 
     def _layer_forward(self, n: int, batch: PackedBatch, inputs: Tensor) -> _Layer:
@@ -283,13 +285,13 @@ class CpuObjective:
             embedding.zero_()
         first, last = batch.steps[0], sum(batch.steps)
         embedding.index_add_(0, batch.words[first:last], d_inputs[first:last])
-        captions = len(batch.features)
+        captions = batch.size
         d_photo = d_inputs[:captions]
         if self.config.photo_every_step:
             d_photo.index_add_(
                 0, batch.captions[first:last].clamp_max(captions - 1), d_inputs[first:last]
             )
-        self._photo_backward(states.photo, d_photo)
+        self._photo_backward(states.photo, of_all_photos(batch, d_photo))
 
     def _product_backward(
         self, weight: str, inputs: Tensor, d_outputs: Tensor, buffer: str
@@ -367,6 +369,7 @@ class CpuObjective:
 
 @dataclass(frozen=True)
 class _Photo:
+    # With a share, the first two are of the whole batch.
     features: Tensor  # (B, D), after the mask, in the products' dtype
     projected: Tensor  # (B, E) float32
     normalized: Tensor  # (B, E) float32

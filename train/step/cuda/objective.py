@@ -29,7 +29,7 @@ from train.step.cuda.kernel_choice import kernels_for
 from train.step.dropout import NO_MASKS, Masks
 from train.step.kernels import Kernels
 from train.step.logits import draw_words, rule_out_undrawn_words
-from train.step.packed_batch import PackedBatch
+from train.step.packed_batch import PackedBatch, of_all_photos
 
 
 class CudaObjective:
@@ -142,7 +142,7 @@ class CudaObjective:
         self, batch: PackedBatch, masks: Masks, buffers: Buffers, *, training: bool
     ) -> _States:
         """The forward pass up to the head."""
-        rows, captions, config = len(batch.words), len(batch.features), self.config
+        rows, captions, config = len(batch.words), batch.size, self.config
         assert rows == captions * len(batch.steps)
         self.refresh()
         photo = self._read_photo(batch, masks, training)
@@ -189,6 +189,8 @@ class CudaObjective:
         normalized, mean, inverse_std = private_torch.batch_norm(projected, normalize, measure)
         if measure and normalize.num_batches_tracked is not None:
             normalize.num_batches_tracked.add_(1)
+        if batch.share is not None:
+            normalized = normalized[batch.share]
         return _Photo(features, projected, normalized.contiguous(), mean, inverse_std, measure)
 
     def _lstm_forward(
@@ -248,7 +250,7 @@ class CudaObjective:
             d_outputs = self._linear_backward(
                 "transform.weight", "transform.bias", states.outputs, d_outputs
             )
-        captions = len(batch.features)
+        captions = batch.size
         for n in reversed(range(1, self.config.num_layers)):
             d_gates = self._lstm_backward(n, captions, masks, states, d_outputs)
             d_outputs = torch.mm(
@@ -270,7 +272,7 @@ class CudaObjective:
         d_photo = d_inputs[:captions]
         if self.config.photo_every_step:
             d_photo = d_inputs.view(-1, captions, self.config.embedding_size).sum(0)
-        self._photo_backward(states.photo, d_photo)
+        self._photo_backward(states.photo, of_all_photos(batch, d_photo))
         self._wait_for_side_stream()
 
     @contextlib.contextmanager
@@ -363,6 +365,7 @@ class CudaObjective:
 
 @dataclass(frozen=True)
 class _Photo:
+    # With a share, the first two are of the whole batch.
     features: Tensor  # (B, D), after the mask, in the products' dtype
     projected: Tensor  # (B, E) float32
     normalized: Tensor  # (B, E) float32

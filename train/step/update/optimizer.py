@@ -13,7 +13,7 @@ from train.config import FixedRecipe, Recipe
 from train.model.flat_parameters import FlatParameters
 from train.step.kernels import Kernels
 from train.step.torch_kernels import TorchKernels
-from train.step.weight_average import WeightAverage
+from train.step.update.weight_average import WeightAverage
 
 
 def learning_rate(recipe: FixedRecipe, step: int, steps: int) -> float:
@@ -54,6 +54,11 @@ class FlatAdamW:
         # Tensors, because a captured graph reads their current values at every replay.
         self._steps = torch.zeros((), device=device)
         self._rate = torch.zeros((), device=device) if rate is None else rate
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it remembers: moments (P,) and the number of steps, float32, on the device."""
+        return [self._mean, self._mean_of_squares, self._steps]
 
     def set_rate(self, rate: float) -> None:
         self._rate.fill_(rate)

@@ -1,0 +1,1 @@
+"""Training on the features of more photos than fit into memory."""
