@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,8 +91,8 @@ def _refuse(cache: FeatureCache, rows: NDArray[np.int64], damaged: list[tuple[in
 
 def verify(
     cache: FeatureCache,
-    digest_of: Callable[[Path], NDArray[np.uint8]] | None = None,
-    images: Path | None = None,
+    digest_of: Callable[[str], NDArray[np.uint8]] | None = None,
+    images: str | None = None,
     *,
     sample: int = 64,
     seed: int = 0,
@@ -101,8 +100,9 @@ def verify(
     """Check the checksums of all finished rows, that their features are finite, the digests of
     names and captions, and the digests of a random sample of photos.
 
-    digest_of: reads a photo and returns its (16,) uint8 digest, or raises OSError. sample: number
-    of photos, for which `images` and `digest_of` are needed. Returns the report and the sampled
+    digest_of: reads a photo, by its path in the cache, and returns its (16,) uint8 digest, or
+    raises OSError. images: where the photos are, in words. sample: number of photos, for which
+    `images` and `digest_of` are needed. Returns the report and the sampled
     rows whose photos are unchanged. The seal was already checked when the cache was opened.
     """
     finished = np.flatnonzero(cache.status != PENDING)
@@ -123,11 +123,10 @@ def verify(
     done = cache.rows_with(DONE)
     chosen = np.random.default_rng(seed).permutation(done)[:sample] if images else done[:0]
     for row in np.sort(chosen).tolist():
-        assert images is not None
         assert digest_of is not None
         path = cache.paths[row]
         try:
-            if np.array_equal(digest_of(images / path), cache.digests[row]):
+            if np.array_equal(digest_of(path), cache.digests[row]):
                 same.append(row)
             else:
                 changed.append(f"{path}: the photo has changed since its features were extracted")

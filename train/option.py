@@ -49,9 +49,9 @@ class Option:
     usual: tuple[str, ...] = ()
 
 
-def about(help: str) -> dict[str, Option]:
+def about(help: str, parse: Callable[[str], Any] | None = None) -> dict[str, Option]:
     """The metadata of a field that is a required option."""
-    return {_KEY: Option(help)}
+    return {_KEY: Option(help, parse=parse)}
 
 
 def option(

@@ -24,8 +24,9 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.warm_up import begin_warm_up
 from pipeline.photos.photo_file import ReadPhoto
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
-from pipeline.photos.readers.in_memory import Photo, as_photos, name_of, read_any
+from pipeline.photos.readers.in_memory import LYING, Photo, as_photos, name_of, read_any
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
+from pipeline.photos.sources.places import Cell, Part, Place, StoredObject
 from train.captions.views import chosen_view, mean_of_views, views_to_read
 from train.config import SearchConfig, SearchSettings, check_search, with_enough_beams
 from train.device import resolve_device
@@ -183,8 +184,12 @@ class Captioner:
         self, photos: list[Photo], search_config: SearchConfig, views: tuple[str, ...], raises: bool
     ) -> Iterator[Prediction]:
         names = [name_of(photo, number) for number, photo in enumerate(photos, 1)]
-        in_files = all(isinstance(photo, (str, os.PathLike)) for photo in photos)
-        batches = self._from_files(names, views) if in_files else self._mixed(photos, views)
+        in_files = all(isinstance(photo, (str, os.PathLike, *LYING)) for photo in photos)
+        places: list[Place] = [
+            photo if isinstance(photo, (Part, StoredObject, Cell)) else name
+            for photo, name in zip(photos, names, strict=True)
+        ]
+        batches = self._from_files(places, views) if in_files else self._mixed(photos, views)
         for rows, pixels, reasons in batches:
             hypotheses = self._search(pixels, rows, search_config) if rows else []
             found = dict(zip(rows, hypotheses, strict=True))
@@ -202,19 +207,19 @@ class Captioner:
                 yield prediction
 
     def _from_files(
-        self, names: list[str], views: tuple[str, ...]
+        self, photos: Sequence[Place], views: tuple[str, ...]
     ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
         """(rows that are decoded, their pixels (B, V, 3, S, S), reasons of the others by row), for
         each batch. The next one is read and decoded meanwhile."""
-        rows = range(len(names))
+        rows = range(len(photos))
         requests = [
             BatchRequest(first, rows[first : first + _BATCH_PHOTOS])
             for first in rows[::_BATCH_PHOTOS]
         ]
         with PhotoLoader(
             requests,
-            names.__getitem__,
-            batch_rows=min(len(names), _BATCH_PHOTOS),
+            photos.__getitem__,
+            batch_rows=min(len(photos), _BATCH_PHOTOS),
             image_size=self.encoder.record.image_size,
             views=views,
             readers=min(MOST_THREADS, reader_count(None)),

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pipeline.captions.formats.beside import SIDECAR, read_sidecars
 from pipeline.captions.formats.encoding import open_text
 from pipeline.captions.formats.inside import METADATA, read_metadata
 from pipeline.captions.formats.json_files import read_json
+from pipeline.captions.formats.parquet_tables import is_parquet, read_parquet
 from pipeline.captions.formats.tables import read_table
+from pipeline.captions.formats.with_photos import MemberTexts, read_with_photos
 from pipeline.captions.photo_index import Matches, PhotoIndex
 from pipeline.captions.records import Choice, DatasetError, Photo, Reading, check_text
 from pipeline.captions.understood import Understood, joined_notes, understood, what_is_there
-from pipeline.photos.folder import list_photos
+from pipeline.photos.folder import FolderPhotos, list_photos
+from pipeline.photos.sources.source import Collection, Report, Source, open_source
 from train.option import SettingError
 
 # Files beside the photos, and texts inside them, are read only if these words ask for them.
@@ -40,7 +44,7 @@ class Dataset:
 
 
 def read_photos(
-    images: Path,
+    images: Path | str | Source,
     captions: Captions | None = None,
     *,
     split: str | None = None,
@@ -50,41 +54,88 @@ def read_photos(
     caption_column: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Photo]:
-    """The photos to work on, in the order of the captions file, or else sorted by path.
+    """The photos to work on, in the order of the captions file, or else sorted by path. Photos of
+    tars and Parquet files come in the order in which they lie, whatever the captions file has,
+    because they are read one after the other.
 
-    captions: a captions file of any layout, or several, whose captions are joined by photo;
-    `sidecar` for text files beside the photos, `metadata` for captions inside them; None for every
-    photo below `images`. Photos that are not below `images` are left out. split: comma-separated
-    splits of the captions file. only: a file with one photo name per line; other photos are left
-    out. limit: how many photos to return at most. image_column, caption_column: where the columns
-    or fields cannot be found out. say: is told, line by line, what was understood.
+    images: a folder, or what `open_photos` takes or has opened. captions: a captions file of any
+    layout, or several, whose captions are joined by photo; `sidecar` for text files beside the
+    photos, `metadata` for captions inside them; None for every photo of `images`, with the
+    captions that lie with the photos of tars and Parquet files. Photos that are not in `images` are
+    left out. split: comma-separated splits of the captions file. only: a file with one photo name
+    per line; other photos are left out. limit: how many photos to return at most. image_column,
+    caption_column: where the columns or fields cannot be found out. say: is told, line by line,
+    what was understood.
 
     Raises DatasetError if a file cannot be read, no photo is left, or the arguments contradict each
-    other.
+    other; SourceError as `open_photos` does.
     """
-    if not images.is_dir():
-        wrong = "is a file; name a folder" if images.is_file() else "no such folder"
-        raise DatasetError(f"{images}: {wrong}")
-    if not _sources(captions):
+    choice = Choice(split, image_column, caption_column)
+    source = open_photos(images, captions, choice)
+    told: list[str] = []
+    reading = None
+    if isinstance(source, Collection) and not _sources(captions):
+        reading = read_with_photos(source, choice)
+    if not _sources(captions) and reading is None:
         if split is not None:
             raise DatasetError("--split needs a captions file with splits as --captions")
-        found = list_photos(images)
+        found = source.photos()
         photos = [Photo(path, path) for path in found.paths]
-        if say is not None and (line := found.notice()):
-            say(line)
+        if isinstance(source, Collection):
+            told += source.notices()
+        elif line := found.notice():
+            told.append(line)
         if only is not None:
             photos = keep_listed(photos, only)
+        if not photos:
+            raise DatasetError(f"{source.label}: no photos found{_containers_in(found)}")
     else:
-        dataset = read_dataset(
-            captions, Choice(split, image_column, caption_column), images=images, only=only
-        )
+        if reading is not None:
+            dataset = _dataset([reading], PhotoIndex(source), only)
+        else:
+            dataset = read_dataset(captions, choice, images=source, only=only)
         photos = dataset.photos
-        for line in dataset.lines() if say is not None else ():
-            say(line)  # type: ignore[misc]
+        told += dataset.lines()
+        if isinstance(source, Collection):
+            told += source.notices()
+    if isinstance(source, Collection):
+        source.forget_captions()
+        photos = sorted(photos, key=lambda photo: source.order(photo.path) or 0)
+    for line in told if say is not None else ():
+        say(line)  # type: ignore[misc]
     photos = photos[:limit]
     if not photos:
-        raise DatasetError(f"{images}: no photos found")
+        raise DatasetError(f"{source.label}: no photos found")
     return photos
+
+
+def open_photos(
+    images: Path | str | Source,
+    captions: Captions | None,
+    choice: Choice,
+    report: Report | None = None,
+) -> Source:
+    """The source of photos that `--images` names; what tars and Parquet files hold is then known.
+
+    captions, choice: as for `read_photos`; texts in tars are read if they are to be the captions.
+    report: as for `open_source`.
+    Raises SourceError, or DatasetError if it is not clear which field of a text is the caption.
+    """
+    if not isinstance(images, (Path, str)):
+        return images
+    wanted = not _sources(captions) or Path(SIDECAR) in _sources(captions)
+    # For a captions file, the column is one of that file.
+    column = choice.image_column if wanted else None
+    make_texts = partial(MemberTexts, choice) if wanted else None
+    return open_source(images, make_texts=make_texts, image_column=column, report=report)
+
+
+def _containers_in(found: FolderPhotos) -> str:
+    """What to say of a folder without photos if it holds tars or Parquet files."""
+    for suffix in (".tar", ".parquet"):
+        if found.left_out[suffix]:
+            return f"; for the photos in its {suffix} files, --images '{found.folder}/*{suffix}'"
+    return ""
 
 
 def read_captions(
@@ -113,7 +164,7 @@ def read_dataset(
     captions: Captions | None,
     choice: Choice,
     *,
-    images: Path | None = None,
+    images: Path | str | Source | None = None,
     only: Path | None = None,
 ) -> Dataset:
     """Read captions, join them by photo, and say what was understood.
@@ -121,10 +172,16 @@ def read_dataset(
     images, only: as for `read_photos`. Raises DatasetError.
     """
     sources = _sources(captions)
-    if choice.names_columns and {str(source) for source in sources} <= WITHOUT_FILE:
+    opened = None if images is None else open_photos(images, captions, choice)
+    without_file = {str(source) for source in sources} <= WITHOUT_FILE
+    if choice.names_columns and without_file and not isinstance(opened, Collection):
         raise SettingError("--image-column and --caption-column have no effect without a file")
-    index = PhotoIndex(images) if images is not None else None
-    readings = [_read(source, index, choice) for source in sources]
+    index = PhotoIndex(opened) if opened is not None else None
+    return _dataset([_read(source, index, choice) for source in sources], index, only)
+
+
+def _dataset(readings: list[Reading], index: PhotoIndex | None, only: Path | None) -> Dataset:
+    """What sources of captions say, joined by photo."""
     matches = [index.match(reading.photos) if index is not None else None for reading in readings]
     photos, missing, ids_differ = _join(readings, matches)
     if only is not None:
@@ -136,10 +193,10 @@ def read_dataset(
     described = [
         understood(reading, match, index) for reading, match in zip(readings, matches, strict=True)
     ]
-    names = ", ".join(map(str, sources))
+    names = ", ".join(reading.source for reading in readings)
     for photo in photos:
         check_text(photo, names)
-    return Dataset(photos, described, joined_notes(photos, ids_differ, len(sources)))
+    return Dataset(photos, described, joined_notes(photos, ids_differ, len(readings)))
 
 
 def _sources(captions: Captions | None) -> list[Path]:
@@ -150,10 +207,14 @@ def _read(source: Path, index: PhotoIndex | None, choice: Choice) -> Reading:
     if str(source) in WITHOUT_FILE:
         if index is None:
             raise DatasetError(f"--captions {source} needs a folder of photos (--images)")
+        if isinstance(index.source, Collection):
+            return _read_with_photos(source, index.source, choice)
         if choice.split is not None:
             raise DatasetError(f"--captions {source} has no splits")
         read = read_sidecars if str(source) == SIDECAR else read_metadata
         return read(list_photos(index.images).paths, index)
+    if is_parquet(source):
+        return read_parquet(source, index, choice)
     file, encoding = open_text(source)
     try:
         with file:
@@ -163,6 +224,21 @@ def _read(source: Path, index: PhotoIndex | None, choice: Choice) -> Reading:
             return read_it(source, file, encoding, index, choice)
     except UnicodeDecodeError as error:
         raise DatasetError(f"{source}: not the text it seemed to be ({error.reason})") from None
+
+
+def _read_with_photos(asked: Path, source: Collection, choice: Choice) -> Reading:
+    if str(asked) == METADATA:
+        raise DatasetError(
+            f"{source.label}: captions inside photos are read in folders only; unpack them, or "
+            "leave out --captions for the texts that lie with them"
+        )
+    reading = read_with_photos(source, choice)
+    if reading is None:
+        raise DatasetError(
+            f"{source.label}: no captions lie with the photos; 000.txt or 000.json beside 000.jpg "
+            "is looked for in tars, and a column of texts in Parquet files"
+        )
+    return reading
 
 
 def _join(
@@ -203,12 +279,12 @@ def _none_found(
     found = [match for match in matches if match is not None]
     sources = ", ".join(reading.source for reading in readings)
     if listed and any(match.paths for match in found):
-        return DatasetError(f"{index.images}: none of the photos of --only is here")
+        return DatasetError(f"{index.label}: none of the photos of --only is here")
     first = next((match for match in found if match.missing or match.ambiguous), None)
     if first is None:
         return DatasetError(f"{sources}: names no photo")
     return DatasetError(
-        f"{index.images}: none of the photos of {sources} is here ({what_is_there(first, index)})"
+        f"{index.label}: none of the photos of {sources} is here ({what_is_there(first, index)})"
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.captions.records import DatasetError
+from pipeline.photos.sources.source import Collection, Folder, Source
 
 # How a name led to a file, best first. The words are for the user.
 BY_PATH, BY_END, BY_NAME = "by path", "by the end of the path", "by file name alone"
@@ -68,16 +69,27 @@ class Matches:
 
 
 class PhotoIndex:
-    """The files below a folder, by name. Links to folders are followed, each folder once."""
+    """The files below a folder, by name, or the photos of another source. Links to folders are
+    followed, each folder once.
+    """
 
-    def __init__(self, images: Path) -> None:
-        self.images = images
-        self._parents = tuple(_key(part) for part in images.resolve().parts[1:])
-        self._roots = {str(images), os.path.abspath(images), os.path.realpath(images)}
+    def __init__(self, images: Path | Source) -> None:
+        self.source: Source = Folder(images) if isinstance(images, Path) else images
+        self.label = self.source.label
+        # The folder of the photos, or above their tars.
+        if isinstance(self.source, Folder):
+            self.images, paths = self.source.path, _files(self.source.path)
+        else:
+            root = self.source.root if isinstance(self.source, Collection) else ""
+            self.images = Path(root.rpartition("://")[2])
+            paths = iter(self.source.photos().paths)
+        self._parents = tuple(_key(part) for part in self.images.resolve().parts[1:])
+        self._roots = {str(self.images), os.path.abspath(self.images)}
+        self._roots.add(os.path.realpath(self.images))
         self._by_name: dict[str, list[str]] = {}
         self._by_stem: dict[str, list[str]] | None = None
         self.files = 0
-        for path in _files(images):
+        for path in paths:
             self._by_name.setdefault(_key(path.rpartition("/")[2]), []).append(path)
             self.files += 1
 

@@ -117,7 +117,7 @@ def _notes(reading: Reading, matches: Matches | None, index: PhotoIndex | None) 
             few = len(matches.paths) < _HARDLY_ANY * min(len(reading.photos), index.files)
             more = f"; {what_is_there(matches, index)}" if few else ""
             notes.append(
-                f"{len(matches.missing):,} photos are not in {index.images} and are left out "
+                f"{len(matches.missing):,} photos are not in {index.label} and are left out "
                 f"(first: {_one_line(matches.missing[0])}){more}"
             )
     return notes

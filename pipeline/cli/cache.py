@@ -19,6 +19,7 @@ from pipeline.cli.options import (
     own_or_moved,
 )
 from pipeline.cli.terminal import complain, one_field, one_line, print_json
+from pipeline.photos.sources.patterns import photos_at
 
 
 def merge(
@@ -80,7 +81,8 @@ def merge(
 def info(
     file: Annotated[Path, typer.Argument(help="A cache, model, run, captions file, …")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the photos that a captions file names.")
+        str | None,
+        typer.Option(help="Folder of the photos that a captions file names, or tars and the like."),
     ] = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
@@ -138,7 +140,7 @@ def _list_unreadable(cache: Path) -> None:
 
 def _show_captions(
     file: Path,
-    images: Path | None,
+    images: str | None,
     image_column: str | None,
     caption_column: str | None,
     as_json: bool,
@@ -146,7 +148,8 @@ def _show_captions(
     from pipeline.captions.dataset import read_dataset
     from pipeline.captions.records import Choice
 
-    dataset = read_dataset(file, Choice(None, image_column, caption_column), images=images)
+    choice = Choice(None, image_column, caption_column)
+    dataset = read_dataset(file, choice, images=None if images is None else photos_at(images))
     if as_json:
         (source,) = dataset.sources
         print_json(source.as_dict())
@@ -157,8 +160,11 @@ def _show_captions(
 def verify(
     cache: Annotated[Path, typer.Argument(help="A feature cache.")],
     images: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the photos; without it, only checksums are checked."),
+        str | None,
+        typer.Option(
+            help="Folder of the photos, or what else extract-features took; without it, only "
+            "checksums are checked."
+        ),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Photos to compare and encode again.")] = 64,
     backbone: OwnBackbone = None,
@@ -177,7 +183,8 @@ def verify(
     with errors():
         from pipeline.extraction.verify import verify_cache
 
-        result = verify_cache(cache, images, sample=sample, weights=weights, device=device)
+        photos = None if images is None else photos_at(images)
+        result = verify_cache(cache, photos, sample=sample, weights=weights, device=device)
         for problem in result.problems:
             complain(problem)
         if as_json:

@@ -194,7 +194,8 @@ def _extract(config: ExtractConfig) -> Progress:
                 continue
             if line is None or last is None or report.stage != last.stage:
                 shown.close()
-                line = shown.enter_context(ProgressLine(report.stage, "photos"))
+                unit = "files" if report.stage == "looking" else "photos"
+                line = shown.enter_context(ProgressLine(report.stage, unit))
             last = report
             line.update(
                 report.done + report.unreadable,

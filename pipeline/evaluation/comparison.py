@@ -27,6 +27,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.extraction.config import ExtractOptions, settled
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Notice, Progress
+from pipeline.photos.sources.places import without_secrets
 from train.config import BEST, FixedRecipe, SearchConfig, TrainConfig
 from train.fit.data_recipe import data_recipe
 from train.fit.reports import EpochLog
@@ -251,10 +252,15 @@ def _held_out(config: ComparisonConfig, cache: FeatureCache) -> Path:
     return path
 
 
+def _absolute(images: Path | str) -> str:
+    """Where the photos are, whatever the working folder; without secrets of an address."""
+    return without_secrets(images) if isinstance(images, str) else str(images.absolute())
+
+
 def _recorded(config: ComparisonConfig) -> dict[str, Any]:
     """What earlier commands found in this folder. Raises CapError if they compared otherwise."""
     settings = {
-        "images": str(config.images.absolute()),
+        "images": _absolute(config.images),
         "captions": [str(path.absolute()) for path in config.captions],
         **{
             name: getattr(config, name)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.extraction.config import CAPTION_COLUMN_HELP, CAPTIONS_HELP, IMAGE_COLUMN_HELP
+from pipeline.extraction.config import (
+    CAPTION_COLUMN_HELP,
+    CAPTIONS_HELP,
+    IMAGE_COLUMN_HELP,
+    IMAGES_HELP,
+)
+from pipeline.photos.sources.patterns import photos_at
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS
 from train.config import DEVICE_HELP
@@ -24,7 +30,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 class ComparisonConfig:
     """The settings of `cap compare-encoders`."""
 
-    images: Path = field(metadata=about("Folder of photos."))
+    images: Path | str = field(metadata=about(IMAGES_HELP, parse=photos_at))
     captions: tuple[Path, ...] = option((), CAPTIONS_HELP, many=Path)
     out: Path = option(Path("encoders"), "Folder for the caches, the models and the table.")
     backbones: tuple[str, ...] = option(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.encoder.networks.known_backbones import BACKBONE_NAMES
 from pipeline.encoder.networks.sources import default_weights, recorded_code, recorded_name
+from pipeline.photos.sources.patterns import photos_at
 from pipeline.photos.views import parse_views
 from train.captions.script import TOKENIZER_HELP, TOKENIZERS, TREEBANK
 from train.option import SettingError, about, option
@@ -17,10 +18,14 @@ from train.option import SettingError, about, option
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 DECODERS = ("auto", "cpu", "gpu")
 
+IMAGES_HELP = (
+    "A folder of photos; or tars (WebDataset's), Parquet files, or addresses such as "
+    "s3://bucket/photos. 'photos-{000..999}.tar' and 'photos/*.parquet' name several."
+)
 CAPTIONS_HELP = (
     "A captions file: a table or JSON of any layout; several if given several times. "
     "`sidecar` for text files beside the photos, `metadata` for captions inside them. "
-    "Without it, the cache has no captions."
+    "Without it, those that lie with the photos of tars and Parquet files; else none."
 )
 IMAGE_COLUMN_HELP = (
     "The column or field that names the photos, by name or number from 1, if it is not found."
@@ -50,7 +55,7 @@ class ExtractOptions:
     that `settled` takes from a cache.
     """
 
-    images: Path = field(metadata=about("Folder of photos."))
+    images: Path | str = field(metadata=about(IMAGES_HELP, parse=photos_at))
     out: Path = field(metadata=about("The cache to write, or to continue."))
     captions: Path | tuple[Path, ...] | None = option(None, CAPTIONS_HELP, many=Path)
     image_column: str | None = option(None, IMAGE_COLUMN_HELP)

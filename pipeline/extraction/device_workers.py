@@ -28,6 +28,7 @@ from pipeline.encoder.encoder import load_recorded
 from pipeline.extraction.encode_batches import encode_batches
 from pipeline.extraction.feature_checks import EncodedBatch
 from pipeline.photos.photo_loader import BatchRequest
+from pipeline.photos.sources.source import Source
 
 _EXIT_S = 0.3  # how long a worker that was asked to end may take
 
@@ -50,7 +51,7 @@ class _WorkerTask:
     cache: Path
     order: NDArray[np.int64]
     batches: Sequence[BatchRequest]
-    images: Path
+    source: Source
     weights: str
     device: str
     readers: int
@@ -64,7 +65,7 @@ def encode_on_devices(
     batches: Sequence[BatchRequest],
     devices: Sequence[torch.device],
     *,
-    images: Path,
+    source: Source,
     weights: str,
     readers: int,
     decoder: str = "auto",
@@ -80,7 +81,7 @@ def encode_on_devices(
             cache=cache.path,
             order=order,
             batches=batches[number::count],
-            images=images,
+            source=source,
             weights=weights,
             device=str(devices[number]),
             readers=max(1, readers // count),
@@ -180,7 +181,7 @@ def _encode(task: _WorkerTask) -> Iterator[EncodedBatch | str]:
         device,
         task.order,
         task.batches,
-        images=task.images,
+        source=task.source,
         paths=cache.paths,
         batch_rows=cache.batch_rows,
         readers=task.readers,

@@ -7,9 +7,7 @@ interrupted computes the same bytes as an unbroken one, and several devices the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from pipeline.extraction.feature_checks import EncodedBatch, FeatureChecks
 from pipeline.photos.gpu.batches import GpuBatches, gpu_decoder
 from pipeline.photos.photo_loader import BatchRequest, LoadedBatch, PhotoLoader
 from pipeline.photos.readers.start import uses_processes
+from pipeline.photos.sources.source import Source
 
 
 def pending_batches(
@@ -47,7 +46,7 @@ def encode_batches(
     order: NDArray[np.int64],
     batches: Sequence[BatchRequest],
     *,
-    images: Path,
+    source: Source,
     paths: Strings,
     batch_rows: int,
     readers: int,
@@ -56,20 +55,20 @@ def encode_batches(
 ) -> Iterator[EncodedBatch | str]:
     """Encode `pending_batches` one after the other. A str is a notice for the user.
 
-    record: how the backbone is used. paths: of each row's photo below `images`. readers: how many
-    load photos. decoder: `auto`, `cpu` or `gpu`, which decodes them. encoder: that of the record on
-    the device, if there is one from earlier batches.
+    record: how the backbone is used. paths: the name of each row's photo in `source`. readers: how
+    many load photos. decoder: `auto`, `cpu` or `gpu`, which decodes them. encoder: that of the
+    record on the device, if there is one from earlier batches.
 
     A GPU computes one batch while the next one is copied to it or decoded on it. Raises
-    DecoderError, StalledError, VanishedError, ShortageError, ReaderError or EncoderError, the
-    latter also for wrong features, see `FeatureChecks`.
+    DecoderError, StalledError, VanishedError, ShortageError, SourceError, ReaderError or
+    EncoderError, the latter also for wrong features, see `FeatureChecks`.
     """
     filter = backbone.preprocessing.filter
     make_decoder = gpu_decoder(decoder, device, record.image_size, record.views, filter)
     on_gpu = make_decoder is not None
     loader = PhotoLoader(
         batches,
-        lambda position: os.path.join(images, paths[int(order[position])]),
+        lambda position: source.place(paths[int(order[position])]),
         batch_rows=batch_rows,
         image_size=record.image_size,
         views=record.views,
@@ -80,9 +79,9 @@ def encode_batches(
         pin_memory=device.type == "cuda",
         filter=filter,
     )
-    source: PhotoLoader | GpuBatches = loader
+    loaded: PhotoLoader | GpuBatches = loader
     if make_decoder is not None:
-        source = GpuBatches(
+        loaded = GpuBatches(
             loader,
             make_decoder,
             device=device,
@@ -93,7 +92,7 @@ def encode_batches(
         )
     running: tuple[QueuedFeatures | None, LoadedBatch] | None = None  # on the device
     checks = FeatureChecks(backbone, record.precision, paths, beside=device.type == "cuda")
-    with source:  # first, so that photos are read while the encoder is made
+    with loaded:  # first, so that photos are read while the encoder is made
         if encoder is None:
             encoder = Encoder(
                 backbone,
@@ -103,13 +102,13 @@ def encode_batches(
                 views=record.views,
             )
         encoder.warm_up(batch_rows, len(batches))
-        for batch in source:
+        for batch in loaded:
             queued = _encode(encoder, batch), batch
             if running is not None:
                 yield from checks.add(_encoded_batch(*running, order), running[1])
-                source.release(running[1])
+                loaded.release(running[1])
             running = queued
-            for notices in (encoder.notices, source.notices):
+            for notices in (encoder.notices, loaded.notices):
                 while notices:
                     yield notices.pop(0)
         if running is not None:

@@ -6,11 +6,12 @@ come.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -29,9 +30,9 @@ from cache.record import (
 from cache.seal import attributes_of
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
-from pipeline.captions.dataset import read_photos
+from pipeline.captions.dataset import open_photos, read_photos
 from pipeline.captions.image_ids import NumberId
-from pipeline.captions.records import Photo
+from pipeline.captions.records import Choice, Photo
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
@@ -51,6 +52,8 @@ from pipeline.extraction.update import Update, bring_up_to_date
 from pipeline.photos.photo_loader import BatchRequest, PhotoLoader
 from pipeline.photos.preprocessing import Preprocessing
 from pipeline.photos.readers.start import MOST_THREADS, reader_count
+from pipeline.photos.sources.ahead import DaemonThreads
+from pipeline.photos.sources.source import Report, Source
 from train.allocator import without_collections
 from train.captions.numbering import build_caption_table
 from train.captions.script import misfit
@@ -59,6 +62,7 @@ from train.device import resolve_devices
 # A CPU is fastest with a few megabytes of activations per layer, a GPU with many.
 BATCH_PHOTOS = {"cpu": 16, "cuda": 256}
 _PRECISION_CHECK_PHOTOS = 8
+_LOOK_S = 1.0  # between two reports while tars are looked into
 PRECISION_PHOTOS = 4 * _PRECISION_CHECK_PHOTOS  # looked at, since some may be unreadable
 
 
@@ -67,6 +71,7 @@ class Job:
     """What a command asks for, before anything is written."""
 
     config: ExtractConfig
+    source: Source
     backbone: Backbone
     devices: list[torch.device]
     skeleton: Skeleton
@@ -91,11 +96,13 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
 
     Yields notices and progress; the last item is the final progress. Closing the generator keeps
     what is done. Raises FolderError, DatasetError, ShardError, DeviceError, EncoderError,
-    CacheError, StalledError, VanishedError, ShortageError, WorkerError or ExtractError.
+    CacheError, StalledError, VanishedError, ShortageError, SourceError, WorkerError or
+    ExtractError.
     """
-    photos, understood = read_asked(config)
+    source = yield from _looking(config)
+    photos, understood = read_asked(config, source)
     yield from map(Notice, understood)  # before the weights are read, which may be downloaded
-    job = prepare(config, photos)
+    job = prepare(config, photos, source)
     del photos  # the job's skeleton holds the same in a third of the memory
     yield from map(Notice, job.notices)
     yield from (Notice(text, detail=True) for text in job.details)
@@ -118,7 +125,7 @@ def fill_cache(job: Job) -> Generator[Notice | Progress, None, None]:
             size = writer.cache.batch_rows
             yield Notice(f"continuing with the cache's own batch size, {size}", detail=True)
         del job.skeleton  # the cache holds the same, memory-mapped
-        filler = CacheFiller(writer, config)
+        filler = CacheFiller(writer, config, job.source)
         yield from filler.fill(
             job.backbone, job.devices, job.known, packed=job.updates, encoder=job.encoder
         )
@@ -128,13 +135,56 @@ def fill_cache(job: Job) -> Generator[Notice | Progress, None, None]:
             yield from filler.fill(job.backbone, job.devices, job.known)
 
 
+def _looking(config: ExtractConfig) -> Generator[Notice | Progress, None, Source]:
+    """`open_asked`, with progress where it takes longer, as it does for tars in a store."""
+    start, looked = time.perf_counter(), (0, 0)
+
+    def note(done: int, total: int) -> None:
+        nonlocal looked
+        looked = done, total
+
+    threads = DaemonThreads(1)  # which may hang in a network, so that Ctrl-C ends the waiting
+    opened = threads.submit(partial(open_asked, config, note))
+    threads.end()
+    while not wait([opened], _LOOK_S).done:
+        (done, total), elapsed_s = looked, time.perf_counter() - start
+        if total:
+            yield Progress(
+                done=done,
+                unreadable=0,
+                total=total,
+                new=0,
+                copied=0,
+                elapsed_s=elapsed_s,
+                photos_per_s=done / elapsed_s,
+                stage="looking",
+            )
+    return opened.result()
+
+
 @without_collections()
-def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
-    """(the photos asked for, lines about what was understood). Raises as `extract` does."""
+def open_asked(config: ExtractConfig, report: Report | None = None) -> Source:
+    """Where the photos lie; tars are passed through for it. Raises as `extract` does.
+
+    report: as for `open_source`.
+    """
+    check_place(config.out)
+    choice = Choice(config.split, config.image_column, config.caption_column)
+    return open_photos(config.images, config.captions, choice, report)
+
+
+@without_collections()
+def read_asked(
+    config: ExtractConfig, source: Source | None = None
+) -> tuple[list[Photo], list[str]]:
+    """(the photos asked for, lines about what was understood). Raises as `extract` does.
+
+    source: what `open_asked` returned, where it is wanted later, too.
+    """
     check_place(config.out)
     understood: list[str] = []
     photos = read_photos(
-        config.images,
+        config.images if source is None else source,
         config.captions,
         split=config.split,
         only=config.only,
@@ -147,15 +197,20 @@ def read_asked(config: ExtractConfig) -> tuple[list[Photo], list[str]]:
     return photos, understood if unfit is None else [*understood, unfit]
 
 
-def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
-    """Check what is asked for. Writes nothing. Raises as `extract` does."""
+def prepare(config: ExtractConfig, photos: Sequence[Photo], source: Source | None = None) -> Job:
+    """Check what is asked for. Writes nothing. Raises as `extract` does.
+
+    source: of the photos, where it is open already.
+    """
+    if source is None:
+        source = open_asked(config)
     devices = resolve_devices(config.device)
     begin_warm_up(devices[0])
     backbone = load_backbone(config.backbone, config.weights, config.image_size)
     backbone = _with_recorded_filter(config, backbone)
     image_size = config.image_size or backbone.image_size
     config = replace(config, image_size=image_size)
-    precision, notices, details = _choose_precision(config, backbone, photos, devices[0])
+    precision, notices, details = _choose_precision(config, source, backbone, photos, devices[0])
     record = encoder_record(backbone, image_size, config.views, precision)
     same = config.reuse is not None and config.out.exists() and config.out.samefile(config.reuse)
     known = None if config.reuse is None else open_known(config.reuse, record)
@@ -167,6 +222,7 @@ def prepare(config: ExtractConfig, photos: Sequence[Photo]) -> Job:
     skeleton = _skeleton(config, photos, record, devices[0])
     return Job(
         config=config,
+        source=source,
         backbone=backbone,
         devices=devices,
         skeleton=skeleton,
@@ -214,7 +270,7 @@ def _update(job: Job) -> Generator[Notice | Progress, None, None]:
     config = job.config
     total, start = len(job.skeleton.paths), time.perf_counter()
     threads = reader_count(config.workers)
-    for item in bring_up_to_date(config.out, job.skeleton, config.images, threads):
+    for item in bring_up_to_date(config.out, job.skeleton, job.source, threads):
         if isinstance(item, Update):
             yield Notice(f"{config.out}: {item}")
             continue
@@ -254,7 +310,7 @@ def _open(job: Job) -> CacheWriter:
     else:
         writer = opened(overwrite=False)
     try:
-        problem = other_photos(writer.cache, config.images, reader_count(config.workers))
+        problem = other_photos(writer.cache, job.source, reader_count(config.workers))
     except BaseException:
         writer.close()
         raise
@@ -337,7 +393,11 @@ def skeleton_of(
 
 
 def _choose_precision(
-    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
+    config: ExtractConfig,
+    source: Source,
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
     """(precision, notices, details). Shards test the first photos of the whole set, so that they
     agree.
@@ -350,7 +410,7 @@ def _choose_precision(
         return FeatureCache(config.out).encoder.precision, [], []
     if config.reuse is not None:
         return FeatureCache(config.reuse).encoder.precision, [], []
-    precision, notices, details = fastest_precision(config, backbone, photos, device)
+    precision, notices, details = fastest_precision(config, source, backbone, photos, device)
     if config.shard is not None:
         number, count = config.shard
         notices.append(
@@ -361,7 +421,11 @@ def _choose_precision(
 
 
 def fastest_precision(
-    config: ExtractConfig, backbone: Backbone, photos: Sequence[Photo], device: torch.device
+    config: ExtractConfig,
+    source: Source,
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
     """(precision, notices, details: why the faster ones do not do), by the first photos.
 
@@ -377,7 +441,7 @@ def fastest_precision(
             BatchRequest(row, first[row : row + _PRECISION_CHECK_PHOTOS])
             for row in first[::_PRECISION_CHECK_PHOTOS]
         ],
-        lambda row: os.path.join(config.images, photos[row].path),
+        lambda row: source.place(photos[row].path),
         batch_rows=_PRECISION_CHECK_PHOTOS,
         image_size=config.image_size,
         views=("full",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from pipeline.extraction.encode_batches import encode_batches, pending_batches
 from pipeline.extraction.feature_checks import EncodedBatch
 from pipeline.extraction.reuse import KnownPhotos, copy_known, new_rows
 from pipeline.photos.readers.start import reader_count
+from pipeline.photos.sources.source import Source
 
 _FLUSH_INTERVAL_S = 2.0
 
-Stage = Literal["comparing", "copying", "extracting"]
+Stage = Literal["looking", "comparing", "copying", "extracting"]
 
 
 class ExtractError(CapError):
@@ -53,15 +53,16 @@ class Progress:
     copied: int  # photos that this run has copied from another cache
     elapsed_s: float  # of this run, from its first photo
     photos_per_s: float  # of this stage in this run
-    # While comparing, nothing is written, and `done` counts photos that were read.
+    # While comparing, nothing is written, and `done` counts photos that were read. While looking
+    # for photos in tars and Parquet files, it counts these.
     stage: Stage = "extracting"
 
 
 class CacheFiller:
     """Fills the pending rows of a cache, and counts and times this run."""
 
-    def __init__(self, writer: CacheWriter, config: ExtractConfig) -> None:
-        self._writer, self._config = writer, config
+    def __init__(self, writer: CacheWriter, config: ExtractConfig, source: Source) -> None:
+        self._writer, self._config, self._source = writer, config, source
         self._threads = reader_count(config.workers)
         self._done = self._unreadable = self._new = self._copied = 0
         self._start = self._last_flush = time.perf_counter()
@@ -89,7 +90,7 @@ class CacheFiller:
         yield self._progress()
         order = np.arange(len(writer.cache))
         if known is not None:
-            copies = copy_known(writer, known, self._config.images, self._threads)
+            copies = copy_known(writer, known, self._source, self._threads)
             for copied, unreadable in copies:
                 self._copied += copied
                 self._done += copied
@@ -139,7 +140,7 @@ class CacheFiller:
                 order,
                 batches,
                 devices,
-                images=config.images,
+                source=self._source,
                 weights=backbone.weights,
                 readers=readers,
                 decoder=config.decoder,
@@ -150,7 +151,7 @@ class CacheFiller:
             devices[0],
             order,
             batches,
-            images=config.images,
+            source=self._source,
             paths=cache.paths,
             batch_rows=cache.batch_rows,
             readers=readers,
@@ -161,9 +162,9 @@ class CacheFiller:
     def _store(self, encoded: EncodedBatch) -> None:
         writer = self._writer
         # If the folder is gone, as when a drive is unplugged, its photos are not unreadable.
-        if encoded.unreadable and not os.path.isdir(self._config.images):
+        if encoded.unreadable and self._source.is_gone():
             raise ExtractError(
-                f"{self._config.images}: the folder is gone; what is done is kept, run the same "
+                f"{self._source.label}: the folder is gone; what is done is kept, run the same "
                 "command again to continue"
             )
         for row, reason, digest in encoded.unreadable:

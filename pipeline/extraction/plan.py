@@ -19,7 +19,14 @@ from pipeline.encoder.precision import check_device
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.digests import other_photos
 from pipeline.extraction.encode_batches import encode_batches
-from pipeline.extraction.extract import Job, is_unfinished, library_versions, prepare, read_asked
+from pipeline.extraction.extract import (
+    Job,
+    is_unfinished,
+    library_versions,
+    open_asked,
+    prepare,
+    read_asked,
+)
 from pipeline.extraction.feature_checks import EncodedBatch
 from pipeline.extraction.fill import ExtractError
 from pipeline.extraction.update import check_encoder
@@ -52,8 +59,9 @@ def plan(config: ExtractConfig) -> Plan:
     Encodes some of the photos to measure the speed. Photos that an older cache has under the same
     name count as known; whether their bytes are the same is compared when they are extracted.
     """
-    photos, understood = read_asked(config)
-    job = prepare(config, photos)
+    source = open_asked(config)
+    photos, understood = read_asked(config, source)
+    job = prepare(config, photos, source)
     what, rows, new_bytes = _work(job)
     rate = _rate(job, rows) if len(rows) else None
     return Plan(
@@ -107,7 +115,7 @@ def _status(job: Job) -> NDArray[np.uint8] | None:
     try:
         with open_writer(config.out, job.skeleton, library_versions=library_versions()) as writer:
             threads = reader_count(config.workers)
-            problem = other_photos(writer.cache, config.images, threads)
+            problem = other_photos(writer.cache, job.source, threads)
             if problem is not None:
                 raise ExtractError(problem)
             return writer.status
@@ -142,7 +150,7 @@ def _rate(job: Job, rows: NDArray[np.int64]) -> float | None:
         job.devices[0],
         few,
         batches,
-        images=config.images,
+        source=job.source,
         paths=job.skeleton.paths,
         batch_rows=batch_rows,
         readers=reader_count(config.workers, job.devices[0].type),

@@ -15,6 +15,8 @@ from cache.verify import damaged_rows
 from cache.writer import CacheWriter
 from pipeline.extraction.digests import digest_or_none, look_at
 from pipeline.photos.photo_file import read_photo
+from pipeline.photos.sources.reading import is_there
+from pipeline.photos.sources.source import Source
 
 _PART_PHOTOS = 32
 
@@ -50,17 +52,17 @@ def open_known(path: Path, encoder: EncoderRecord) -> KnownPhotos:
 
 
 def copy_known(
-    writer: CacheWriter, known: KnownPhotos, images: Path, threads: int
+    writer: CacheWriter, known: KnownPhotos, source: Source, threads: int
 ) -> Iterator[tuple[int, int]]:
     """Copy the known rows among the pending ones, in parts; yields (copied, unreadable) of each.
 
     Photos that cannot be read are then set aside. If they were left pending, and could be read in a
     later run, they might be copied then, and the photos after them would change their places in the
-    batches. Raises StalledError, CacheError.
+    batches. Raises StalledError, SourceError, CacheError.
     """
     paths = writer.cache.paths
     pending = np.flatnonzero(writer.status == PENDING)
-    looked = look_at(images, paths, pending, threads, digest_or_none)
+    looked = look_at(source, paths, pending, threads, digest_or_none)
     unread: list[int] = []
     readable = -1  # the latest row whose photo was read
     while part := list(islice(looked, _PART_PHOTOS)):
@@ -79,14 +81,15 @@ def copy_known(
         yield len(here), 0
     for row in sorted(unread):
         # Where no photo can be read any more, the drive is gone. Then they stay pending.
-        if readable >= 0 and (images / paths[readable]).exists():
-            yield 0, _set_aside(writer, images, row)
+        if readable >= 0 and is_there(source.place(paths[readable])):
+            yield 0, _set_aside(writer, source, row)
 
 
-def _set_aside(writer: CacheWriter, images: Path, row: int) -> int:
+def _set_aside(writer: CacheWriter, source: Source, row: int) -> int:
     """Mark the photo of a row as unreadable, with the reason, if it still is. Returns 1 or 0."""
     cache = writer.cache
-    read = read_photo(images / cache.paths[row], cache.encoder.image_size, cache.encoder.views)
+    place = source.place(cache.paths[row])
+    read = read_photo(place, cache.encoder.image_size, cache.encoder.views)
     if not read.error:
         return 0
     writer.set_unreadable(row, read.error, read.digest)

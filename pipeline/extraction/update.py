@@ -15,6 +15,7 @@ from cache.store import DONE, PENDING, FeatureCache
 from cache.verify import damaged_rows
 from pipeline.extraction.digests import digest_or_none, look_at
 from pipeline.extraction.reuse import KnownPhotos
+from pipeline.photos.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ def check_encoder(old: FeatureCache, skeleton: Skeleton) -> None:
 
 
 def bring_up_to_date(
-    path: Path, skeleton: Skeleton, images: Path, threads: int
+    path: Path, skeleton: Skeleton, source: Source, threads: int
 ) -> Iterator[int | Update]:
     """Make the cache at `path` one of this skeleton, in one step.
 
     Reads and digests all photos, and yields how many are read, now and then; at the end an
-    `Update`. Photos that the cache does not know are pending afterwards. Raises StalledError or
-    CacheError; the cache is then as it was.
+    `Update`. Photos that the cache does not know are pending afterwards. Raises StalledError,
+    SourceError or CacheError; the cache is then as it was.
     """
     old = FeatureCache(path)
     check_encoder(old, skeleton)
@@ -75,7 +76,7 @@ def bring_up_to_date(
     old_rows = np.full(len(same_name), -1, np.int64)
     unread = 0
     for count, (row, digest) in enumerate(
-        look_at(images, skeleton.paths, every, threads, digest_or_none), 1
+        look_at(source, skeleton.paths, every, threads, digest_or_none), 1
     ):
         yield count
         old_row = int(same_name[row])

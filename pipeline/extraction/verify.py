@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.errors import EncoderError
 from pipeline.photos.decoding import ImageError
 from pipeline.photos.photo_file import file_digest, read_file, read_photo
+from pipeline.photos.sources.patterns import is_pattern
+from pipeline.photos.sources.places import is_address
+from pipeline.photos.sources.source import Folder, Source, open_source
 from train.device import resolve_device
 
 # The same pixels through the same network give at least this cosine, whatever the machine.
@@ -53,25 +58,28 @@ class Verification:
 
 def verify_cache(
     cache_path: Path,
-    images: Path | None,
+    images: Path | str | None,
     *,
     sample: int = 64,
     weights: str | None = None,
     device: str = "auto",
 ) -> Verification:
-    """Check a cache and, if the folder of its photos is given, a seeded sample of them.
+    """Check a cache and, if its photos are given, a seeded sample of them.
 
-    Raises CacheError if the cache cannot be opened at all: its seal covers all but the rows.
+    images: as for `open_source`. Raises CacheError if the cache cannot be opened at all: its seal
+    covers all but the rows; and SourceError if the photos cannot be had.
     """
     cache = open_cache(cache_path, allow_pending=True)
-    report, unchanged = verify(cache, _digest, images, sample=sample)
+    source = None if images is None else _opened(images)
+    label = None if source is None else source.label
+    report, unchanged = verify(cache, partial(_digest, source), label, sample=sample)
     problems = [*report.damaged, *report.changed]
     if report.pending:  # by an unfinished run, or by damage to a status byte
         problems.append(
             f"{cache_path}: {report.pending:,} of {report.rows:,} photos are not extracted yet; "
             "run the same `cap extract-features` again to finish it"
         )
-    if images is None or not len(unchanged):
+    if source is None or not len(unchanged):
         return _verification(report, problems)
     try:
         encoder = Encoder.load(
@@ -80,7 +88,7 @@ def verify_cache(
     except EncoderError as error:
         return _verification(report, [*problems, f"features not compared: {error}"])
     cosines: list[float] = []
-    for row, found in _cosines(cache, encoder, images, unchanged):
+    for row, found in _cosines(cache, encoder, source, unchanged):
         if isinstance(found, str):
             problems.append(f"{cache.paths[row]}: {found}")
             continue
@@ -105,15 +113,22 @@ def _verification(
     )
 
 
-def _digest(path: Path) -> NDArray[np.uint8]:
+def _opened(images: Path | str) -> Source:
+    if not is_address(str(images)) and not is_pattern(str(images)) and not os.path.exists(images):
+        return Folder(Path(images))  # it has no photo, and the report says so
+    return open_source(images)
+
+
+def _digest(source: Source | None, path: str) -> NDArray[np.uint8]:
+    assert source is not None
     try:
-        return file_digest(read_file(path))
+        return file_digest(read_file(source.place(path)))
     except ImageError as error:
         raise OSError(str(error)) from None
 
 
 def _cosines(
-    cache: FeatureCache, encoder: Encoder, images: Path, rows: NDArray[np.int64]
+    cache: FeatureCache, encoder: Encoder, source: Source, rows: NDArray[np.int64]
 ) -> Iterator[tuple[int, float | str]]:
     """(row, cosine of its stored to the recomputed features, the worst of its views) in turn.
 
@@ -125,7 +140,7 @@ def _cosines(
     for chunk in np.array_split(rows, -(-len(rows) // _BATCH_PHOTOS)):
         pixels, read = [], []
         for row in chunk.tolist():
-            photo = read_photo(images / cache.paths[row], size, views, filter=filter)
+            photo = read_photo(source.place(cache.paths[row]), size, views, filter=filter)
             if photo.pixels is None:
                 yield row, f"{photo.error} (it was there a moment ago)"
             elif not np.array_equal(photo.digest, cache.digests[row]):

@@ -62,19 +62,23 @@ class FolderPhotos:
 
     def notice(self) -> str | None:
         """One line on what is left out, the most frequent kinds first; None if nothing is."""
-        if not self.left_out:
-            return None
-        kinds = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        named = [f"{count:,} {kind}" for kind, count in kinds[:_NAMED_KINDS]]
-        others = sum(count for _, count in kinds[_NAMED_KINDS:])
-        if others:
-            named.append(f"{others:,} of other kinds")
-        photos = f"{len(self.paths):,} photo{'s' if len(self.paths) != 1 else ''}"
-        line = f"{self.folder}: {photos}; left out {', '.join(named)}"
-        convertible = sorted(_TO_CONVERT & self.left_out.keys())
-        if convertible:
-            line += f"; convert {', '.join(convertible)} to JPEG to use them"
-        return line
+        return notice_of(str(self.folder), len(self.paths), self.left_out)
+
+
+def notice_of(label: str, count: int, left_out: Counter[str]) -> str | None:
+    """The notice of `count` photos. label: the folder."""
+    if not left_out:
+        return None
+    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{number:,} {kind}" for kind, number in kinds[:_NAMED_KINDS]]
+    others = sum(number for _, number in kinds[_NAMED_KINDS:])
+    if others:
+        named.append(f"{others:,} of other kinds")
+    line = f"{label}: {count:,} photo{'s' if count != 1 else ''}; left out {', '.join(named)}"
+    convertible = sorted(_TO_CONVERT & left_out.keys())
+    if convertible:
+        line += f"; convert {', '.join(convertible)} to JPEG to use them"
+    return line
 
 
 def list_photos(folder: Path) -> FolderPhotos:

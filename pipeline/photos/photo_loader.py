@@ -28,6 +28,7 @@ from pipeline.photos.preprocessing import BILINEAR
 from pipeline.photos.readers.processes import ProcessReaders
 from pipeline.photos.readers.task import Buffer, FileInMemory, Loaded, Readers, Task, Wanted
 from pipeline.photos.readers.threads import ThreadReaders
+from pipeline.photos.sources.places import Place, address_of, shown
 
 # How many photos a reader takes at once: few enough to keep all readers busy to the end, enough to
 # make handing them over cheap.
@@ -72,20 +73,20 @@ class LoadedBatch:
 class PhotoLoader:
     """Iterates over loaded batches in order. A context manager: leaving it stops the readers.
 
-    path_of: the photo of a row. batch_rows: the places of every batch, however few rows are
-    requested. processes: whether the readers are processes, and not threads. files:
-    whether JPEGs that a GPU can decode are left to it; this needs processes. both: of how many
-    batches, from the first on, such JPEGs are decoded as well. filter: see `preprocess`.
+    path_of: where the photo of a row lies. batch_rows: the places of every batch, however few rows
+    are requested. processes: whether the readers are processes, and not threads. files: whether
+    JPEGs that a GPU can decode are left to it; this needs processes. both: of how many batches,
+    from the first on, such JPEGs are decoded as well. filter: see `preprocess`.
 
     Iteration raises StalledError if no photo arrives for `stall_s` seconds, whose message ends with
-    `advice`; VanishedError if the drive seems to be gone; ShortageError; and ReaderError. An error
-    with one photo is in the `reads` of its batch.
+    `advice`; VanishedError if the drive seems to be gone; SourceError if what photos lie in cannot
+    be read; ShortageError; and ReaderError. An error with one photo is in the `reads` of its batch.
     """
 
     def __init__(
         self,
         batches: Sequence[BatchRequest],
-        path_of: Callable[[int], str],
+        path_of: Callable[[int], Place],
         *,
         batch_rows: int,
         image_size: int,
@@ -251,9 +252,10 @@ class PhotoLoader:
                     raise RuntimeError("the loader is closed")
                 self._finished.wait(GLANCE_S)
                 if silence.is_stall(self._readers.photos_heard()):
-                    row = min(loading.left, default=loading.batch.first)
+                    place = self._path_of(min(loading.left, default=loading.batch.first))
+                    whence = "disk" if address_of(place) is None else "network"
                     raise StalledError(
-                        f"{self._path_of(row)}: nothing came from the disk for "
+                        f"{shown(place)}: nothing came from the {whence} for "
                         f"{silence.seconds:.0f} s; {self._advice}"
                     )
         if loading.failure is not None:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.captions.dataset import read_captions, read_photos
 from pipeline.captions.records import DatasetError, Photo
+from pipeline.photos.sources.errors import SourceError
 
 COCO = {
     "images": [
@@ -151,7 +152,7 @@ def test_a_binary_captions_file_and_missing_paths_are_one_line(
         read_photos(images, tmp_path / "x.bin")
     with pytest.raises(DatasetError, match="cannot read"):
         read_photos(images, tmp_path / "absent.json")
-    with pytest.raises(DatasetError, match="no such folder"):
+    with pytest.raises(SourceError, match="no such folder"):
         read_photos(tmp_path / "absent")
     with pytest.raises(DatasetError, match="has no splits"):
         read_photos(images, written(tmp_path, COCO), split="train")

@@ -21,6 +21,7 @@ from pipeline.extraction.device_workers import WorkerError, encode_on_devices
 from pipeline.extraction.encode_batches import pending_batches
 from pipeline.extraction.extract import extract
 from pipeline.extraction.fill import Progress
+from pipeline.photos.sources.source import Folder
 from tests.conftest import ROOT, MakeCache, write_photo
 from tests.pipeline.test_extract import config, run
 from train.device import DeviceError, resolve_devices
@@ -84,7 +85,7 @@ def test_a_worker_that_dies_at_its_start_is_one_line(
         list(
             encode_on_devices(
                 make_cache([["a"]]), order, batches, [torch.device("cpu")] * 2,
-                images=tmp_path, weights="random", readers=2,
+                source=Folder(tmp_path), weights="random", readers=2,
             )
         )  # fmt: skip
     assert events == ["start", "start", "send"]

@@ -21,6 +21,8 @@ from pipeline.extraction.digests import digest_or_none
 from pipeline.extraction.extract import extract, prepare, read_asked
 from pipeline.extraction.fill import Progress
 from pipeline.extraction.update import bring_up_to_date
+from pipeline.photos.sources.places import Place
+from pipeline.photos.sources.source import Folder
 from tests.conftest import write_photo
 from tests.pipeline.test_extract import config, run
 from tests.pipeline.test_reuse import encodings  # noqa: F401  (a fixture)
@@ -128,8 +130,8 @@ def test_an_interrupted_update_goes_on_to_the_same_bytes(folder: Path, tmp_path:
 def test_a_photo_that_cannot_be_read_now_keeps_its_features(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def digest(path: Path) -> NDArray[np.uint8] | None:
-        return None if path.name == "2.jpg" else digest_or_none(path)
+    def digest(place: Place) -> NDArray[np.uint8] | None:
+        return None if str(place).endswith("/2.jpg") else digest_or_none(place)
 
     monkeypatch.setattr(update, "digest_or_none", digest)
     write_photo(folder / "new.jpg", 20)
@@ -180,7 +182,7 @@ def test_ids_that_have_become_numbers_are_brought_in(folder: Path, tmp_path: Pat
     skeleton = prepare(asked, read_asked(asked)[0]).skeleton
     skeleton = replace(skeleton, numbered=np.ones(10, bool))
     assert not np.any(open_cache(tmp_path / "x.h5").numbered)
-    list(bring_up_to_date(tmp_path / "x.h5", skeleton, folder, 2))
+    list(bring_up_to_date(tmp_path / "x.h5", skeleton, Folder(folder), 2))
     cache = open_cache(tmp_path / "x.h5")
     assert np.all(cache.numbered)
     assert (cache.status == DONE).all()

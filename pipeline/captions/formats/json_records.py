@@ -163,7 +163,7 @@ def _choose(
     source: str, sample: Sequence[Any], has_photo: Callable[[str], bool] | None, choice: Choice
 ) -> tuple[list[str], Columns]:
     """(the fields of a list of records, which of them is what). Raises ColumnsUnknown."""
-    rows = [_flat(record) for record in sample]
+    rows = [flat(record) for record in sample]
     fields = list(dict.fromkeys(field for row in rows for field in row))
     if MARK in {field.rpartition(".")[2] for field in fields}:
         raise DatasetError(
@@ -197,7 +197,7 @@ def _read_list(
     for number, outer in enumerate(chain(sample, others), 1):
         for record in _inner_records(outer, inner):
             reading.rows += 1
-            names = [str(name).strip() for name in _values(record, names_at) if _is_name(name)]
+            names = [str(name).strip() for name in values_of(record, names_at) if _is_name(name)]
             if not names:
                 where = f"record {number}" + (f" of {found.place!r}" if found.place else "")
                 reading.fault(where, json.dumps(record, ensure_ascii=False), f"no {photo!r}")
@@ -207,7 +207,7 @@ def _read_list(
                 known.add(str(split))
             if wanted is not None and str(split) not in wanted:
                 continue
-            texts = [text for field in texts_at for text in _values(record, field)]
+            texts = [text for field in texts_at for text in values_of(record, field)]
             flag = _flag(record) or (_flag(outer) if outer is not record else None)
             if flag is not None:
                 reading.left_out[flag] += len(texts)
@@ -286,7 +286,7 @@ def _keep_unique_ids(reading: Reading) -> None:
         reading.ids, reading.ids_differ = {}, False
 
 
-def _flat(record: object) -> dict[str, list[str]]:
+def flat(record: object) -> dict[str, list[str]]:
     """Field → its values, also those of fields within fields: `regions.phrase`."""
     fields: dict[str, list[str]] = {}
 
@@ -312,7 +312,7 @@ def _flat(record: object) -> dict[str, list[str]]:
     return fields
 
 
-def _values(value: Any, field: Sequence[str]) -> list[object]:
+def values_of(value: Any, field: Sequence[str]) -> list[object]:
     """The values of a field in a record; None for those that are null."""
     if len(field) == 1 and isinstance(value, dict) and value.keys().isdisjoint(_SPEAKERS):
         plain = value.get(field[0])
@@ -320,9 +320,9 @@ def _values(value: Any, field: Sequence[str]) -> list[object]:
             return [plain]
     if isinstance(value, list) and field and field[0].isdigit():
         place = int(field[0]) - 1
-        return _values(value[place], field[1:]) if place < len(value) else []
+        return values_of(value[place], field[1:]) if place < len(value) else []
     if isinstance(value, list):
-        return [found for item in value for found in _values(item, field)]
+        return [found for item in value for found in values_of(item, field)]
     if not field:
         return [] if isinstance(value, dict) else [value]
     if not isinstance(value, dict):
@@ -332,7 +332,7 @@ def _values(value: Any, field: Sequence[str]) -> list[object]:
     # The name of a field may contain a dot.
     return next(
         (
-            _values(value[".".join(field[:length])], field[length:])
+            values_of(value[".".join(field[:length])], field[length:])
             for length in range(1, len(field) + 1)
             if ".".join(field[:length]) in value
         ),

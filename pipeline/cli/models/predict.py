@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,7 +102,13 @@ def predict(
 
         left_out: list[str] = []
         named = _named(paths, null)
-        names = find_photos(named, left_out)
+        places: dict[str, Any] = {}  # of photos that are no files
+        names = find_photos(named, left_out, places)
+        if places and (outputs.sidecar or outputs.xmp or gallery or sheet):
+            raise CapError(
+                f"{next(iter(places))}: --sidecar, --xmp, --gallery and --sheet are for photos "
+                "that are files; --out writes the captions of others"
+            )
         say_all(left_out)
         if not names:
             raise CapError(f"{' '.join(paths)}: no photos found")
@@ -135,7 +141,9 @@ def predict(
         prints = outputs.out is None
         after_s = math.inf if prints and sys.stdout.isatty() else _SOON_S
         with ProgressLine("captioning", "photos", after_s=after_s) as line:
-            for done, prediction in enumerate(captioner.stream(wanted), 1):
+            for done, prediction in enumerate(
+                captioner.stream([places.get(name, name) for name in wanted]), 1
+            ):
                 failed += bool(prediction.error)
                 writing.write(prediction)
                 if as_json:

@@ -11,7 +11,8 @@ from cache.record import EncoderRecord, Shard
 
 if TYPE_CHECKING:
     from pipeline.captions.records import Photo
-    from pipeline.extraction.config import ExtractConfig
+    from pipeline.photos.sources.source import Source
+from pipeline.extraction.config import ExtractConfig
 
 
 @dataclass(frozen=True)
@@ -117,3 +118,4 @@ class Settings:
     folder: Path  # of the shards
     token: str  # what the lock in that folder says
     cpus: float  # of each worker
+    source: Source  # of the photos, looked into by the job

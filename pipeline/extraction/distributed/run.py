@@ -48,8 +48,16 @@ from pipeline.extraction.distributed.messages import (
     Settings,
 )
 from pipeline.extraction.distributed.pool import Ask, ClusterError, Node, RayPool, ask_for
-from pipeline.extraction.extract import BATCH_PHOTOS, PRECISION_PHOTOS, digests_of, read_asked
+from pipeline.extraction.extract import (
+    BATCH_PHOTOS,
+    PRECISION_PHOTOS,
+    digests_of,
+    open_asked,
+    read_asked,
+)
 from pipeline.extraction.fill import Notice
+from pipeline.photos.sources.places import is_address
+from pipeline.photos.sources.source import Source
 
 _DEATHS = 3  # of workers at the same place of a shard
 _FAILURES = 2  # of a shard, the second one after all others
@@ -108,7 +116,9 @@ def extract_on_cluster(
     with lock:
         if not is_catalogue(config.out):
             check_place(config.out)
-        photos, understood = read_asked(replace(config, out=folder / "shard.h5"))
+        asked = replace(config, out=folder / "shard.h5")
+        source = open_asked(asked)
+        photos, understood = read_asked(asked, source)
         yield from map(Notice, understood)
         digests = digests_of(photos)
         if is_made(config, len(photos), digests):
@@ -118,7 +128,7 @@ def extract_on_cluster(
             yield _of_result(config.out)
             return
         with RayPool(options.ray) as pool:
-            job = ClusterJob(config, options, photos, digests, pool, lock)
+            job = ClusterJob(config, options, source, photos, digests, pool, lock)
             yield from job.run()
             progress = job.progress()
         shards = job.shards
@@ -137,9 +147,12 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
     weights = config.weights
     if os.path.isfile(weights):
         weights = os.path.abspath(weights)
+    images = config.images
+    if not is_address(str(images)):
+        images = Path(os.path.abspath(images))
     return replace(
         config,
-        images=Path(os.path.abspath(config.images)),
+        images=images,
         out=Path(os.path.abspath(config.out)),
         weights=weights,
     )
@@ -171,13 +184,14 @@ class ClusterJob:
         self,
         config: ExtractConfig,
         options: RayOptions,
+        source: Source,
         photos: Sequence[Photo],
         digests: tuple[str, str],
         pool: Pool,
         lock: JobLock,
     ) -> None:
         """digests: of all photos and captions."""
-        self._config, self._options = config, options
+        self._config, self._options, self._source = config, options, source
         self._photos, self._digests = photos, digests
         self._pool, self._lock = pool, lock
         self._folder = folder_of(config.out)
@@ -213,6 +227,7 @@ class ClusterJob:
             self._folder,
             self._lock.token,
             ask.cpus,
+            self._source,
         )
         for number in self._pool.start(ask, settings):
             self._workers[number] = _Worker()

@@ -51,6 +51,7 @@ from pipeline.extraction.extract import (
 )
 from pipeline.extraction.fill import ExtractError, Notice, Progress
 from pipeline.photos.readers.start import reader_count
+from pipeline.photos.sources.source import Source
 from train.captions.numbering import build_caption_table
 from train.device import resolve_devices
 
@@ -87,7 +88,7 @@ class ShardWorker:
     def load(self) -> Iterator[Message]:
         """Load the encoder, and check that the photos and the job's folder are seen here."""
         config = self._config
-        _check_sight(config.images, self._settings.folder, self._settings.token)
+        _check_sight(self._settings.source, self._settings.folder, self._settings.token)
         self._devices = resolve_devices(config.device)
         if config.precision != "auto":
             check_device(config.precision, self._devices[0])
@@ -106,7 +107,7 @@ class ShardWorker:
         """Choose the precision by these photos, the first of the job."""
         assert self._backbone is not None
         precision, notices, details = fastest_precision(
-            self._config, self._backbone, photos, self._devices[0]
+            self._config, self._settings.source, self._backbone, photos, self._devices[0]
         )
         yield Chosen(precision, tuple(notices), tuple(details))
 
@@ -118,7 +119,7 @@ class ShardWorker:
         config = self._config
         if config.overwrite and isinstance(found, Finished):
             cache = open_cache(task.final)
-            other = other_photos(cache, config.images, reader_count(config.workers))
+            other = other_photos(cache, self._settings.source, reader_count(config.workers))
             found = found if other is None else Damaged(_without_advice(other))
         yield found
 
@@ -145,6 +146,7 @@ class ShardWorker:
             )
         job = Job(
             config=config,
+            source=self._settings.source,
             backbone=backbone,
             devices=devices,
             skeleton=skeleton_of(
@@ -260,11 +262,11 @@ def _wait_for(draft: Path) -> None:
         time.sleep(1.0)
 
 
-def _check_sight(images: Path, folder: Path, token: str) -> None:
+def _check_sight(source: Source, folder: Path, token: str) -> None:
     """Raise CacheError unless this machine sees the photos and the same folder as the job."""
     host = socket.gethostname()
-    if not images.is_dir():
-        raise CacheError(f"{images}: {host} does not see this folder; all machines must")
+    if source.is_gone():
+        raise CacheError(f"{source.label}: {host} does not see this folder; all machines must")
     end = time.monotonic() + _SIGHT_S
     while True:
         try:

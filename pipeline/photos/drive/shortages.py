@@ -57,7 +57,7 @@ def is_shortage(error: BaseException) -> bool:
     return any(word in text for word in words) and "limit" not in text
 
 
-def check_shortage(path: Path, error: BaseException) -> None:
+def check_shortage(path: Path | str, error: BaseException) -> None:
     """Raise ShortageError if `is_shortage`; path: what was being read."""
     if not is_shortage(error):
         return

@@ -1,7 +1,7 @@
 """Photos that a program holds in memory, in any mixture with files.
 
-A photo is the path of a file, the bytes of a file, a PIL image, or an array of pixels. Whatever it
-is, its pixels are those of its file.
+A photo is the path of a file, the bytes of a file, a PIL image, or an array of pixels; or where it
+lies in a tar, a Parquet file or a store. Whatever it is, its pixels are those of its file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from pipeline.photos.photo_file import (
     reading_fails,
 )
 from pipeline.photos.preprocessing import BILINEAR, preprocess_pixels
+from pipeline.photos.sources.places import Cell, Part, Place, StoredObject, shown
 
 # A path, a file's bytes, a PIL image, or an array of (H, W, 3) RGB or (H, W) gray uint8, upright.
-Photo: TypeAlias = str | os.PathLike[str] | bytes | bytearray | Image.Image | NDArray[np.uint8]
+Photo: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | Image.Image | NDArray[np.uint8] | Place
+)
 
-_ONE = (str, os.PathLike, bytes, bytearray, Image.Image)
+LYING = (Part, StoredObject, Cell)
+_ONE = (str, os.PathLike, bytes, bytearray, Image.Image, *LYING)
 
 
 def as_photos(photos: Photo | Iterable[Photo]) -> list[Photo]:
@@ -67,6 +71,8 @@ def _what_it_is_not(photo: Any) -> str:
 
 def name_of(photo: Photo, number: int) -> str:
     """The path of a photo, or `photo N` for one that has none. number: of the photo, from 1."""
+    if isinstance(photo, (Part, StoredObject, Cell)):
+        return shown(photo)
     return os.fspath(photo) if isinstance(photo, (str, os.PathLike)) else f"photo {number}"
 
 
@@ -74,6 +80,8 @@ def read_any(photo: Photo, size: int, views: tuple[str, ...], filter: str = BILI
     """`read_photo` of a photo of any kind. The digest is that of bytes, or else zeros."""
     if isinstance(photo, (str, os.PathLike)):
         return read_photo(Path(photo), size, views, filter=filter)
+    if isinstance(photo, (Part, StoredObject, Cell)):
+        return read_photo(photo, size, views, filter=filter)
     nowhere = Path()
     if isinstance(photo, (bytes, bytearray)):
         if len(photo) > MAX_FILE_BYTES:

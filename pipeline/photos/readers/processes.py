@@ -19,8 +19,10 @@ import torch
 from cache.errors import CapError
 from pipeline.photos.preprocessing import BILINEAR
 from pipeline.photos.readers.memory import BUFFERS, Layout, map_memory
+from pipeline.photos.readers.spool import Spool
 from pipeline.photos.readers.start import started_readers
 from pipeline.photos.readers.task import Buffer, FileInMemory, Loaded, Task
+from pipeline.photos.sources.places import Cell, shown
 
 _AHEAD = 2  # tasks that a reader has at once, so that it need not wait for the next
 _EXIT_S = 0.2  # how long to wait for the end of the readers, which comes in any case
@@ -54,6 +56,7 @@ class ProcessReaders:
         self._buffers = 0
         self._photos = 0
         self._tasks: deque[Task] = deque()
+        self._spool = Spool(self._hand_on)
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._closing = False
@@ -82,6 +85,12 @@ class ProcessReaders:
         return Buffer(number, torch.from_numpy(memory).view(shape).permute(0, 1, 4, 2, 3))
 
     def submit(self, task: Task) -> None:
+        if any(isinstance(photo.path, Cell) for photo in task.wanted):
+            self._spool.submit(task)
+        else:
+            self._hand_on(task)
+
+    def _hand_on(self, task: Task) -> None:
         self._tasks.append(task)
         self._wake_up()
 
@@ -90,6 +99,7 @@ class ProcessReaders:
 
     def close(self) -> None:
         self._closing = True
+        self._spool.close()
         self._wake_up()
         if self._thread.ident is not None:  # else it was never started
             self._thread.join(_EXIT_S)
@@ -159,7 +169,7 @@ class ProcessReaders:
     def _fail(self, number: int) -> None:
         """A reader has ended: all that it and the others have to do fails."""
         codes = dict(self._started.ended(_REASON_S))
-        path = next((task.wanted[0].path for task in self._given[number]), "")
+        path = next((shown(task.wanted[0].path) for task in self._given[number]), "")
         near = f" while it read {path} or one of the next" if path else ""
         self._failure = ReaderError(
             f"a process that reads photos ended ({_reason(codes.get(number))}){near}; "

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +19,14 @@ from pipeline.photos.photo_file import (
     fill_from_file,
     open_file,
     photo_of,
+    read_file,
     read_photo,
     reading_fails,
 )
 from pipeline.photos.readers.memory import Layout, map_memory
 from pipeline.photos.readers.task import FileInMemory, Loaded, Wanted, note
+from pipeline.photos.sources.ahead import Fetched
+from pipeline.photos.sources.reading import begin_reading
 from train.allocator import keep_small_blocks
 
 _ALIGNMENT = 256  # bytes; of files in the memory
@@ -70,7 +72,7 @@ class Reader:
         """Load photos: the fields of `Loaded`, with a file's place in the memory as its address.
 
         They are built-in types, which are sent several times as fast as others. Raises
-        ShortageError.
+        ShortageError or SourceError.
         """
         loaded = Loaded(b"", {}, [], [], {})
         photos = [Wanted(*photo) for photo in wanted]
@@ -78,24 +80,41 @@ class Reader:
             self._layout.room_at(buffer, photos[0].place),
             self._layout.room_at(buffer, photos[-1].place + 1),
         )
-        digests = [self._load(buffer, photo, room, loaded) for photo in photos]
+        fetched = begin_reading([photo.path for photo in photos])
+        try:
+            digests = [self._load(buffer, photo, room, loaded, fetched) for photo in photos]
+        finally:
+            if fetched is not None:
+                fetched.close()
         files = {row: tuple(file) for row, file in loaded.files.items()}
         return b"".join(digests), *loaded[1:4], files
 
-    def _load(self, buffer: int, wanted: Wanted, room: _Room, loaded: Loaded) -> bytes:
+    def _load(
+        self,
+        buffer: int,
+        wanted: Wanted,
+        room: _Room,
+        loaded: Loaded,
+        fetched: Fetched | None,
+    ) -> bytes:
         """Load a photo and note it in `loaded`; the digest of its file."""
-        path, out = Path(wanted.path), self._pixels(buffer, wanted)
+        path, out = wanted.path, self._pixels(buffer, wanted)
         read = None
         if wanted.file and self._layout.slot_bytes:
             slot = self._layout.slot_at(buffer, wanted.place)
             try:
-                with open_file(path) as opened:
-                    # One byte more, because only then the end of a file is seen.
-                    size = os.fstat(opened.fileno()).st_size + 1
-                    start = room.take(size) or slot
-                    size = size if start != slot else self._layout.slot_bytes
-                    memory = self._memory[start : start + size].data
-                    length = fill_from_file(opened, memory)
+                if isinstance(path, str):
+                    with open_file(path) as opened:
+                        # One byte more, because only then the end of a file is seen.
+                        size = os.fstat(opened.fileno()).st_size + 1
+                        start, memory = self._space(room, slot, size)
+                        length = fill_from_file(opened, memory)
+                else:
+                    file = read_file(path, fetched=fetched)
+                    start, memory = self._space(room, slot, len(file))
+                    length = len(file) if len(file) <= len(memory) else None
+                    if length is not None:
+                        memory[:length] = file
             except Exception as error:
                 read = reading_fails(path, error)
             else:
@@ -108,12 +127,18 @@ class Reader:
                             return file_digest(data).tobytes()
                     read = photo_of(path, bytes(data), *self._kind, out, self._layout.filter)
         if read is None:
-            read = read_photo(path, *self._kind, out, self._layout.filter)
+            read = read_photo(path, *self._kind, out, self._layout.filter, fetched)
         note(loaded, wanted.row, read)
         if read.pixels is None:
             out.zero_()
             loaded.files.pop(wanted.row, None)
         return read.digest.tobytes()
+
+    def _space(self, room: _Room, slot: int, size: int) -> tuple[int, memoryview]:
+        """(where a file of this size goes, the memory there, which may be too small)."""
+        start = room.take(size) or slot
+        size = size if start != slot else self._layout.slot_bytes
+        return start, self._memory[start : start + size].data
 
     @property
     def _kind(self) -> tuple[int, tuple[str, ...]]:

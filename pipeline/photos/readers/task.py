@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from pipeline.photos.photo_file import ReadPhoto
+from pipeline.photos.sources.places import Place
 
 
 class Wanted(NamedTuple):
@@ -16,7 +17,7 @@ class Wanted(NamedTuple):
 
     row: int
     place: int  # in its batch
-    path: str
+    path: Place
     # Whether its pixels are wanted, and whether the bytes of its file are, where a GPU can decode
     # them. One of them is always true. A file that no GPU can decode is decoded in any case.
     pixels: bool

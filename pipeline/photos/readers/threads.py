@@ -6,14 +6,16 @@ libjpeg-turbo, torch's resize). Up to four threads scale with the cores; more wa
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from pathlib import Path
 
 from pipeline.photos.photo_file import read_photo
 from pipeline.photos.preprocessing import BILINEAR, empty_pixels
 from pipeline.photos.readers.task import Buffer, Loaded, Task, note
+from pipeline.photos.sources.ahead import Fetched
+from pipeline.photos.sources.reading import begin_reading
 
 _EXIT_S = 0.5  # how long threads that were asked to end may take
 
@@ -33,7 +35,7 @@ class ThreadReaders:
     ) -> None:
         self._batch_rows, self._image_size, self._views = batch_rows, image_size, views
         self._pin_memory, self._filter = pin_memory, filter
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Task, Fetched | None] | None] = queue.SimpleQueue()
         self._photos = 0  # a few may go uncounted when threads count at once
         self._buffers = 0
         self._stopped = False
@@ -55,7 +57,8 @@ class ThreadReaders:
         return Buffer(self._buffers - 1, pixels.unflatten(0, shape))
 
     def submit(self, task: Task) -> None:
-        self._tasks.put(task)
+        # Already now, so that many requests are on their way while few photos are decoded.
+        self._tasks.put((task, begin_reading([photo.path for photo in task.wanted])))
 
     def photos_heard(self) -> int:
         return self._photos
@@ -67,17 +70,26 @@ class ThreadReaders:
         deadline = time.monotonic() + _EXIT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                given = self._tasks.get_nowait()
+                if given is not None and given[1] is not None:
+                    given[1].close()  # what was asked for and is not wanted any more
 
     def _work(self) -> None:
-        while not self._stopped and (task := self._tasks.get()) is not None:
+        while not self._stopped and (given := self._tasks.get()) is not None:
+            task, fetched = given
             try:
-                loaded = self._load(task)
+                loaded = self._load(task, fetched)
             except BaseException as error:  # no fault of the photo: the caller raises it
                 task.finished(error)
             else:
                 task.finished(loaded)
+            finally:
+                if fetched is not None:
+                    fetched.close()
 
-    def _load(self, task: Task) -> Loaded:
+    def _load(self, task: Task, fetched: Fetched | None) -> Loaded:
         loaded = Loaded(b"", {}, [], [], {})
         digests = []
         for wanted in task.wanted:
@@ -85,7 +97,7 @@ class ThreadReaders:
                 break
             place = task.buffer.pixels[wanted.place]
             read = read_photo(
-                Path(wanted.path), self._image_size, self._views, out=place, filter=self._filter
+                wanted.path, self._image_size, self._views, place, self._filter, fetched
             )
             digests.append(read.digest.tobytes())
             note(loaded, wanted.row, read)
