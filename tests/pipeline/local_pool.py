@@ -10,8 +10,8 @@ from pipeline.extraction.distributed.messages import (
     Died,
     Ended,
     Failed,
+    Here,
     Message,
-    Place,
     Settings,
     ShardTask,
 )
@@ -22,7 +22,7 @@ from pipeline.extraction.distributed.worker import ShardWorker
 Fault = Callable[[int, int, Message], Message]
 
 
-HERE = Place("here", 1)
+HERE = Here("here", 1)
 
 
 class LocalPool:

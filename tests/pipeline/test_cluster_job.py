@@ -36,6 +36,7 @@ from pipeline.extraction.distributed.shards import ShardError
 from pipeline.extraction.fill import Notice
 from tests.conftest import write_photo
 from tests.pipeline.local_pool import LocalPool
+from tests.pipeline.making_sources import as_parquet, as_tars
 from tests.pipeline.test_cli import SMALL, cap
 from tests.pipeline.test_extract import config as extract_config
 from tests.pipeline.test_extract import run as extract_alone
@@ -130,6 +131,23 @@ def test_a_catalogue_keeps_the_shards_and_reads_like_the_whole(
         assert listed.captions.sha256() == alone.captions.sha256()
     assert sorted(work_calls(pool)) == [1, 2, 3]
     assert (folder_of(tmp_path / "x.catalogue") / "2-of-3.h5").is_file()
+
+
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_photos_of_tars_and_parquet_files_are_read_as_by_one_process(
+    photos: Path, tmp_path: Path, pool: LocalPool, kind: str
+) -> None:
+    """The command looks into them; workers get the places of their photos."""
+    images: Path = (
+        Path(as_tars(photos, tmp_path / "tars"))
+        if kind == "tars"
+        else as_parquet(photos, tmp_path / "photos.parquet")
+    )
+    extract_alone(images, tmp_path / "alone.h5", captions=None, precision="float32")
+    last, _ = on_cluster(images, tmp_path / "x.h5", captions=None)
+    assert (last.done, last.unreadable) == (11, 1)
+    assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "alone.h5").read_bytes()
+    assert len(open_cache(tmp_path / "x.h5").captions) == 24
 
 
 def test_a_worker_loads_once_and_works_until_nothing_is_left(

@@ -19,6 +19,8 @@ from pipeline.encoder.networks.sources import recorded_name
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.distributed.messages import ShardTask
 from pipeline.extraction.distributed.shards import ShardError, shard_of
+from pipeline.photos.sources.places import Place
+from pipeline.photos.sources.source import Folder, Source
 
 _RECORD_NAME = "job.json"
 _OWN_NAMES = re.compile(r"\d+-of-\d+(\.draft)?\.h5")
@@ -100,6 +102,7 @@ class Shards:
     folder: Path
     record: JobRecord
     photos: Sequence[Photo]
+    source: Source
 
     def task(self, number: int, *, with_photos: bool = True) -> ShardTask:
         """What a worker has to know of a shard. with_photos: not needed to check a finished one."""
@@ -112,9 +115,11 @@ class Shards:
             all_photos_sha256=job.all_photos_sha256,
             all_captions_sha256=job.all_captions_sha256,
         )
+        photos = self.photos[share] if with_photos else ()
         return ShardTask(
             shard=shard,
-            photos=self.photos[share] if with_photos else (),
+            photos=photos,
+            places=places_of(photos, self.source),
             batch_rows=job.batch_rows,
             draft=self._path(number, ".draft.h5"),
             final=self.path(number),
@@ -146,6 +151,15 @@ class Shards:
     def _path(self, number: int, suffix: str) -> Path:
         count = self.record.shards
         return self.folder / f"{number:0{len(str(count))}d}-of-{count}{suffix}"
+
+
+def places_of(photos: Sequence[Photo], source: Source) -> list[Place] | None:
+    """Where photos lie, for workers, which do not look into tars themselves; None for those of a
+    folder.
+    """
+    if isinstance(source, Folder):
+        return None
+    return [source.place(photo.path) for photo in photos]
 
 
 def shard_count(photos: int, batch_rows: int, workers: int, device: str, asked: int | None) -> int:

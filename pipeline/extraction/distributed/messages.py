@@ -11,12 +11,12 @@ from cache.record import EncoderRecord, Shard
 
 if TYPE_CHECKING:
     from pipeline.captions.records import Photo
-    from pipeline.photos.sources.source import Source
-from pipeline.extraction.config import ExtractConfig
+    from pipeline.extraction.config import ExtractConfig
+    from pipeline.photos.sources.places import Place
 
 
 @dataclass(frozen=True)
-class Place:
+class Here:
     """Where a worker runs: the first that it sends."""
 
     host: str
@@ -49,6 +49,7 @@ class ShardTask:
 
     shard: Shard
     photos: Sequence[Photo]  # of this shard
+    places: Sequence[Place] | None  # where they lie; None if they are files of the job's folder
     batch_rows: int
     draft: Path
     final: Path
@@ -107,7 +108,7 @@ class Ended:
     """A worker has done what it was asked, and has no more to say."""
 
 
-Message = Place | Loaded | Chosen | Said | Filled | Finished | Damaged | Failed | Died | Ended
+Message = Here | Loaded | Chosen | Said | Filled | Finished | Damaged | Failed | Died | Ended
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,6 @@ class Settings:
 
     config: ExtractConfig
     folder: Path  # of the shards
+    label: str  # of the photos' source
     token: str  # what the lock in that folder says
     cpus: float  # of each worker
-    source: Source  # of the photos, looked into by the job

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from cache.errors import CapError
 from cache.share import cores
-from pipeline.extraction.distributed.messages import Died, Ended, Message, Place, Settings
+from pipeline.extraction.distributed.messages import Died, Ended, Here, Message, Settings
 
 if TYPE_CHECKING:
     from pipeline.extraction.distributed.worker import ShardWorker
@@ -109,7 +109,7 @@ class Actor:
     def call(self, method: str, arguments: tuple[Any, ...]) -> Iterator[Message]:
         """The messages of a method of the worker; of `place`, before anything heavy is imported."""
         if method == "place":
-            yield Place(socket.gethostname(), os.getpid())
+            yield Here(socket.gethostname(), os.getpid())
             return
         if self._worker is None:
             from train.torch_import import import_torch, share_machine
@@ -222,7 +222,7 @@ class RayPool:
         return f"the cluster has {' and '.join(parts)} on {count}"
 
     def start(self, ask: Ask, settings: Settings) -> list[int]:
-        """Ask for workers. Each sends its `Place` when it runs. Returns their numbers."""
+        """Ask for workers. Each sends its `Here` when it runs. Returns their numbers."""
         self._asked, self._settings = ask, settings
         return [self.add() for _ in range(ask.workers)]
 
@@ -274,7 +274,7 @@ class RayPool:
             except ray.exceptions.RayError as error:
                 self.end(worker)
                 message = Died(_reason(error))
-            if isinstance(message, Place):
+            if isinstance(message, Here):
                 self._alive_since[worker] = time.monotonic()
             found.append((worker, message))
         return found

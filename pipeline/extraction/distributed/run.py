@@ -29,6 +29,7 @@ from pipeline.extraction.distributed.job import (
     Shards,
     folder_of,
     is_made,
+    places_of,
     remove_job,
     shard_count,
 )
@@ -41,9 +42,9 @@ from pipeline.extraction.distributed.messages import (
     Failed,
     Filled,
     Finished,
+    Here,
     Loaded,
     Message,
-    Place,
     Said,
     Settings,
 )
@@ -148,11 +149,9 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
     if os.path.isfile(weights):
         weights = os.path.abspath(weights)
     images = config.images
-    if not is_address(str(images)):
-        images = Path(os.path.abspath(images))
     return replace(
         config,
-        images=images,
+        images=images if is_address(str(images)) else Path(os.path.abspath(images)),
         out=Path(os.path.abspath(config.out)),
         weights=weights,
     )
@@ -191,8 +190,8 @@ class ClusterJob:
         lock: JobLock,
     ) -> None:
         """digests: of all photos and captions."""
-        self._config, self._options, self._source = config, options, source
-        self._photos, self._digests = photos, digests
+        self._config, self._options = config, options
+        self._source, self._photos, self._digests = source, photos, digests
         self._pool, self._lock = pool, lock
         self._folder = folder_of(config.out)
         self._asked = Ask(1, 1.0, 0.0)
@@ -225,9 +224,9 @@ class ClusterJob:
         settings = Settings(
             replace(self._config, device="cuda" if ask.gpus else "cpu"),
             self._folder,
+            self._source.label,
             self._lock.token,
             ask.cpus,
-            self._source,
         )
         for number in self._pool.start(ask, settings):
             self._workers[number] = _Worker()
@@ -321,7 +320,7 @@ class ClusterJob:
     def _take(self, number: int, message: Message) -> Iterator[Notice]:
         """Act on a message of a worker."""
         worker = self._workers[number]
-        if isinstance(message, Place):
+        if isinstance(message, Here):
             worker.host = message.host
             yield Notice(f"a worker on {message.host}, process {message.pid}", detail=True)
         elif isinstance(message, Loaded):
@@ -391,7 +390,8 @@ class ClusterJob:
         elif not any(worker.doing == "choose" for worker in self._workers.values()):
             for number, worker in self._workers.items():
                 if worker.loaded and not worker.doing:
-                    self._call(number, "choose", self._photos[:PRECISION_PHOTOS])
+                    first = self._photos[:PRECISION_PHOTOS]
+                    self._call(number, "choose", first, places_of(first, self._source))
                     break
 
     def _known_precision(self) -> str | None:
@@ -445,7 +445,7 @@ class ClusterJob:
             record.write(self._folder)
         elif config.overwrite:
             yield Notice(f"going on with {self._folder}, which this command has begun")
-        self.shards = Shards(self._folder, record, photos)
+        self.shards = Shards(self._folder, record, photos, self._source)
         for number in range(1, record.shards + 1):
             there = self.shards.is_there(number)
             self._queue.append(("check" if there else "work", number))
@@ -472,7 +472,9 @@ class ClusterJob:
                     continue
                 self._queue.remove(next_one)
                 method, worker.shard = next_one
-                task = self.shards.task(worker.shard, with_photos=method == "work")
+                task = self.shards.task(
+                    worker.shard, with_photos=method == "work" or self._config.overwrite
+                )
                 self._call(number, method, task, self.shards.record.encoder)
             wanted = min(wanted, len(self._queue) + self._at_work())
             if not wanted:

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +51,11 @@ from pipeline.extraction.extract import (
     skeleton_of,
 )
 from pipeline.extraction.fill import ExtractError, Notice, Progress
+from pipeline.photos.folder import FolderPhotos
 from pipeline.photos.readers.start import reader_count
-from pipeline.photos.sources.source import Source
+from pipeline.photos.sources.patterns import is_pattern
+from pipeline.photos.sources.places import Place, address_of
+from pipeline.photos.sources.source import Folder, Source
 from train.captions.numbering import build_caption_table
 from train.device import resolve_devices
 
@@ -88,7 +92,7 @@ class ShardWorker:
     def load(self) -> Iterator[Message]:
         """Load the encoder, and check that the photos and the job's folder are seen here."""
         config = self._config
-        _check_sight(self._settings.source, self._settings.folder, self._settings.token)
+        _check_sight(config.images, self._settings.folder, self._settings.token)
         self._devices = resolve_devices(config.device)
         if config.precision != "auto":
             check_device(config.precision, self._devices[0])
@@ -103,13 +107,22 @@ class ShardWorker:
             tuple(self._backbone.details),
         )
 
-    def choose(self, photos: Sequence[Photo]) -> Iterator[Message]:
+    def choose(self, photos: Sequence[Photo], places: Sequence[Place] | None) -> Iterator[Message]:
         """Choose the precision by these photos, the first of the job."""
         assert self._backbone is not None
         precision, notices, details = fastest_precision(
-            self._config, self._settings.source, self._backbone, photos, self._devices[0]
+            self._config,
+            self._source(photos, places),
+            self._backbone,
+            photos,
+            self._devices[0],
         )
         yield Chosen(precision, tuple(notices), tuple(details))
+
+    def _source(self, photos: Sequence[Photo], places: Sequence[Place] | None) -> Source:
+        if places is None:
+            return Folder(Path(self._config.images))
+        return ListedSource(self._settings.label, [photo.path for photo in photos], places)
 
     def check(self, task: ShardTask, record: EncoderRecord) -> Iterator[Message]:
         """Verify a shard that was finished earlier: `Finished` or `Damaged`. With --overwrite, its
@@ -119,7 +132,9 @@ class ShardWorker:
         config = self._config
         if config.overwrite and isinstance(found, Finished):
             cache = open_cache(task.final)
-            other = other_photos(cache, self._settings.source, reader_count(config.workers))
+            other = other_photos(
+                cache, self._source(task.photos, task.places), reader_count(config.workers)
+            )
             found = found if other is None else Damaged(_without_advice(other))
         yield found
 
@@ -146,7 +161,7 @@ class ShardWorker:
             )
         job = Job(
             config=config,
-            source=self._settings.source,
+            source=self._source(task.photos, task.places),
             backbone=backbone,
             devices=devices,
             skeleton=skeleton_of(
@@ -183,6 +198,28 @@ class ShardWorker:
             raise CacheError(found.reason)
         _publish(task.draft, task.final)
         yield replace(found, new=new)
+
+
+class ListedSource:
+    """Photos whose places are known: those of one shard, in the order in which they lie."""
+
+    def __init__(self, label: str, names: Sequence[str], places: Sequence[Place]) -> None:
+        self.label = label
+        self.remote = any(address_of(place) is not None for place in places)
+        self._places = dict(zip(names, places, strict=True))
+        self._order = {name: number for number, name in enumerate(names)}
+
+    def photos(self) -> FolderPhotos:
+        return FolderPhotos(Path(self.label), list(self._places), Counter())
+
+    def place(self, name: str) -> Place:
+        return self._places[name]
+
+    def order(self, name: str) -> int | None:
+        return self._order.get(name)
+
+    def is_gone(self) -> bool:
+        return False  # reading says so itself
 
 
 def _filling(job: Job) -> Iterator[Notice | Progress]:
@@ -262,11 +299,14 @@ def _wait_for(draft: Path) -> None:
         time.sleep(1.0)
 
 
-def _check_sight(source: Source, folder: Path, token: str) -> None:
-    """Raise CacheError unless this machine sees the photos and the same folder as the job."""
+def _check_sight(images: Path | str, folder: Path, token: str) -> None:
+    """Raise CacheError unless this machine sees the photos, if they are in a folder, and the same
+    folder as the job.
+    """
     host = socket.gethostname()
-    if source.is_gone():
-        raise CacheError(f"{source.label}: {host} does not see this folder; all machines must")
+    is_folder = isinstance(images, Path) and not is_pattern(str(images))
+    if is_folder and not os.path.exists(images):
+        raise CacheError(f"{images}: {host} does not see it; all machines must")
     end = time.monotonic() + _SIGHT_S
     while True:
         try:
