@@ -2,8 +2,9 @@
 # Lint, type-check and test.
 #
 #   scripts/test.sh [PYTEST ARGUMENTS]            with the versions in constraints.txt, in .venv
-#   scripts/test.sh --lowest [PYTEST ARGUMENTS]   with the lowest versions that pyproject.toml
-#                                                 allows, in .venv-lowest
+#   scripts/test.sh --all [PYTEST ARGUMENTS]      also the tests marked `slow`: two minutes more
+#   scripts/test.sh --lowest [PYTEST ARGUMENTS]   all tests with the lowest versions that
+#                                                 pyproject.toml allows, in .venv-lowest
 #
 # The first run makes the environment: some GB with torch, again as many for --lowest.
 # --lowest runs the tests alone. Old versions of ruff and mypy judge the same code by other rules,
@@ -24,8 +25,13 @@ if [ "${1:-}" = --lowest ]; then
     install_lowest
     exec .venv-lowest/bin/python -m pytest "${pytest[@]}" "$@"
 fi
+which=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    shift
+    which=()
+fi
 install "[dev]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "${pytest[@]}" "$@"
+.venv/bin/python -m pytest "${pytest[@]}" "${which[@]}" "$@"

@@ -45,6 +45,7 @@ def test_bench_cache_prints_rates_and_the_machine() -> None:
     assert "128 random rows" in out
 
 
+@pytest.mark.slow
 def test_bench_train_prints_what_its_figures_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "bench_train", functools.partial(train.bench_train, steps=4))
     out, err = cap(
@@ -65,6 +66,7 @@ def test_bench_train_prints_what_its_figures_are_made_of(monkeypatch: pytest.Mon
     assert "cores" in err
 
 
+@pytest.mark.slow
 def test_bench_predict_times_fresh_and_loaded_models() -> None:
     small = ("bench", "predict", "--backbone", "resnet18", "--photos", 8, "--cold-runs", 1)
     out, err = cap(*small, "--device", "cpu", "--json")
@@ -319,6 +321,7 @@ def test_bench_beside_runs_commands_alone_and_beside_busy_processes(
     assert "8 captioners: 18.0 photos/s (164% of one)" in table
 
 
+@pytest.mark.slow
 def test_bench_beside_measures_captioners_of_several_processes(
     photos: Path, tmp_path: Path
 ) -> None:

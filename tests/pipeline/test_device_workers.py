@@ -101,6 +101,7 @@ def test_closing_ends_the_processes_at_once(photos: Path, tmp_path: Path) -> Non
     assert not workers_of(os.getpid())
 
 
+@pytest.mark.slow
 def test_workers_do_not_import_from_the_working_folder(photos: Path, tmp_path: Path) -> None:
     for floor in ("cache", "train", "pipeline"):
         (tmp_path / f"{floor}.py").write_text("raise SystemExit('imported')")
@@ -167,6 +168,7 @@ def test_ctrl_c_in_the_terminal_ends_all_processes_with_one_line(tmp_path: Path)
     wait_for_their_end(children)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     process, children = start_command(tmp_path)
     process.kill()

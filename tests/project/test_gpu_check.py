@@ -94,6 +94,7 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.slow
 def test_the_checks_themselves_run_on_a_cpu(
     script: ModuleType,
     tmp_path: Path,
@@ -116,6 +117,7 @@ def test_the_checks_themselves_run_on_a_cpu(
     assert checks["resumed_extraction_has_the_same_bytes"]["photos"] == 24
 
 
+@pytest.mark.slow
 def test_photos_become_a_model_from_the_prompt(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def shell_of_yaml(text: str) -> str:
     return "\n".join(line[14:] for line in block.splitlines())
 
 
+@pytest.mark.slow
 def test_the_shards_of_slurm_and_kubernetes_make_the_whole(
     photos: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_short_captions_are_learned(
     assert said == [captions[n % 4] for n in range(16)]
 
 
+@pytest.mark.slow
 def test_long_captions_are_learned_whole(make_cache: MakeCache, tmp_path: Path) -> None:
     cache = make_cache([[LONG[n % 4]] * 2 for n in range(16)], features(16))
     vocabulary, said = learned(cache, tmp_path, epochs=50)

@@ -124,6 +124,7 @@ def test_an_interrupted_sweep_goes_on(make_cache: MakeCache, tmp_path: Path) -> 
     assert 0.002 in [log.settings["learning_rate"] for log in [first, *logs]]
 
 
+@pytest.mark.slow
 def test_the_result_is_the_best_model_and_its_options_train_it_again(
     make_cache: MakeCache, tmp_path: Path
 ) -> None:
@@ -377,6 +378,7 @@ def test_a_trial_whose_process_dies_is_tried_once_more(tmp_path: Path) -> None:
     assert ended_trials(study) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaths", [1, 2])
 def test_a_sweep_goes_on_when_a_process_dies(
     deaths: int, make_cache: MakeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

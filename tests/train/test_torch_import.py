@@ -55,6 +55,7 @@ def test_the_command_line_sets_the_spin_before_torch_is_imported() -> None:
     assert result.stdout.splitlines()[-1] == "1000 False"
 
 
+@pytest.mark.slow
 def test_torchvision_is_imported_without_the_compiler() -> None:
     """In a fresh process, because modules stay imported. See also `tests/pipeline`."""
     code = (

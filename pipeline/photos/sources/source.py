@@ -177,8 +177,8 @@ def open_source(
     text = str(images)
     if not is_address(text) and os.path.isdir(text):
         return Folder(Path(text))
-    if not is_address(text) and not is_pattern(text) and not os.path.lexists(text):
-        raise SourceError(f"{text}: no such folder, tar, Parquet file or photo")
+    if not is_address(text) and not is_pattern(text):
+        _check_there(text)
     root, label = root_of(text), without_secrets(text)
     if is_address(text) and not is_pattern(text) and _is_remote_folder(text):
         items, root = [text], text.rstrip("/") + "/"
@@ -216,6 +216,16 @@ def open_source(
         index.left_out = left_out
         indexes.append(("", index))
     return Collection(label, root, indexes)
+
+
+def _check_there(path: str) -> None:
+    """Raise SourceError if there is nothing of this name."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceError(f"{path}: no such folder, tar, Parquet file or photo") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot read ({error.strerror or error})") from None
 
 
 def names_container(text: str) -> bool:
