@@ -35,11 +35,13 @@ def caption_afresh(model: Path, photo: str, beam_size: int, device: str) -> dict
     with start_python(_CODE, "predict", photo, *options) as process:
         out, err = process.communicate()
     ended = time.perf_counter()
-    last = (err.strip().splitlines() or [""])[-1]
-    if process.returncode or not out.startswith(photo) or not last.startswith(_STAMPS):
-        raise CapError(f"a fresh `cap predict` failed ({last or 'it wrote no caption'})")
+    lines = err.strip().splitlines()
+    found = [line for line in lines if line.startswith(_STAMPS)]  # a random model's doubt follows
+    if process.returncode or not out.startswith(photo) or not found:
+        reason = lines[-1] if lines else "it wrote no caption"
+        raise CapError(f"a fresh `cap predict` failed ({reason})")
     # The clock is the system's: processes may compare what they read there.
-    stamps = [started, *json.loads(last.removeprefix(_STAMPS)), ended]
+    stamps = [started, *json.loads(found[0].removeprefix(_STAMPS)), ended]
     return {name: stamps[n + 1] - stamps[n] for n, name in enumerate(PARTS)}
 
 
