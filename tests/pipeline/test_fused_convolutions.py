@@ -78,6 +78,31 @@ def test_fused_networks_compute_what_plain_ones_do(name: str) -> None:
     assert any(isinstance(m, _OneDnnConvolution) for m in fused.modules())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])  # the second has groups
+@pytest.mark.parametrize("counts", [(1, 3, 1), (3, 1, 3)], ids=str)
+@pytest.mark.parametrize("converts", [True, False])
+def test_a_photo_alone_has_weights_in_a_layout_of_its_own(
+    name: str, counts: tuple[int, ...], converts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError
+
+    if not converts:
+        monkeypatch.setattr(torch.Tensor, "to_dense", fails)
+    network = load_backbone(name, "random").network
+    fused = fused_on_cpu(network, images(3))
+    with torch.inference_mode():
+        for count in counts:
+            assert distance(fused(images(count)), network(images(count))) < 1e-4
+    convolutions = [m for m in fused.modules() if isinstance(m, _OneDnnConvolution)]
+    assert convolutions
+    for convolution in convolutions:
+        assert convolution.layouts.keys() == {True, False}
+        assert convolution.weight is None
+        alone, together = convolution.layouts[True], convolution.layouts[False]
+        assert not alone.is_mkldnn or (alone is not together) == converts
+
+
 def test_a_resnet_has_no_separate_sum_or_activation_left() -> None:
     fused = fused_on_cpu(load_backbone("resnet50", "random").network, images())
     assert isinstance(fused, fx.GraphModule)

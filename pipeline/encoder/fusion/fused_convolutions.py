@@ -155,25 +155,41 @@ class _OneDnnConvolution(nn.Module):
         self.in_place = in_place
         self.typical_batch = typical_batch
         # Plain attributes, because tensors in oneDNN's own layout cannot be moved, copied or saved.
-        self.weight = convolution.weight.detach()
-        self.laid_out = False
+        # The plain weight goes when there is a layout. A photo alone has one of its own: with that
+        # of a batch, some processors convert the weight at every call, in three times the time.
+        self.weight: Tensor | None = convolution.weight.detach()
+        self.layouts: dict[bool, Tensor] = {}  # by whether a photo is alone
         self.bias = None if convolution.bias is None else convolution.bias.detach()
 
     @classmethod
     def takes(cls, activation: type[nn.Module] | None, with_sum: bool) -> bool:
         return activation in _ACTIVATIONS and not (with_sum and activation is not nn.ReLU)
 
-    def _lay_out(self, x: Tensor) -> None:
-        sizes = [self.typical_batch, *x.shape[1:]]
-        self.weight = private_torch.lay_out_convolution_weight(self.weight, self.geometry, sizes)
-        self.laid_out = True
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """The weight for inputs of this size."""
+        alone = len(x) == 1
+        if alone not in self.layouts:
+            weight = self.weight
+            if weight is None:
+                (other,) = self.layouts.values()
+                try:
+                    weight = other.to_dense() if other.is_mkldnn else other
+                except RuntimeError:  # this layout does for all sizes, only slower
+                    weight = other
+                if weight.is_mkldnn or weight.dtype is not x.dtype:
+                    self.layouts[alone] = other
+                    return other
+            sizes = [1 if alone else self.typical_batch, *x.shape[1:]]
+            self.layouts[alone] = private_torch.lay_out_convolution_weight(
+                weight, self.geometry, sizes
+            )
+            self.weight = None
+        return self.layouts[alone]
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        if not self.laid_out:
-            self._lay_out(x)
         return private_torch.convolution(
             x,
-            self.weight,
+            self._laid_out(x),
             self.bias,
             self.geometry,
             self.name,
