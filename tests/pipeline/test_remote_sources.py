@@ -29,6 +29,7 @@ from tests.pipeline.test_extract import config, run
 from tests.pipeline.test_sources import assert_same
 
 pytest.importorskip("s3fs")
+fsspec = pytest.importorskip("fsspec")
 
 Store = tuple[str, FaultyStore]
 
@@ -53,6 +54,9 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(remote, "_LONGEST_WAIT_S", 0.05)
     remote._filesystem.cache_clear()
+    # fsspec keeps its file systems by their arguments, and the endpoint is none of them: the server
+    # of an earlier run of this module, where tests move between processes, would still be asked.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     fs, _ = remote.filesystem(f"s3://{BUCKET}/")
     fs.mkdir(BUCKET)
     yield address, app
