@@ -7,6 +7,7 @@ prompt on. A fair share beside two busy processes on two cores is half: twice th
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -25,6 +26,7 @@ from pipeline.bench.jpegs import write_coco_like_photos
 
 _COUNTING = "while True: pass"
 _EPOCHS = 4
+_TRIALS = 4
 _CAPTIONERS = (1, 2, 4, 8)
 # A captioner of its own for each process, one photo a call, for as long as it is told.
 _CAPTIONING = """
@@ -92,13 +94,17 @@ def bench_beside(
     captioners: tuple[int, ...] = _CAPTIONERS,
     progress: Callable[[int, int, float, str], None] = lambda *_: None,
 ) -> BesideBench:
-    """Run extraction, training and prediction alone and beside busy processes, then captioners.
+    """Run extraction, training, a sweep and prediction alone and beside busy processes, then
+    captioners. Without Optuna there is no sweep.
 
     On the CPU, in a temporary folder, with random weights. seconds: how long captioners are
     measured. progress: is told how many steps are done and how many there are, 0 for the rate, and
     what is being done. Raises CapError if a command fails.
     """
-    steps = 2 * 3 * rounds + len(captioners)
+    commands = ["extract", "train", "sweep", "predict"]
+    if importlib.util.find_spec("optuna") is None:
+        commands.remove("sweep")
+    steps = 2 * len(commands) * rounds + len(captioners)
     done = 0
 
     def tell(what: str) -> None:
@@ -114,7 +120,7 @@ def bench_beside(
         _write_captions(folder / "captions.csv", names)
         taken: dict[tuple[str, bool], list[float]] = {}
         for _ in range(rounds):
-            for command in ("extract", "train", "predict"):
+            for command in commands:
                 for beside in (False, True):
                     tell(f"{command} {'beside others' if beside else 'alone'}")
                     with _busy(processes if beside else 0):
@@ -133,7 +139,7 @@ def bench_beside(
                 statistics.median(taken[command, False]),
                 statistics.median(taken[command, True]),
             )
-            for command in ("extract", "train", "predict")
+            for command in commands
         ),
         captioners=rates,
         machine=str(share()),
@@ -173,6 +179,11 @@ def _run(command: str, folder: Path, backbone: str) -> float:
             *("train", "--from-cache", folder / "x.h5", "--out", folder / "run", "--overwrite"),
             *("--recipe", "classic", "--epochs", _EPOCHS, "--batch-size", 32, "--min-count", 1),
             *("--device", "cpu"),
+        ),
+        "sweep": (
+            *("sweep", "--from-cache", folder / "x.h5"),
+            *("--out", folder / f"sweep-{time.monotonic_ns()}"),  # a sweep goes on in its folder
+            *("--trials", _TRIALS, "--epochs", 1, "--min-count", 1, "--device", "cpu"),
         ),
         "predict": ("predict", folder / "photos", "--model", folder / "run", "--device", "cpu"),
     }

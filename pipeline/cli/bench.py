@@ -196,9 +196,9 @@ def bench_beside(
 ) -> None:
     """Measure what commands lose beside other work on the same cores.
 
-    Runs extraction, training and prediction alone and beside busy processes, in turns. Then
-    measures one, two, four and eight processes that caption one photo a call. All on the CPU, with
-    random weights; takes some minutes.
+    Runs extraction, training, a sweep (if Optuna is installed) and prediction alone and beside busy
+    processes, in turns. Then measures one, two, four and eight processes that caption one photo a
+    call. All on the CPU, with random weights; takes some minutes.
 
     Example: cap bench beside --processes 2
     """

@@ -312,9 +312,9 @@ def test_bench_beside_runs_commands_alone_and_beside_busy_processes(
     result = json.loads(
         cap("bench", "beside", "--processes", 3, "--rounds", 2, "--photos", 8, "--json")[0]
     )
-    once = [(name, count) for name in ("extract", "train", "predict") for count in (0, 3)]
+    once = [(name, count) for name in ("extract", "train", "sweep", "predict") for count in (0, 3)]
     assert busy == once * 2
-    assert [each["beside_s"] / each["alone_s"] for each in result["commands"]] == [2.0] * 3
+    assert [each["beside_s"] / each["alone_s"] for each in result["commands"]] == [2.0] * 4
     assert result["captioners"] == {"1": 11.0, "2": 12.0, "4": 14.0, "8": 18.0}
     table = cap("bench", "beside", "--rounds", 1, "--photos", 8)[0]
     assert "(2.0 times as long)" in table
