@@ -60,6 +60,30 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return operation(inputs, weight.t(), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def lay_out_linear_weight(weight: Tensor, rows: int) -> Tensor:
+    """The weight (N, K), float32, in the memory layout that oneDNN prefers for so many rows.
+
+    Only `laid_out_linear` can use the result. `mkldnn._reorder_linear_weight`, since 2.1, saves
+    this conversion at every call. Without it: the weight itself.
+    """
+    operation = _private("ops.mkldnn._reorder_linear_weight")
+    if operation is None or _private("ops.mkldnn._linear_pointwise") is None:
+        return weight
+    return operation(weight.contiguous(), rows)  # type: ignore[no-any-return]
+
+
+def laid_out_linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """inputs (R, K) @ weightᵀ + bias (N,), float32 on a CPU, by oneDNN.
+
+    weight: from `lay_out_linear_weight`, for any number of rows. `mkldnn._linear_pointwise`, since
+    2.0. Without it: PyTorch's own product.
+    """
+    operation = _private("ops.mkldnn._linear_pointwise")
+    if operation is None or not weight.is_mkldnn:
+        return functional.linear(inputs, weight, bias)
+    return operation(inputs, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
 def has_bfloat16_convolutions() -> bool:
     """Whether oneDNN has bfloat16 convolutions for this CPU.
 

@@ -34,6 +34,7 @@ from train.model.bundle import Bundle, find_bundle, load_bundle
 from train.scores.degenerate import degenerate
 from train.search.hypotheses import Hypothesis, search_several
 from train.search.likelihood import word_log_probs
+from train.search.packed_decoder import for_search
 
 _BATCH_PHOTOS = 32
 _JUDGED_CAPTIONS = 1000
@@ -52,7 +53,7 @@ class Captioner:
     """Captions photos with a trained model. See also `Captioner.load`.
 
     Threads may share one; their batches are computed one after the other. Nothing is printed, and
-    no setting of torch is changed.
+    no setting of torch is changed. The weights must stay as they are: on a CPU, it has a copy.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Captioner:
     ) -> None:
         self.bundle = bundle
         self.encoder = encoder
+        self._decoder = for_search(bundle.decoder)
         self.search_config = search_config
         self._others = others
         self._said: list[tuple[str, ...]] = []  # words of the first captions
@@ -302,7 +304,7 @@ class Captioner:
         self, features: torch.Tensor, numbers: list[int], search_config: SearchConfig
     ) -> list[list[Hypothesis]]:
         return search_several(
-            self.bundle.decoder, features, search_config, numbers=numbers, others=self._others
+            self._decoder, features, search_config, numbers=numbers, others=self._others
         )
 
 

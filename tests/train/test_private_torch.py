@@ -36,6 +36,7 @@ def test_every_private_operation_is_there_in_this_pytorch(way: str) -> None:
     names = [
         *("ops.mkldnn._linear_pointwise", "ops.mkldnn._is_mkldnn_bf16_supported"),
         *("ops.mkldnn._reorder_convolution_weight", "ops.mkldnn._convolution_pointwise"),
+        "ops.mkldnn._reorder_linear_weight",
         *("ops.mkldnn._convolution_pointwise_", "cudnn_convolution_relu"),
         *("cudnn_convolution_add_relu", "native_batch_norm"),
         *("ops.aten.tanh_backward.grad_input", "ops.aten.sigmoid_backward.grad_input"),
@@ -52,8 +53,16 @@ def test_every_private_operation_is_there_in_this_pytorch(way: str) -> None:
     for name in names:
         assert f'_private("{name}")' in source
         assert private_torch._private(name) is not None, name
-    assert source.count('_private("') == len(names) + 1  # one occurs twice
+    assert source.count('_private("') == len(names) + 3  # one occurs twice, one three times
     assert private_torch._private("ops.mkldnn._no_such_thing") is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear_with_a_weight_laid_out_for_other_rows(rows: int) -> None:
+    inputs, weight, bias = numbers(rows, 20), numbers(37, 20, seed=1), numbers(37, seed=2)
+    laid_out = private_torch.lay_out_linear_weight(weight, 16)
+    result = private_torch.laid_out_linear(inputs, laid_out, bias)
+    torch.testing.assert_close(result, functional.linear(inputs, weight, bias))
 
 
 @pytest.mark.parametrize("biased", [False, True])

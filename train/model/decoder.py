@@ -164,20 +164,18 @@ class CaptionDecoder(nn.Module):
         lstm_state = None if state is None else (state.hidden, state.cell)
         if state is not None and self.config.photo_every_step:
             inputs = inputs + photo
-        if inputs.is_cuda:
-            hidden, cell = self._lstm_step(inputs, lstm_state)
-            return hidden[-1], DecoderState(hidden, cell, photo)
-        outputs, (hidden, cell) = self.lstm(inputs.unsqueeze(1), lstm_state)
-        return outputs.squeeze(1), DecoderState(hidden, cell, photo)
+        hidden, cell = self._lstm_step(inputs, lstm_state)
+        return hidden[-1], DecoderState(hidden, cell, photo)
 
     def _lstm_step(
         self, inputs: Tensor, state: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """One step of the LSTM, layer by layer, without dropout between layers.
-
-        The parameters are not in a buffer of cuDNN's own, so `nn.LSTM` would copy all weights into
-        one at every step.
-        """
+        """One step of the LSTM, from inputs (B, E): the hidden and cell states (layers, B, H)."""
+        if not inputs.is_cuda:
+            _, (hidden, cell) = self.lstm(inputs.unsqueeze(1), state)
+            return hidden, cell
+        # On a GPU layer by layer, without dropout between layers. The parameters are not in a
+        # buffer of cuDNN's own, so `nn.LSTM` would copy all weights into one at every step.
         if state is None:
             zeros = inputs.new_zeros(self.config.num_layers, len(inputs), self.config.hidden_size)
             state = (zeros, zeros)

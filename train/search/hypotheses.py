@@ -19,6 +19,7 @@ from train.captions.vocabulary import END
 from train.config import SearchConfig, check_search
 from train.model.decoder import CaptionDecoder
 from train.search.beam import beam_search
+from train.search.packed_decoder import for_search
 from train.search.rollout import greedy, sample_scored
 from train.search.word_choice import IMPOSSIBLE
 
@@ -69,6 +70,7 @@ def search_several(
     """
     config = config or SearchConfig()
     check_search(config)
+    decoder = for_search(decoder)
     found: list[list[Hypothesis]] = []
     numbers = range(len(features)) if numbers is None else numbers
     for start in range(0, len(features), batch_size):
