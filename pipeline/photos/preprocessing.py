@@ -148,7 +148,9 @@ def empty_pixels(
 ) -> Tensor:
     """(count, 3, size, size) uint8, channels last in memory, not initialized."""
     shape = count, size, size, 3
-    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory, device=device)
+    # Other threads write to it, which torch forbids if a caller's inference mode has made it.
+    with torch.inference_mode(False):
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory, device=device)
     return pixels.permute(0, 3, 1, 2)
 
 

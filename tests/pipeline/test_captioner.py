@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cache.store import DONE, FeatureCache, open_cache
 from pipeline.captioner.cached import caption_cache
@@ -187,6 +189,19 @@ def test_predictions_do_not_depend_on_the_batch(
     assert [p.caption for p in captioner.caption(paths)] == [p.caption for p in together]
     assert [captioner.caption([path])[0].caption for path in paths] == [p.caption for p in together]
     assert [p.path for p in together] == [str(path) for path in paths]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_captioner_works_inside_a_callers_inference_mode(
+    stitched: tuple[FeatureCache, Path], photos: Path, mode: Any
+) -> None:
+    expected = Captioner.load(stitched[1], device="cpu").caption(photos / "a.jpg")
+    with mode():
+        captioner = Captioner.load(stitched[1], device="cpu")
+        assert captioner.caption(photos / "a.jpg") == expected
+        opened = Image.open(photos / "a.jpg")
+        assert captioner.caption(opened)[0].caption == expected[0].caption
+    assert captioner.caption(photos / "a.jpg") == expected
 
 
 def test_a_model_with_other_weights_at_hand_is_refused(

@@ -78,10 +78,7 @@ class PhotoCaptioner(nn.Module):
         kind = self.config["preprocessing"]["filter"]
         if self.config.get("resize") != "products":
             return functional.interpolate(photo, (size, size), mode=kind, antialias=True)
-        across = _filter_weights(torch.arange(photo.shape[3]), size, kind)  # (size, W)
-        down = _filter_weights(torch.arange(photo.shape[2]), size, kind)  # (size, H)
-        rows = (photo.float() @ across.T).round().clamp(0, 255)
-        return (down @ rows).round().clamp(0, 255)
+        return resized_by_products(photo, size, kind)
 
     def _read(self, words: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One step of the LSTM: (B, E) inputs → (B, H) outputs, and each layer's states."""
@@ -179,23 +176,40 @@ class PhotoCaptioner(nn.Module):
         return " ".join(self.config["words"][number] for number in numbers[:end])
 
 
-def _filter_weights(places: Tensor, size: int, kind: str) -> Tensor:
-    """(size, L): what each pixel of a row gives to those of the resized row. places: 0 to L - 1.
-
-    A triangle (bilinear) or a cubic with a = -0.5 (bicubic), as wide as the reduction asks for; the
-    filters of Pillow.
+def resized_by_products(photo: Tensor, size: int, kind: str) -> Tensor:
+    """`interpolate` of PyTorch, (1, 3, H, W) uint8 → (1, 3, size, size), with operations that every
+    runtime has; in float64.
     """
-    scale = torch.ones_like(places).sum() / size  # L as a tensor, because its value is not known
+    for side in (3, 2):  # across, then down
+        weights, one = _filter_weights(torch.arange(photo.shape[side]), size, kind)
+        photo = photo.double()
+        photo = photo @ weights.T if side == 3 else weights @ photo
+        photo = ((photo + one / 2) / one).floor().clamp(0, 255)
+    return photo
+
+
+def _filter_weights(places: Tensor, size: int, kind: str) -> tuple[Tensor, Tensor]:
+    """(size, L): what each pixel of a row gives to those of the resized row, in whole parts of a
+    power of 2, and that power. places: 0 to L - 1.
+
+    A triangle (bilinear) or a cubic with a = -0.5 (bicubic), as wide as the reduction asks for: the
+    filters of Pillow. PyTorch computes with weights of 16 bits, rounded to as many places as the
+    largest allows. With the same weights, sums of whole numbers in float64 give its pixels exactly.
+    """
+    scale = torch.ones_like(places).sum().double() / size  # L is no number yet while this is traced
     wide = scale.clamp(min=1.0)
-    centre = (torch.arange(size) + 0.5) * scale
-    x = ((places + 0.5 - centre[:, None]) / wide).abs()
+    centre = (torch.arange(size).double() + 0.5) * scale
+    x = ((places.double() + 0.5 - centre[:, None]) / wide).abs()
     if kind == "bilinear":
         weights = (1 - x).clamp(min=0)
     else:
         inner = (1.5 * x - 2.5) * x * x + 1
         outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
-    return weights / weights.sum(1, keepdim=True)
+    weights = weights / weights.sum(1, keepdim=True)
+    powers = 2.0 ** torch.arange(1, 23).double()
+    one = 2.0 ** ((weights.max() * powers + 0.5).floor() < 2**15).double().sum()
+    return weights.sign() * (weights.abs() * one + 0.5).floor(), one
 
 
 def headless(name: str, image_size: int) -> nn.Module:
