@@ -10,9 +10,12 @@ crash or hang on a manipulated file. Layout, little-endian:
 - bytes 12–15  uint32 length L of the text
 - bytes 16–19  uint32 CRC-32 of the text
 - bytes 20–    L bytes of JSON, then zeros: {"size": file size in bytes, "crc32": CRC-32 of all
-  bytes from 16384 on that are outside mutable arrays, "arrays": {name: [dtype, shape, offset]},
-  "attributes": the root attributes of the HDF5 file}
+  bytes from 16384 on that are outside mutable arrays, "crc32s": {name of an array that is not
+  mutable: CRC-32 of its bytes, "": CRC-32 of the bytes that are in no array}, "arrays": {name:
+  [dtype, shape, offset]}, "attributes": the root attributes of the HDF5 file}
 
+A reader that knows `crc32s` opens a file without reading its names and captions, and checks an
+array when it first uses it. Files that were made before `crc32s` was added are checked as a whole.
 The mutable arrays have checksums of their own instead: of each row, and of each line of
 `later_versions`.
 """
@@ -24,7 +27,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ MUTABLE = ("features", "status", "digests", "errors", "checksums", "later_versio
 DTYPES = ("|u1", "<i4", "<u4", "<i8", "<f2")
 _HEADER = struct.Struct("<8sIII")
 _CHUNK_BYTES = 1 << 20
+_BETWEEN = ""  # in `crc32s`, the bytes that are in no array
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Seal:
     size_bytes: int
     arrays: Mapping[str, Region]
     attributes: Mapping[str, str | int]
+    # CRC-32 of each array that is not mutable, and of the bytes in none; None if unknown.
+    checksums: Mapping[str, int] | None = None
 
 
 def write_seal(fd: int, arrays: Mapping[str, Region], attributes: Mapping[str, str | int]) -> None:
@@ -72,10 +78,12 @@ def write_seal(fd: int, arrays: Mapping[str, Region], attributes: Mapping[str, s
     Raises CacheError if the attributes are too long for the seal, and OSError.
     """
     size = os.fstat(fd).st_size
+    whole, parts = _checksums(fd, size, arrays)
     text = json.dumps(
         {
             "size": size,
-            "crc32": _fixed_crc32(fd, size, arrays),
+            "crc32": whole,
+            "crc32s": parts,
             "arrays": {n: [a.dtype.str, a.shape, a.offset] for n, a in arrays.items()},
             "attributes": dict(attributes),
         }
@@ -96,9 +104,11 @@ def is_cache(path: Path) -> bool:
 
 
 def check_seal(fd: int) -> Seal:
-    """Read the seal of an open file and check that all fixed bytes are as they were written.
+    """Read the seal of an open file and check the file's structure.
 
-    Raises CacheError, whose message does not name the file, and OSError.
+    If the seal has no `checksums`, all fixed bytes are then as they were written. If it has them,
+    only those outside arrays are, and `check_array` checks the arrays. Raises CacheError, whose
+    message does not name the file, and OSError.
     """
     seal, crc = _read_seal(fd)
     actual = os.fstat(fd).st_size
@@ -109,9 +119,27 @@ def check_seal(fd: int) -> Seal:
         if region.offset < position or region.offset + region.size_bytes > seal.size_bytes:
             raise CacheError("damaged (its arrays do not fit into the file)")
         position = region.offset + region.size_bytes
-    if _fixed_crc32(fd, seal.size_bytes, seal.arrays) != crc:
-        raise CacheError("damaged (names, captions or structure changed); extract again")
+    if seal.checksums is None:
+        if _checksums(fd, seal.size_bytes, seal.arrays)[0] != crc:
+            raise CacheError("damaged (names, captions or structure changed); extract again")
+    elif _between_crc32(fd, seal) != seal.checksums[_BETWEEN]:
+        raise CacheError("damaged (its structure changed); extract again")
     return seal
+
+
+def check_array(fd: int, seal: Seal, name: str) -> None:
+    """Check that an array that is not mutable is as it was written, unless `check_seal` has.
+
+    Raises CacheError, whose message does not name the file, and OSError.
+    """
+    region = seal.arrays[name]
+    if seal.checksums is None or not region.size_bytes:
+        return
+    crc = 0
+    for chunk in _chunks(fd, region.offset, region.offset + region.size_bytes):
+        crc = zlib.crc32(chunk, crc)
+    if crc != seal.checksums[name]:
+        raise CacheError(f"damaged ({name} changed); extract again")
 
 
 def read_seal(fd: int) -> Seal:
@@ -150,9 +178,10 @@ def _read_seal(fd: int) -> tuple[Seal, int]:
         size, crc = _natural(record["size"]), _natural(record["crc32"])
         arrays = {str(name): _region(value) for name, value in record["arrays"].items()}
         attributes = {str(name): _plain(value) for name, value in record["attributes"].items()}
+        checksums = _checksums_of_parts(record.get("crc32s"), arrays)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CacheError("damaged (the seal is invalid)") from None
-    return Seal(version, size, arrays, attributes), crc
+    return Seal(version, size, arrays, attributes, checksums), crc
 
 
 def _natural(value: object) -> int:
@@ -178,15 +207,51 @@ def _in_order(regions: Iterable[Region]) -> list[Region]:
     return sorted((r for r in regions if r.size_bytes), key=lambda region: region.offset)
 
 
-def _fixed_crc32(fd: int, size: int, arrays: Mapping[str, Region]) -> int:
-    crc, position = 0, SEAL_BYTES
-    mutable = _in_order(arrays[name] for name in MUTABLE if name in arrays)
-    for start, length in [*((r.offset, r.size_bytes) for r in mutable), (size, 0)]:
-        while position < start:
-            chunk = os.pread(fd, min(_CHUNK_BYTES, start - position), position)
-            if not chunk:
-                raise CacheError("the file is shorter than its seal says")
-            crc = zlib.crc32(chunk, crc)
-            position += len(chunk)
-        position = start + length
+def _checksums_of_parts(
+    record: Mapping[str, Any] | None, arrays: Mapping[str, Region]
+) -> dict[str, int] | None:
+    """Raises KeyError if one is missing."""
+    if record is None:
+        return None
+    fixed = [name for name, region in arrays.items() if name not in MUTABLE and region.size_bytes]
+    return {name: _natural(record[name]) for name in (_BETWEEN, *fixed)}
+
+
+def _checksums(fd: int, size: int, arrays: Mapping[str, Region]) -> tuple[int, dict[str, int]]:
+    """(CRC-32 of all fixed bytes, CRC-32 of each fixed array and of the bytes between arrays)."""
+    whole, parts = 0, {_BETWEEN: 0}
+    for name, start, stop in _parts(size, arrays):
+        if name not in MUTABLE:
+            for chunk in _chunks(fd, start, stop):
+                whole = zlib.crc32(chunk, whole)
+                parts[name] = zlib.crc32(chunk, parts.get(name, 0))
+    return whole, parts
+
+
+def _between_crc32(fd: int, seal: Seal) -> int:
+    crc = 0
+    for name, start, stop in _parts(seal.size_bytes, seal.arrays):
+        if name == _BETWEEN:
+            for chunk in _chunks(fd, start, stop):
+                crc = zlib.crc32(chunk, crc)
     return crc
+
+
+def _parts(size: int, arrays: Mapping[str, Region]) -> Iterator[tuple[str, int, int]]:
+    """(name, start, stop) of each array with elements, and of the bytes between them, in order."""
+    position = SEAL_BYTES
+    for name in sorted((n for n in arrays if arrays[n].size_bytes), key=lambda n: arrays[n].offset):
+        start = arrays[name].offset
+        yield _BETWEEN, position, start
+        position = start + arrays[name].size_bytes
+        yield name, start, position
+    yield _BETWEEN, position, size
+
+
+def _chunks(fd: int, start: int, stop: int) -> Iterator[bytes]:
+    while start < stop:
+        chunk = os.pread(fd, min(_CHUNK_BYTES, stop - start), start)
+        if not chunk:
+            raise CacheError("the file is shorter than its seal says")
+        yield chunk
+        start += len(chunk)

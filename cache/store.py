@@ -40,6 +40,8 @@ There are no timestamps, so the same photos and the same encoder give the same b
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import mmap
 import operator
@@ -47,6 +49,7 @@ import os
 import stat
 import weakref
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, SupportsIndex, cast
 
@@ -64,16 +67,21 @@ from cache.record import (
     made_by,
     unpack_versions,
 )
-from cache.seal import SEAL_BYTES, Region, Seal, check_seal
+from cache.seal import SEAL_BYTES, Region, Seal, check_array, check_seal
 
 PENDING, DONE, UNREADABLE = 0, 1, 2
 DIGEST_BYTES = 16
 ERROR_BYTES = 96
 LATER_VERSIONS_BYTES = 4096
+_DO_NOT_FIT = "damaged (its arrays do not fit together); extract again"
 
 
 class FeatureCache:
     """A cache open for reading. Arrays are memory-mapped, and strings are decoded when asked for.
+
+    Opening reads neither names nor captions, so it takes milliseconds for any number of photos.
+    `image_ids`, `paths`, `numbered` and `captions` are checked when they are first used, and then
+    raise CacheError if they are damaged. `check` checks them all.
 
     `cache.features[rows]` reads only those rows. Open one with `open_cache`. Pickling stores only
     the path, so a cache can be passed to other processes.
@@ -93,29 +101,25 @@ class FeatureCache:
         close = weakref.finalize(self, os.close, self._fd)
         opened = False
         try:
-            seal = check_seal(self._fd)
-            status = os.fstat(self._fd)
-            self._size, self._modified_ns = seal.size_bytes, status.st_mtime_ns
-            self._seal_block = os.pread(self._fd, SEAL_BYTES, 0)
-            self._mapped = mmap.mmap(self._fd, seal.size_bytes, prot=mmap.PROT_READ)
-            self._take(seal)
+            with _naming(path):
+                self._seal = check_seal(self._fd)
+                status, size = os.fstat(self._fd), self._seal.size_bytes
+                self._size, self._modified_ns = size, status.st_mtime_ns
+                self._seal_block = os.pread(self._fd, SEAL_BYTES, 0)
+                self._mapped = mmap.mmap(self._fd, size, prot=mmap.PROT_READ)
+                self._take(self._seal)
             opened = True
-        except CacheError as error:
-            raise CacheError(f"{path}: {error}") from None
-        except OSError as error:
-            raise CacheError(f"{path}: cannot read ({error.strerror})") from None
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-            raise CacheError(f"{path}: damaged (its record is invalid)") from None
         finally:
             if not opened:
                 close()
 
     def _take(self, seal: Seal) -> None:
-        """Set the attributes from the arrays. Raises CacheError, KeyError or ValueError if they are
-        not those of a cache.
+        """Set the attributes. Raises CacheError, KeyError or ValueError if the arrays are not those
+        of a cache.
 
-        The seal's checksums reveal accidents. The checks here are against files made with intent:
-        every number that is later used as an index is checked once.
+        The seal's checksums reveal accidents. The checks here and in `_strings`, `_offsets` and
+        `captions` are against files made with intent: every number that is later used as an index
+        is checked once.
         """
         self._regions = seal.arrays
         self.format_version = seal.version
@@ -124,25 +128,10 @@ class FeatureCache:
         self.digests: NDArray[np.uint8] = self._map("digests", "|u1", 2, rows)  # (N, 16)
         self.checksums: NDArray[np.uint32] = self._map("checksums", "<u4", 1, rows)  # (N,)
         self.error_bytes: NDArray[np.uint8] = self._map("errors", "|u1", 2, rows)  # (N, 96)
-        self.image_ids = self._strings("image_ids", rows)
-        self.paths = self._strings("paths", rows)
-        self.numbered: NDArray[np.bool_] | None = None  # (N,) ids that are numbers
-        if "image_ids/numbers" in seal.arrays:
-            self.numbered = self._map("image_ids/numbers", "|u1", 1, rows) != 0
-        texts, words = self._strings("captions"), self._strings("words")
-        tokens: NDArray[np.int32] = self._map("captions/tokens", "<i4", 1)
-        self.captions = CaptionTable(
-            texts=texts,
-            rows=self._map("captions/rows", "<i4", 1, len(texts)),
-            tokens=tokens,
-            token_offsets=self._offsets("captions/token_offsets", len(tokens), len(texts)),
-            words=words,
-            counts=self._map("words/counts", "<i8", 1, len(words)),
-            tokenizer=str(seal.attributes.get("tokenizer", FIRST_TOKENIZER)),
-        )
         self.encoder, self.batch_rows, self.shard = made_by(seal.attributes)
         self.photos_sha256 = str(seal.attributes["photos_sha256"])
         self.captions_sha256 = str(seal.attributes["captions_sha256"])
+        self.tokenizer = str(seal.attributes.get("tokenizer", FIRST_TOKENIZER))
         first_versions = json.loads(str(seal.attributes["library_versions"]))
         self.later_versions: NDArray[np.uint8] = np.zeros(0, np.uint8)
         if "later_versions" in seal.arrays:
@@ -154,7 +143,19 @@ class FeatureCache:
                 *unpack_versions(self.later_versions.tobytes())[0],
             ]
         )
-        captions = self.captions
+        for name in ("image_ids", "paths"):
+            self._map(f"{name}/text", "|u1", 1)
+            self._map(f"{name}/offsets", "<i8", 1, rows + 1)
+        if "image_ids/numbers" in seal.arrays:
+            self._map("image_ids/numbers", "|u1", 1, rows)
+        self._map("captions/text", "|u1", 1)
+        self._map("captions/tokens", "<i4", 1)
+        self.caption_count: int = len(self._map("captions/rows", "<i4", 1))
+        for name in ("captions/offsets", "captions/token_offsets"):
+            self._map(name, "<i8", 1, self.caption_count + 1)
+        self._map("words/text", "|u1", 1)
+        self.word_count: int = len(self._map("words/counts", "<i8", 1))
+        self._map("words/offsets", "<i8", 1, self.word_count + 1)
         shape = (rows, len(self.encoder.views), self.encoder.feature_dim)
         self.shards: ShardedFeatures | None = None  # of a catalogue
         if "features" in seal.arrays:
@@ -166,15 +167,73 @@ class FeatureCache:
             self.features.shape != shape
             or self.digests.shape != (rows, DIGEST_BYTES)
             or self.error_bytes.shape != (rows, ERROR_BYTES)
-            or not _within(captions.rows, rows)
-            or (np.diff(captions.rows) < 0).any()
-            or not _within(captions.tokens, len(words))
-            or (captions.counts < 1).any()
-            or (np.diff(captions.counts) > 0).any()
         ):
-            raise CacheError("damaged (its arrays do not fit together); extract again")
+            raise CacheError(_DO_NOT_FIT)
         if self.status.max(initial=0) > UNREADABLE:
             raise CacheError("damaged (a row has an unknown status); extract again")
+
+    @functools.cached_property
+    def image_ids(self) -> Strings:
+        """N ids. Raises CacheError if they are damaged."""
+        with self._reading():
+            return self._strings("image_ids")
+
+    @functools.cached_property
+    def paths(self) -> Strings:
+        """N paths below the image folder. Raises CacheError if they are damaged."""
+        with self._reading():
+            return self._strings("paths")
+
+    @functools.cached_property
+    def numbered(self) -> NDArray[np.bool_] | None:
+        """(N,) which ids are numbers; None if that is unknown. Raises CacheError."""
+        if "image_ids/numbers" not in self._regions:
+            return None
+        with self._reading():
+            numbers: NDArray[np.uint8] = self._fixed("image_ids/numbers", "|u1", 1)
+            return numbers.astype(bool)
+
+    @functools.cached_property
+    def captions(self) -> CaptionTable:
+        """All captions; `caption_count` and `word_count` tell their numbers without reading them.
+
+        Raises CacheError if they are damaged.
+        """
+        with self._reading():
+            texts, words = self._strings("captions"), self._strings("words")
+            tokens: NDArray[np.int32] = self._fixed("captions/tokens", "<i4", 1)
+            captions = CaptionTable(
+                texts=texts,
+                rows=self._fixed("captions/rows", "<i4", 1),
+                tokens=tokens,
+                token_offsets=self._offsets("captions/token_offsets", len(tokens)),
+                words=words,
+                counts=self._fixed("words/counts", "<i8", 1),
+                tokenizer=self.tokenizer,
+            )
+            if (
+                not _within(captions.rows, len(self))
+                or (np.diff(captions.rows) < 0).any()
+                or not _within(captions.tokens, len(words))
+                or (captions.counts < 1).any()
+                or (np.diff(captions.counts) > 0).any()
+            ):
+                raise CacheError(_DO_NOT_FIT)
+            return captions
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """For arrays that are read after opening, when the file may have become another."""
+        self.check_unchanged()
+        with _naming(self.path):
+            yield
+
+    def check(self) -> None:
+        """Raise CacheError if names or captions are damaged. The rows have checksums of their own,
+        see `cache.verify`.
+        """
+        for name in ("image_ids", "paths", "numbered", "captions"):
+            getattr(self, name)
 
     def _map(self, name: str, dtype: str, dimensions: int, rows: int | None = None) -> NDArray[Any]:
         region = self._regions[name]
@@ -186,22 +245,29 @@ class FeatureCache:
             return np.zeros(region.shape, region.dtype)
         return np.ndarray(region.shape, region.dtype, self._mapped, region.offset)
 
-    def _offsets(self, name: str, end: int, parts: int | None = None) -> NDArray[np.int64]:
+    def _fixed(self, name: str, dtype: str, dimensions: int) -> NDArray[Any]:
+        """Map an array that never changes, after a look at its checksum."""
+        check_array(self._fd, self._seal, name)
+        return self._map(name, dtype, dimensions)
+
+    def _offsets(self, name: str, end: int) -> NDArray[np.int64]:
         """Map the offsets of consecutive parts, the last of which ends at `end`."""
-        offsets = self._map(name, "<i8", 1, None if parts is None else parts + 1)
+        offsets = self._fixed(name, "<i8", 1)
         if not len(offsets) or offsets[0] or offsets[-1] != end or (np.diff(offsets) < 0).any():
             raise CacheError(f"damaged ({name} are not ascending); extract again")
         return offsets
 
-    def _strings(self, name: str, count: int | None = None) -> Strings:
-        text: NDArray[np.uint8] = self._map(f"{name}/text", "|u1", 1)
-        return Strings(text, self._offsets(f"{name}/offsets", len(text), count))
+    def _strings(self, name: str) -> Strings:
+        text: NDArray[np.uint8] = self._fixed(f"{name}/text", "|u1", 1)
+        return Strings(text, self._offsets(f"{name}/offsets", len(text)))
 
     def _open_shards(self, row_shape: tuple[int, int]) -> ShardedFeatures:
         paths = self._strings("shards/paths")
-        rows: NDArray[np.int64] = self._map("shards/rows", "<i8", 1, len(paths))
-        sizes: NDArray[np.int64] = self._map("shards/sizes", "<i8", 1, len(paths))
-        seals: NDArray[np.uint8] = self._map("shards/seals", "|u1", 2, len(paths))
+        rows: NDArray[np.int64] = self._fixed("shards/rows", "<i8", 1)
+        sizes: NDArray[np.int64] = self._fixed("shards/sizes", "<i8", 1)
+        seals: NDArray[np.uint8] = self._fixed("shards/seals", "|u1", 2)
+        if {len(rows), len(sizes), len(seals)} != {len(paths)}:
+            raise CacheError("damaged (its list of caches is invalid)")
         if (rows < 0).any() or seals.shape[1] != SEAL_DIGEST_BYTES:
             raise CacheError("damaged (its list of caches is invalid)")
         return ShardedFeatures(
@@ -363,6 +429,19 @@ class FeatureCache:
             )
             for n, row in enumerate(rows.tolist())
         ]
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what damaged content raises into a CacheError that names the file."""
+    try:
+        yield
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from None
+    except OSError as error:
+        raise CacheError(f"{path}: cannot read ({error.strerror})") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        raise CacheError(f"{path}: damaged (its record is invalid)") from None
 
 
 def _open(path: Path) -> int:

@@ -103,8 +103,9 @@ def verify(
     digest_of: reads a photo, by its path in the cache, and returns its (16,) uint8 digest, or
     raises OSError. images: where the photos are, in words. sample: number of photos, for which
     `images` and `digest_of` are needed. Returns the report and the sampled
-    rows whose photos are unchanged. The seal was already checked when the cache was opened.
+    rows whose photos are unchanged. Raises CacheError if what the seal covers is damaged.
     """
+    cache.check()
     finished = np.flatnonzero(cache.status != PENDING)
     damaged = [
         f"{cache.paths[row]}: row {row} {what}" for row, what in damaged_rows(cache, finished)

@@ -44,8 +44,18 @@ def forge(whole: bytes, record: dict[str, Any]) -> bytes:
 
 
 def reseal(whole: bytes, record: dict[str, Any]) -> bytes:
-    """`forge`, with the checksum over the fixed bytes recomputed."""
+    """`forge`, with the checksums over the fixed bytes recomputed."""
     record = copy.deepcopy(record)
+    between, end = 0, seal.SEAL_BYTES
+    for name, (dtype, shape, offset) in sorted(
+        record["arrays"].items(), key=lambda item: int(item[1][2])
+    ):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size:
+            between, end = zlib.crc32(whole[end:offset], between), offset + size
+            if name not in seal.MUTABLE:
+                record["crc32s"][name] = zlib.crc32(whole[offset:end])
+    record["crc32s"][""] = zlib.crc32(whole[end:], between)
     crc, position = 0, seal.SEAL_BYTES
     mutable = sorted(
         (record["arrays"][name][2], *record["arrays"][name][:2]) for name in seal.MUTABLE
@@ -241,13 +251,60 @@ def replaced(name: str, values: Any, dtype: str) -> Callable[[bytes], bytes]:
         replaced("words/counts", [1, 2, 2], "<i8"),
     ],
 )
-def test_numbers_that_would_be_indices_are_checked_at_opening(
-    tmp_path: Path, change: Callable[[bytes], bytes]
+@pytest.mark.parametrize("by_array", [True, False])
+def test_numbers_that_would_be_indices_are_checked_before_they_are_used(
+    tmp_path: Path, change: Callable[[bytes], bytes], by_array: bool
 ) -> None:
     path = tmp_path / "x.h5"
     fill(path)
-    path.write_bytes(change(path.read_bytes()))
+    whole = change(path.read_bytes())
+    if not by_array:  # as before there were checksums of single arrays
+        record = read_record(whole)
+        del record["crc32s"]
+        whole = forge(whole, record)
+    path.write_bytes(whole)
     with pytest.raises(CacheError, match="damaged"):
+        open_cache(path).check()
+
+
+@pytest.mark.parametrize("name", ["image_ids", "paths", "captions", "words"])
+def test_names_and_captions_are_read_and_checked_when_they_are_used(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.h5"
+    fill(path)
+    whole, record = bytearray(path.read_bytes()), read_record(path.read_bytes())
+    whole[record["arrays"][f"{name}/text"][2]] ^= 1
+    path.write_bytes(whole)
+    cache = open_cache(path)
+    assert (cache.caption_count, cache.word_count) == (
+        record["arrays"]["captions/rows"][1][0],
+        record["arrays"]["words/counts"][1][0],
+    )
+    for attribute in ("image_ids", "paths", "captions"):
+        if attribute == name.replace("words", "captions"):
+            with pytest.raises(CacheError, match=rf"x\.h5: damaged \({name}/text changed\)"):
+                getattr(cache, attribute)
+        else:
+            getattr(cache, attribute)
+    with pytest.raises(CacheError, match="changed"):
+        verify(cache)
+    del record["crc32s"]
+    path.write_bytes(forge(bytes(whole), record))
+    with pytest.raises(CacheError, match="names, captions or structure changed"):
+        open_cache(path)
+
+
+@pytest.mark.parametrize("change", [lambda found: found.pop("paths/text"), dict.clear])
+def test_a_seal_that_lacks_checksums_is_refused(
+    change: Callable[[dict[str, int]], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.h5"
+    fill(path)
+    record = read_record(path.read_bytes())
+    change(record["crc32s"])
+    path.write_bytes(forge(path.read_bytes(), record))
+    with pytest.raises(CacheError, match="the seal is invalid"):
         open_cache(path)
 
 
