@@ -24,7 +24,7 @@ from cache.record import (
 from cache.store import DIGEST_BYTES, DONE, FeatureCache, open_cache
 from cache.writer import new_cache
 
-_BLOCK_BYTES = 1 << 24  # of features, copied at a time
+_BLOCK_BYTES = 1 << 20  # of features, copied at a time; it stays in the processor's cache
 _BLOCK_TOKENS = 1 << 20
 
 

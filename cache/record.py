@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from cache.errors import CapError
 
+_NEAR_BYTES = 1 << 16
+
 FIRST_TOKENIZER = "treebank"  # the only one of 0.1.0, whose caches do not name it
 
 
@@ -92,6 +94,18 @@ class Strings(Sequence[str]):
     def raw(self, index: int) -> bytes:
         """The bytes of one string, from index 0 on."""
         return self.text[int(self.offsets[index]) : int(self.offsets[index + 1])].tobytes()
+
+    def raws(self, index: NDArray[np.int64]) -> list[bytes]:
+        """The bytes of these strings, from index 0 on. Faster than one by one if they are near."""
+        if not len(index):
+            return []
+        starts, stops = self.offsets[index], self.offsets[index + 1]
+        first, last = int(starts.min()), int(stops.max())
+        if last - first > 4 * int((stops - starts).sum()) + _NEAR_BYTES:
+            return [self.raw(each) for each in index.tolist()]
+        data = self.text[first:last].tobytes()
+        bounds = zip((starts - first).tolist(), (stops - first).tolist(), strict=True)
+        return [data[start:stop] for start, stop in bounds]
 
     def __iter__(self) -> Iterator[str]:
         data = self.text.tobytes()

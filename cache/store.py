@@ -417,18 +417,17 @@ class FeatureCache:
         """
         heads = np.hstack([self.digests[rows], self.error_bytes[rows]])
         bodies = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
-        head_bytes, body_bytes = heads.shape[1], features[:1].nbytes
-        flat = heads.reshape(-1).data
+        size, body = heads.shape[1], features[:1].nbytes
+        head = heads.reshape(-1).data
         done, expected = (self.status[rows] == DONE).tolist(), self.checksums[rows].tolist()
-        return [
-            expected[n]
-            == self._crc32(
-                row,
-                flat[n * head_bytes : (n + 1) * head_bytes],
-                bodies[n * body_bytes : (n + 1) * body_bytes] if done[n] else None,
-            )
-            for n, row in enumerate(rows.tolist())
-        ]
+        paths = self.paths.raws(rows) if self.format_version > 2 else [b""] * len(rows)
+        crc32, found = zlib.crc32, []
+        for n, path in enumerate(paths):
+            crc = crc32(head[n * size : (n + 1) * size], crc32(path))
+            if done[n]:
+                crc = crc32(bodies[n * body : (n + 1) * body], crc)
+            found.append(crc == expected[n])
+        return found
 
 
 @contextlib.contextmanager

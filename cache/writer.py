@@ -111,24 +111,26 @@ class CacheWriter:
         self._record(source.library_versions)
         status = source.status[source_rows]
         features = source.read_rows(source_rows)
-        features[status != DONE] = 0  # they were never written and may have any content
-        digests, errors = source.digests[source_rows], source.error_bytes[source_rows]
-        checksums = np.empty(len(rows), np.uint32)
-        pairs = zip(rows.tolist(), source_rows.tolist(), strict=True)
-        for place, (row, source_row) in enumerate(pairs):
-            kept = features[place] if status[place] == DONE else None
-            content = digests[place], errors[place], kept
-            intact = source.checksum(source_row, *content) == source.checksums[source_row]
-            if status[place] == PENDING or (
-                not intact and status[place] != source.status[source_row]
-            ):
+        if (status == PENDING).any():
+            raise CacheError(f"{source.path}: another process is writing it")
+        intact = source.intact(source_rows, features)
+        if not all(intact):
+            source_row = int(source_rows[intact.index(False)])
+            if (source.status[source_rows] != status).any():
                 raise CacheError(f"{source.path}: another process is writing it")
-            if not intact:
-                raise CacheError(
-                    f"{source.path}: row {source_row} ({source.paths[source_row]}) "
-                    "does not match its checksum"
-                )
-            checksums[place] = self.cache.checksum(row, *content)
+            raise CacheError(
+                f"{source.path}: row {source_row} ({source.paths[source_row]}) "
+                "does not match its checksum"
+            )
+        if not (status == DONE).all():
+            features[status != DONE] = 0  # they were never written and may have any content
+        digests, errors = source.digests[source_rows], source.error_bytes[source_rows]
+        checksums = source.checksums[source_rows]
+        if self._paths_matter(rows, source, source_rows):
+            contents = zip(rows.tolist(), digests, errors, features, status, strict=True)
+            for place, (row, digest, error, values, state) in enumerate(contents):
+                kept = values if state == DONE else None
+                checksums[place] = self.cache.checksum(row, digest, error, kept)
         for run in runs(rows):
             first = int(rows[run.start])
             self._put("features", first, features[run])
@@ -137,6 +139,15 @@ class CacheWriter:
             self._put("checksums", first, checksums[run])
         for kind in (DONE, UNREADABLE):
             self._mark(rows[status == kind], kind)
+
+    def _paths_matter(
+        self, rows: NDArray[np.int64], source: FeatureCache, source_rows: NDArray[np.int64]
+    ) -> bool:
+        """Whether the checksums of these rows differ from those of the source's."""
+        covered = self.cache.format_version > 2
+        if covered != (source.format_version > 2):
+            return True
+        return covered and self.cache.paths.raws(rows) != source.paths.raws(source_rows)
 
     def retry_unreadable(self) -> int:
         """Make all unreadable rows pending again. Returns how many there were."""
@@ -226,7 +237,7 @@ class CacheWriter:
         self._check_usable()
         region = self.cache.region(name)
         stride = math.prod(region.shape[1:]) * region.dtype.itemsize
-        data = memoryview(np.ascontiguousarray(values, region.dtype).tobytes())
+        data = np.ascontiguousarray(values, region.dtype).reshape(-1).view(np.uint8).data
         position = region.offset + row * stride
         try:
             while data:

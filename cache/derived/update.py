@@ -12,7 +12,7 @@ from cache.record import CacheError, Skeleton
 from cache.store import PENDING, FeatureCache
 from cache.writer import new_cache
 
-_BLOCK_BYTES = 1 << 24  # of features, copied at a time
+_BLOCK_BYTES = 1 << 20  # of features, copied at a time; it stays in the processor's cache
 
 
 def update_cache(path: Path, skeleton: Skeleton, old_rows: NDArray[np.int64]) -> None:

@@ -259,3 +259,12 @@ def test_features_load_as_they_are_mapped(tmp_path: Path) -> None:
     assert loaded.tobytes() == cache.features.tobytes()
     loaded[:] = 0  # a copy in memory, not the file
     assert cache.features.any()
+
+
+@pytest.mark.parametrize("between", [0, 10, 70_000])
+def test_the_bytes_of_several_strings_are_those_of_each(between: int) -> None:
+    """Near ones are read together, far ones each for itself."""
+    strings = Strings.pack(["a", "", "bé", "c" * between, "\udcff", "d"])
+    index = np.array([5, 0, 2, 4, 2, 1])
+    assert strings.raws(index) == [strings.raw(row) for row in index.tolist()]
+    assert strings.raws(index[:0]) == []
