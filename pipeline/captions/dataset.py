@@ -6,7 +6,9 @@ as the captions file writes it, or its path), never by its position in a list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -43,6 +45,20 @@ class Dataset:
         return [line for source in self.sources for line in source.lines()] + self.notes
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's collector would walk through a growing million of objects again and again, and they
+    hold no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collector()
 def read_photos(
     images: Path | str | Source,
     captions: Captions | None = None,
@@ -138,6 +154,7 @@ def _containers_in(found: FolderPhotos) -> str:
     return ""
 
 
+@_without_collector()
 def read_captions(
     captions: Captions,
     *,

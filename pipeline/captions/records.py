@@ -16,6 +16,7 @@ _SHOWN_LETTERS = 60
 # A longer text is no caption, but a line that lost its end or a photo's bytes.
 _LONGEST_CAPTION = 20_000
 # How programs write that there is no caption.
+_LONGEST_NOTHING = 5
 _NOTHING = frozenset(("nan", "null", "none", "na", "n/a", "<na>", "#n/a"))
 
 
@@ -58,9 +59,13 @@ class Reading:
         if image_id is not None and self.ids.setdefault(name, image_id) != image_id:
             self.ids_differ = True
         for text in texts:
-            caption = self._caption(text)
-            if caption:
-                captions.append(caption)
+            if type(text) is str:
+                caption = " ".join(text.split())
+                if _LONGEST_NOTHING < len(caption) <= _LONGEST_CAPTION:  # nearly all
+                    captions.append(caption)
+                    continue
+            if (kept := self._caption(text)) is not None:
+                captions.append(kept)
 
     def _caption(self, text: object) -> str | None:
         if text is None:
@@ -73,7 +78,7 @@ class Reading:
         if not caption:
             self.left_out["empty"] += 1
             return None
-        if len(caption) <= 5 and caption.lower() in _NOTHING:
+        if len(caption) <= _LONGEST_NOTHING and caption.lower() in _NOTHING:
             self.left_out[f"“{caption}”"] += 1
             return None
         if len(caption) > _LONGEST_CAPTION:

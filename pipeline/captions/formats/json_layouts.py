@@ -84,10 +84,16 @@ def _images(images: list[Any], reading: Reading) -> list[dict[str, Any]]:
 
 
 def _notes(notes: list[Any], reading: Reading) -> list[dict[str, Any]]:
-    good = []
+    good, known = [], dict[int, str]()
     for number, note in enumerate(notes, 1):
         reading.rows += 1
-        image_id = _id(note.get("image_id")) if isinstance(note, dict) else None
+        value = note.get("image_id") if isinstance(note, dict) else None
+        if type(value) is int:  # nearly all; five captions have the id of one photo
+            image_id = known.get(value)
+            if image_id is None:
+                image_id = known[value] = image_id_of(value)
+        else:
+            image_id = _id(value)
         if image_id is None or "caption" not in note:
             reading.fault(f"annotation {number}", _shown(note), "no image_id and caption")
             continue

@@ -95,6 +95,7 @@ def read_table(
     rows = _rows(chain(sample, numbered), layout, index)
     if layout.header is not None:
         next(rows)
+    cell = name = ""
     for row in rows:
         reading.rows += 1
         cells, fault = _cells(row, layout)
@@ -110,7 +111,10 @@ def read_table(
         if reasons:
             reading.left_out[reasons[0]] += len(texts)
             texts = []
-        reading.add(_name(cells[columns.photo], index), texts)
+        if cells[columns.photo] != cell:  # a photo's captions mostly follow one another
+            cell = cells[columns.photo]
+            name = _name(cell, index)
+        reading.add(name, texts)
     if wanted is not None and not wanted <= known:
         raise unknown_splits(path, wanted, known)
     reading.check(_HELP)
@@ -131,6 +135,10 @@ def _cells(row: Row, layout: _Layout) -> tuple[list[str], str]:
     cells, width = row.cells, layout.width
     photo, captions = layout.columns.photo, layout.columns.captions
     fault = row.fault
+    if len(cells) == width and not fault and row.text.isascii():  # nearly all
+        cell = cells[photo]
+        if looks_like_photo(cell) or (cell.strip() and layout.columns.share <= 0):
+            return cells, ""
     surplus = len(cells) - width
     if surplus > 0 and not fault:
         while surplus and not cells[-1].strip():
