@@ -87,9 +87,9 @@ def import_torch() -> None:
     """Import PyTorch without its kernels for the meta device that are written in Python.
 
     They are three tenths of the import, because they bring all decompositions and reference
-    implementations along. Nothing but the meta device uses them, and what PyTorch's compiler needs
-    of them it imports itself. `import_meta_kernels` brings them back. Does nothing if PyTorch is
-    imported already.
+    implementations along. Nothing of ours uses them. PyTorch's compiler and FSDP do, and cannot be
+    imported without them: call `import_meta_kernels` before code that may import these. Does
+    nothing if PyTorch is imported already.
     """
     if "torch" in sys.modules:
         return

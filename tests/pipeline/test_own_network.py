@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,22 @@ def test_a_network_that_only_runs_in_float32_says_so(tmp_path: Path) -> None:
     assert precision == "float32"
     assert "cannot run in bfloat16 (" in notices[0]
     assert notices[0].endswith("); use --precision float32")
+
+
+def test_a_file_may_import_what_our_import_of_torch_leaves_out(tmp_path: Path) -> None:
+    """In a fresh process, because modules stay imported."""
+    path = tmp_path / "compiled.py"
+    path.write_text("import torch._dynamo, torch.distributed.fsdp\n" + CODE)
+    code = (
+        "from train.torch_import import import_torch\n"
+        "import_torch()\n"
+        "from pipeline.encoder.weights import load_backbone\n"
+        f"print(load_backbone({f'{path}:make_encoder'!r}, '').image_size)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.split() == ["64"]
 
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.encoder.errors import EncoderError
 from pipeline.encoder.networks.headless import Headless
 from pipeline.encoder.networks.sources import CodeFile
 from pipeline.photos.preprocessing import IMAGENET, Preprocessing
+from train.torch_import import import_meta_kernels
 
 _SEED = 0
 _KEYS = ("image_size", "filter", "mean", "std")
@@ -30,6 +31,7 @@ def own_network(code: CodeFile, content: bytes) -> Headless:
     module = ModuleType(code.path.stem)
     module.__file__ = str(code.path)
     where = f"{code.path}:{code.function}"
+    import_meta_kernels()  # the file may import anything
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)  # so that weights that the function draws are the same each time
         try:
