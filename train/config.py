@@ -75,12 +75,6 @@ class Recipe:
     label_smoothing: float = option(
         0.0, "Share of each target that is spread over all words.", min=0, max=0.9
     )
-    scheduled_sampling: float = option(
-        0.0,
-        "Share of input words that the model chose itself; grows from 0 to this over the epochs.",
-        min=0.0,
-        max=1.0,
-    )
     random_views: bool = option(
         True, "Train each caption on a random view of its photo, not always on the full one."
     )
@@ -101,11 +95,6 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises SettingError."""
         check_bounds(self)
-        if self.scheduled_sampling and self.epochs == 1:
-            raise SettingError(
-                "scheduled sampling grows from 0 over the epochs, so a single epoch has none; "
-                "raise --epochs or leave out --scheduled-sampling"
-            )
         for name in ("rate", "anchor", "photos", "samples"):
             field = f"self_critical_{name}"
             if not self.self_critical_epochs and getattr(self, field) != getattr(Recipe, field):

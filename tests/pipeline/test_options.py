@@ -117,7 +117,6 @@ def test_a_value_outside_the_bounds_is_exit_code_2_and_names_the_option(
         ("train", "--learning-rate=nan", "Invalid value"),
         ("train", "--val-share=nan", "Invalid value"),
         ("train", "--plain --precision=bfloat16", "--plain computes in float32"),
-        ("train", "--scheduled-sampling=0.2 --epochs=1", "so a single epoch has none"),
         ("train", "--resume --overwrite", "give one of them"),
         ("train", "--val-cache=v.h5 --val-share=0.1", "--val-share has no effect beside"),
         ("train", "--self-critical-rate=1e-4", "--self-critical-rate has no effect without"),

@@ -20,7 +20,6 @@ from train.model.flat_parameters import FlatParameters
 from train.step.cpu.objective import CpuObjective
 from train.step.dropout import Masks, draw_masks
 from train.step.packed_batch import PackedBatch, gather_packed, pack
-from train.step.scheduled_sampling import with_sampled_words
 from train.step.torch_kernels import TorchKernels
 
 FEATURES, WORDS = 20, 70
@@ -242,37 +241,6 @@ def test_dropout_masks_keep_the_right_share() -> None:
     again = [draw_masks(config, packed, torch.float32, 3) for _ in range(2)]
     assert torch.equal(again[0].layers[1], again[1].layers[1])
     assert draw_masks(DecoderConfig(5, 9), packed, torch.float32, 3) == Masks(None, None, ())
-
-
-def test_sampled_inputs_come_from_the_models_distribution() -> None:
-    """A decoder that is sure of one word replaces about the given share of the inputs with it."""
-    model = decoder()
-    model.head.bias.data[42] = 50.0
-    batch = ragged([9] * 40)
-    objective = fast(model, torch.float32)
-    mixed = with_sampled_words(objective, batch, 0.25, seed=0)
-    changed = mixed.inputs != batch.inputs
-    assert set(mixed.inputs[changed].tolist()) == {42}
-    assert 0.15 < float(changed.float().mean()) < 0.35
-    assert torch.equal(mixed.targets, batch.targets)
-    assert torch.equal(with_sampled_words(objective, batch, 0.25, seed=0).inputs, mixed.inputs)
-    assert not torch.equal(with_sampled_words(objective, batch, 0.25, seed=1).inputs, mixed.inputs)
-    short = ragged([5, 2, 1, 0])  # padding stays padding
-    mixed = with_sampled_words(objective, short, 1.0, seed=0)
-    assert torch.equal(mixed.inputs != PAD, short.inputs != PAD)
-
-
-def test_sampled_words_follow_their_probabilities() -> None:
-    model = decoder()
-    objective, batch = fast(model, torch.float32), ragged([1] * 2)
-    model.eval()
-    with torch.no_grad():
-        probs = model(batch.features, batch.inputs)[0, 0].softmax(-1)
-    draws = torch.linspace(0, 1, 20001)[:-1]
-    rows = torch.zeros(len(draws), dtype=torch.int64)
-    words = objective.sample_words(pack(batch, round_up=True), rows, draws)
-    shares = torch.bincount(words, minlength=WORDS) / len(draws)
-    assert float((shares - probs).abs().max()) < 2e-4
 
 
 def curves(make_cache: MakeCache, **changes: object) -> dict[str, list[float]]:

@@ -201,12 +201,6 @@ def test_both_objectives_agree_in_everything_else(
         assert_same_gradients(model, twin, bound)
     expected, loss = reference.loss(packed), objective.loss(packed)
     assert float(loss) == pytest.approx(float(expected), rel=bound)
-    rows = torch.arange(len(packed.words))
-    uniform = torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
-    same = objective.sample_words(packed, rows, uniform) == reference.sample_words(
-        packed, rows, uniform
-    )
-    assert same.float().mean() > (0.99 if dtype is torch.float32 else 0.9)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

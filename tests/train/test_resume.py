@@ -23,7 +23,7 @@ from train.model.bundle import load_bundle
         (5, {"dropout": 0.3, "plain": True}),
         (8, {"dropout": 0.3, "num_layers": 2, "precision": "float32"}),
         (16, {"self_critical_epochs": 1, "self_critical_photos": 4, "average_decay": 0.9}),
-        (9, dataclasses.asdict(dataclasses.replace(BEST, **SMALL)) | {"scheduled_sampling": 0.2}),
+        (9, dataclasses.asdict(dataclasses.replace(BEST, **SMALL))),
     ],
 )
 def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
@@ -138,3 +138,22 @@ def test_a_run_is_not_resumed_with_fewer_epochs_than_it_has_begun(
         with pytest.raises(TrainError, match=found):
             next(train(asked))
     list(train(config(cache, run, epochs=3, resume=True)))
+
+
+def test_a_run_with_a_setting_that_is_gone_goes_on_only_if_it_had_no_effect(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    list(train(config(cache, run, epochs=1)))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for share in (0.0, 0.2):
+        state["settings"]["scheduled_sampling"] = share
+        torch.save(state, run / "checkpoint.pt")
+        again = config(cache, run, epochs=2, resume=True)
+        if share:
+            with pytest.raises(TrainError, match="which no longer exists"):
+                next(train(again))
+        else:
+            list(train(again))
+            state = torch.load(run / "checkpoint.pt", weights_only=True)
+            assert "scheduled_sampling" not in state["settings"]

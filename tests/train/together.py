@@ -51,9 +51,7 @@ RECIPES: dict[str, Recipe] = {
     "self-critical": dataclasses.replace(
         NO_DROPOUT, epochs=1, self_critical_epochs=1, self_critical_photos=29
     ),
-    "dropout": dataclasses.replace(
-        BEST, **SMALL, dropout=0.3, feature_dropout=0.2, scheduled_sampling=0.3
-    ),
+    "dropout": dataclasses.replace(BEST, **SMALL, dropout=0.3, feature_dropout=0.2),
 }
 
 

@@ -68,6 +68,9 @@ _OTHER_DATA = {
     "checksums": "features of the same photos",
 }
 
+# Settings that earlier versions recorded, and their values that mean what is now always done.
+_REMOVED = {"scheduled_sampling": 0.0}
+
 
 def check_resumable(
     checkpoint: Checkpoint, config: TrainConfig, recipe: FixedRecipe, data: dict[str, str]
@@ -78,6 +81,13 @@ def check_resumable(
     """
     asked = run_settings(config)
     for name, value in checkpoint.settings.items():
+        if name in _REMOVED:
+            if value == _REMOVED[name]:
+                continue
+            raise TrainError(
+                f"{config.out}: was trained with {name} {value}, which no longer exists; begin "
+                "again with --overwrite, or give another --out"
+            )
         if asked.get(name) != value and not _may_change(name, checkpoint, config):
             raise TrainError(
                 f"{config.out}: was trained with {name} {value}, asked for {asked.get(name)}; "
@@ -130,7 +140,7 @@ def _may_change(name: str, checkpoint: Checkpoint, config: TrainConfig) -> bool:
     if name == "epochs":
         # More can be added as long as nothing in an epoch depends on their number.
         recipe = config.recipe
-        return recipe.decay == "constant" and not recipe.warmup and not recipe.scheduled_sampling
+        return recipe.decay == "constant" and not recipe.warmup
     return name.startswith("self_critical")
 
 

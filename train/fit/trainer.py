@@ -35,7 +35,6 @@ from train.step.objective import flat_parameters, objective_for, product_dtype
 from train.step.packed_batch import PackedBatch, gather_packed, pack
 from train.step.processes.group import Processes
 from train.step.processes.launch import ProcessesError
-from train.step.scheduled_sampling import with_sampled_words
 from train.step.update.optimizer import FlatAdamW, learning_rate
 from train.step.update.weight_average import WeightAverage
 
@@ -117,7 +116,7 @@ class Trainer:
         self._processes = processes
         self._batches = 0  # a checksum of those that several processes have gone through
         self.graphs: GraphedSteps | None = None
-        if device.type == "cuda" and not plain and not recipe.scheduled_sampling:
+        if device.type == "cuda" and not plain:
             # A sum over processes is no part of a graph, so neither is the optimizer then.
             step = self._gather_and_update if processes is None else self._gather_and_differentiate
             self.graphs = GraphedSteps(step, lambda: self.objective.generation)
@@ -180,7 +179,7 @@ class Trainer:
             chosen_steps = self._streamed(self._order, epoch, count, first_step)
         for step, (chosen, chosen_views) in enumerate(chosen_steps, first_step):
             position = epoch * steps + step
-            loss = self._step(chosen, chosen_views, epoch, position, recipe.epochs * steps)
+            loss = self._step(chosen, chosen_views, position, recipe.epochs * steps)
             yield StepResult(epoch, step, steps, len(chosen), loss)
 
     def _streamed(
@@ -255,7 +254,6 @@ class Trainer:
         self,
         chosen: NDArray[np.int64],
         views: NDArray[np.int64] | None,
-        epoch: int,
         position: int,
         steps: int,
     ) -> Tensor:
@@ -270,11 +268,8 @@ class Trainer:
         if self.average is not None:
             self.average.set_step(position)
         if self._processes is not None:
-            return self._step_together(self._processes, chosen, views, epoch, seed)
+            return self._step_together(self._processes, chosen, views, seed)
         batch = self.captions.batch(chosen, views)
-        share = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
-        if share:
-            batch = with_sampled_words(self.objective, batch, share, seed)
         if self._plain:
             return self._plain_update(batch, seed)
         if self.captions.device.type == "cuda":  # dropout masks are drawn on the device
@@ -287,18 +282,14 @@ class Trainer:
         processes: Processes,
         chosen: NDArray[np.int64],
         views: NDArray[np.int64] | None,
-        epoch: int,
         seed: int,
     ) -> Tensor:
         """Train one batch, of which each process computes its share."""
-        captions, recipe = self.captions, self.recipe
+        captions = self.captions
         on_cpu = captions.device.type == "cpu"
         chosen, views = self._in_shared_order(chosen, views)
         share, idle = processes.share_of(len(chosen))
         batch = captions.batch(chosen[share], views[share])
-        sampled = recipe.scheduled_sampling * epoch / max(1, recipe.epochs - 1)
-        if sampled:
-            batch = with_sampled_words(self.objective, batch, sampled, processes.own_seed(seed))
         packed = dataclasses.replace(
             pack(batch, round_up=on_cpu),
             features=captions.photo_features(captions.feature_rows[chosen], views),

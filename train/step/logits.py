@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from train.captions.vocabulary import END
@@ -22,13 +21,3 @@ def rule_out_undrawn_words(logits: Tensor, first_rows: int) -> None:
     for word in NEVER_GENERATED:
         logits[:, word] = IMPOSSIBLE_LOGIT
     logits[:first_rows, END] = IMPOSSIBLE_LOGIT
-
-
-def draw_words(logits: Tensor, uniform: Tensor, vocab_size: int) -> Tensor:
-    """One word per row, drawn from the softmax of the logits: (K,) int64.
-
-    logits: (K, padded W). uniform: (K,) float32 in [0, 1); the same numbers draw the same words.
-    """
-    cumulative = logits.float().softmax(1).cumsum(1)
-    words = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:]).squeeze(1)
-    return words.clamp_max(vocab_size - 1)

@@ -30,13 +30,12 @@ from train.step.buffers import Buffers
 from train.step.cpu.lstm import LstmStates, lstm_backward, lstm_forward
 from train.step.cpu.matmul import multiply
 from train.step.dropout import NO_MASKS, Masks
-from train.step.logits import draw_words, rule_out_undrawn_words
+from train.step.logits import rule_out_undrawn_words
 from train.step.packed_batch import PackedBatch, of_all_photos
 
 # The softmax takes this many rows of float32 logits at a time: some megabytes, which fit a CPU's
 # cache.
 _SOFTMAX_ROWS = 128
-_SAMPLED_ROWS_MULTIPLE = 64
 # Below this, the loss is not taken of the probability, which float32 cannot hold much further down.
 _LEAST_PROBABILITY = 1e-30
 
@@ -109,19 +108,6 @@ class CpuObjective:
         )
         self._backward(batch, masks, states, logits, smoothing_factors if smoothing else None)
         return loss
-
-    @torch.no_grad()
-    def sample_words(self, batch: PackedBatch, rows: Tensor, uniform: Tensor) -> Tensor:
-        """Draw the word that follows each of these rows from the model, without dropout.
-
-        rows: (K,) int64, of the batch. uniform: (K,) numbers in [0, 1). Returns (K,) int64.
-        """
-        # Extra rows make a size that oneDNN has a kernel for already; their results are not used.
-        extra = -len(rows) % _SAMPLED_ROWS_MULTIPLE
-        padded_rows = torch.nn.functional.pad(rows, (0, extra))
-        before_head = self._hidden(batch, NO_MASKS, training=False).before_head[padded_rows]
-        logits = torch.addmm(self._bias("head.bias"), before_head, self._weight(self._head))
-        return draw_words(logits[: len(rows)], uniform, self.config.vocab_size)
 
     def _weight(self, name: str) -> Tensor:
         return self.parameters.matrix(name, self._product_values)  # (in, out)

@@ -28,7 +28,7 @@ from train.step.buffers import Buffers
 from train.step.cuda.kernel_choice import kernels_for
 from train.step.dropout import NO_MASKS, Masks
 from train.step.kernels import Kernels
-from train.step.logits import draw_words, rule_out_undrawn_words
+from train.step.logits import rule_out_undrawn_words
 from train.step.packed_batch import PackedBatch, of_all_photos
 
 
@@ -121,13 +121,6 @@ class CudaObjective:
         loss = self._cross_entropy(batch, logits, weights, smoothing, buffers)
         self._backward(batch, masks, states, logits)
         return loss
-
-    @torch.no_grad()
-    def sample_words(self, batch: PackedBatch, rows: Tensor, uniform: Tensor) -> Tensor:
-        """As `CpuObjective.sample_words`."""
-        buffers = self._evaluation
-        before_head = self._hidden(batch, NO_MASKS, buffers, training=False).before_head[rows]
-        return draw_words(self._logits(before_head, buffers), uniform, self.config.vocab_size)
 
     def _value(self, name: str) -> Tensor:
         return self.parameters.memory(name, self.parameters.values)  # float32
