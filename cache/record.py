@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cache.errors import CapError
 
 _NEAR_BYTES = 1 << 16
+_ITERATED = 1 << 14  # strings at a time, so that the rest stays packed
 
 FIRST_TOKENIZER = "treebank"  # the only one of 0.1.0, whose caches do not name it
 
@@ -108,10 +109,11 @@ class Strings(Sequence[str]):
         return [data[start:stop] for start, stop in bounds]
 
     def __iter__(self) -> Iterator[str]:
-        data = self.text.tobytes()
-        bounds = self.offsets.tolist()
-        for start, stop in pairwise(bounds):
-            yield data[start:stop].decode("utf-8", "surrogateescape")
+        for first in range(0, len(self), _ITERATED):
+            bounds = self.offsets[first : first + _ITERATED + 1].tolist()
+            data = self.text[bounds[0] : bounds[-1]].tobytes()
+            for start, stop in pairwise(bound - bounds[0] for bound in bounds):
+                yield data[start:stop].decode("utf-8", "surrogateescape")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Strings):
@@ -126,6 +128,26 @@ class Strings(Sequence[str]):
             return self
         lengths = np.diff(self.offsets)
         return Strings(self.text[np.repeat(kept, lengths)], offsets_of(lengths[kept]))
+
+    def part(self, start: int, stop: int) -> Strings:
+        """The strings `start` to `stop` - 1, without copying their bytes."""
+        offsets = self.offsets[start : stop + 1]
+        return Strings(self.text[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def take(self, index: NDArray[np.int64]) -> Strings:
+        """The strings of these numbers (K,), in this order."""
+        starts, lengths = self.offsets[:-1][index], np.diff(self.offsets)[index]
+        offsets = offsets_of(lengths)
+        text = np.empty(offsets[-1], np.uint8)
+        for first in range(0, len(index), _ITERATED):
+            part = slice(first, first + _ITERATED)
+            ends = np.cumsum(lengths[part])
+            # For each byte its place in `self.text`.
+            places = np.arange(ends[-1]) + np.repeat(
+                starts[part] - ends + lengths[part], lengths[part]
+            )
+            text[offsets[first] : offsets[first] + ends[-1]] = self.text[places]
+        return Strings(text, offsets)
 
     @classmethod
     def join(cls, parts: Sequence[Strings]) -> Strings:
@@ -172,10 +194,10 @@ class CaptionTable:
 
     def part(self, start: int, stop: int) -> CaptionTable:
         """The captions `start` to `stop` - 1, without copies of texts and tokens."""
-        texts, tokens = self.texts.offsets[start : stop + 1], self.token_offsets[start : stop + 1]
+        tokens = self.token_offsets[start : stop + 1]
         return replace(
             self,
-            texts=Strings(self.texts.text[texts[0] : texts[-1]], texts - texts[0]),
+            texts=self.texts.part(start, stop),
             rows=self.rows[start:stop],
             tokens=self.tokens[tokens[0] : tokens[-1]],
             token_offsets=tokens - tokens[0],

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.record import Strings
 from pipeline.captions.formats.beside import SIDECAR, read_sidecars
 from pipeline.captions.formats.encoding import open_text
 from pipeline.captions.formats.inside import METADATA, read_metadata
@@ -20,7 +25,9 @@ from pipeline.captions.formats.json_files import read_json
 from pipeline.captions.formats.parquet_tables import is_parquet, read_parquet
 from pipeline.captions.formats.tables import read_table
 from pipeline.captions.formats.with_photos import MemberTexts, read_with_photos
+from pipeline.captions.image_ids import NumberId
 from pipeline.captions.photo_index import Matches, PhotoIndex
+from pipeline.captions.photos import Photos
 from pipeline.captions.records import Choice, DatasetError, Photo, Reading, check_text
 from pipeline.captions.understood import Understood, joined_notes, understood, what_is_there
 from pipeline.photos.folder import FolderPhotos, list_photos
@@ -37,7 +44,7 @@ Captions = Path | Sequence[Path]
 class Dataset:
     """Photos with captions, and what was understood of each source of captions."""
 
-    photos: list[Photo]
+    photos: Photos
     sources: list[Understood]
     notes: list[str]  # of all sources together, one line each
 
@@ -69,7 +76,7 @@ def read_photos(
     image_column: str | None = None,
     caption_column: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> list[Photo]:
+) -> Photos:
     """The photos to work on, in the order of the captions file, or else sorted by path. Photos of
     tars and Parquet files come in the order in which they lie, whatever the captions file has,
     because they are read one after the other.
@@ -96,13 +103,13 @@ def read_photos(
         if split is not None:
             raise DatasetError("--split needs a captions file with splits as --captions")
         found = source.photos()
-        photos = [Photo(path, path) for path in found.paths]
+        photos = Photos.pack(Photo(path, path) for path in found.paths)
         if isinstance(source, Collection):
             told += source.notices()
         elif line := found.notice():
             told.append(line)
         if only is not None:
-            photos = keep_listed(photos, only)
+            photos = photos.take(listed_rows(photos, only))
         if not photos:
             raise DatasetError(f"{source.label}: no photos found{_containers_in(found)}")
     else:
@@ -116,7 +123,8 @@ def read_photos(
             told += source.notices()
     if isinstance(source, Collection):
         source.forget_captions()
-        photos = sorted(photos, key=lambda photo: source.order(photo.path) or 0)
+        places = np.array([source.order(path) or 0 for path in photos.paths], np.int64)
+        photos = photos.take(np.argsort(places, kind="stable"))
     for line in told if say is not None else ():
         say(line)  # type: ignore[misc]
     photos = photos[:limit]
@@ -163,7 +171,7 @@ def read_captions(
     image_column: str | None = None,
     caption_column: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> list[Photo]:
+) -> Photos:
     """The photos of captions files of any layout.
 
     images: the image folder; without it, the paths of the photos are their names in the file. The
@@ -199,20 +207,16 @@ def read_dataset(
 
 def _dataset(readings: list[Reading], index: PhotoIndex | None, only: Path | None) -> Dataset:
     """What sources of captions say, joined by photo."""
-    matches = [index.match(reading.photos) if index is not None else None for reading in readings]
+    matches = [index.match(reading.names) if index is not None else None for reading in readings]
     photos, missing, ids_differ = _join(readings, matches)
     if only is not None:
-        kept = keep_listed([*photos, *missing], only)
-        known = {photo.path for photo in photos}
-        photos = [photo for photo in kept if photo.path in known]
+        rows = listed_rows(chain(photos, missing), only)
+        photos = photos.take(rows[rows < len(photos)])
     if index is not None and not photos:
         raise _none_found(index, readings, matches, bool(only))
     described = [
         understood(reading, match, index) for reading, match in zip(readings, matches, strict=True)
     ]
-    names = ", ".join(reading.source for reading in readings)
-    for photo in photos:
-        check_text(photo, names)
     return Dataset(photos, described, joined_notes(photos, ids_differ, len(readings)))
 
 
@@ -260,31 +264,77 @@ def _read_with_photos(asked: Path, source: Collection, choice: Choice) -> Readin
 
 def _join(
     readings: Sequence[Reading], matches: Sequence[Matches | None]
-) -> tuple[list[Photo], list[Photo], bool]:
+) -> tuple[Photos, list[Photo], bool]:
     """(photos with the captions of all sources, photos without a file, whether names have taken the
     place of ids because some ids stand for several photos).
+
+    Raises DatasetError for half of a character.
     """
-    captions: dict[str, list[str]] = {}
-    names: dict[str, str] = {}
-    ids: dict[str, str] = {}
+    numbers: dict[str, int] = {}  # of photos, by path
+    names: list[str] = []
+    ids: list[str] = []
     missing: dict[str, Photo] = {}
+    parts: list[tuple[Strings, NDArray[np.int32]]] = []
     for reading, match in zip(readings, matches, strict=True):
-        before = set(captions)
-        for name, texts in reading.photos.items():
-            path = name if match is None else match.paths.get(name)
+        photo_of = np.full(len(reading.names), -1, np.int32)
+        for name, number in reading.names.items():
+            path = name if match is None else match.paths[number]
+            image_id = reading.ids.get(name, name)
             if path is None:
-                missing.setdefault(name, Photo(reading.ids.get(name, name), name))
+                missing.setdefault(name, Photo(image_id, name))
                 continue
-            names.setdefault(path, name)
-            ids.setdefault(path, reading.ids.get(name, name))
-            known = captions.setdefault(path, [])
-            # Two files that overlap do not make a caption count twice.
-            known += [text for text in texts if text not in known] if path in before else texts
-    differ = len(set(ids.values())) < len(ids) or any(reading.ids_differ for reading in readings)
+            photo = numbers.setdefault(path, len(numbers))
+            if photo == len(names):
+                names.append(name)
+                ids.append(image_id)
+            photo_of[number] = photo
+            half = reading.half_of_a_character(number)
+            if half is not None or not path.isascii():
+                check_text(path, half, reading.source)
+        parts.append(reading.captions(photo_of))
+    unique = len(readings) == 1 and not readings[0].ids  # the names are the ids
+    differ = not unique and len(set(ids)) < len(ids)
+    differ |= any(reading.ids_differ for reading in readings)
     if differ:
-        ids = names if len(set(names.values())) == len(names) else {path: path for path in names}
-    photos = [Photo(ids[path], path, tuple(texts)) for path, texts in captions.items()]
+        ids = names if len(set(names)) == len(names) else list(numbers)
+    sources = ", ".join(reading.source for reading in readings)
+    for image_id in ids:
+        if not image_id.isascii():
+            check_text(image_id, None, sources)
+    texts, rows = parts[0] if len(parts) == 1 else _without_repetitions(parts)
+    photos = Photos(
+        Strings.pack(ids),
+        Strings.pack(numbers),
+        np.array([isinstance(image_id, NumberId) for image_id in ids], bool),
+        texts,
+        np.searchsorted(rows, np.arange(len(ids) + 1, dtype=np.int32)),
+    )
     return photos, list(missing.values()), differ
+
+
+def _without_repetitions(
+    parts: Sequence[tuple[Strings, NDArray[np.int32]]],
+) -> tuple[Strings, NDArray[np.int32]]:
+    """The captions of several sources, photo after photo, and the photo of each.
+
+    Two files that overlap do not make a caption count twice. Within one, it counts as it is there.
+    """
+    texts = Strings.join([part for part, _ in parts])
+    rows = np.concatenate([photos for _, photos in parts])
+    source = np.repeat(np.arange(len(parts)), [len(photos) for _, photos in parts])
+    order = np.argsort(rows, kind="stable")
+    rows, source = rows[order], source[order]
+    kept = np.ones(len(order), bool)
+    for photo in np.unique(rows[1:][(rows[1:] == rows[:-1]) & (source[1:] != source[:-1])]):
+        first, stop = np.searchsorted(rows, [photo, photo + 1])
+        before, found = set[bytes](), set[bytes]()
+        for place in range(first, stop):
+            if source[place] != source[place - 1]:
+                before |= found
+            text = texts.raw(int(order[place]))
+            kept[place] = text not in before
+            found.add(text)
+    return texts.take(order[kept]), rows[kept]
 
 
 def _none_found(
@@ -295,7 +345,7 @@ def _none_found(
 ) -> DatasetError:
     found = [match for match in matches if match is not None]
     sources = ", ".join(reading.source for reading in readings)
-    if listed and any(match.paths for match in found):
+    if listed and any(match.found for match in found):
         return DatasetError(f"{index.label}: none of the photos of --only is here")
     first = next((match for match in found if match.missing or match.ambiguous), None)
     if first is None:
@@ -305,8 +355,8 @@ def _none_found(
     )
 
 
-def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
-    """The photos that the file `only` names, one per line, with or without folders.
+def listed_rows(photos: Iterable[Photo], only: Path) -> NDArray[np.int64]:
+    """(K,) which photos the file `only` names, one per line, with or without folders.
 
     Raises DatasetError if it names a photo that is not among `photos`.
     """
@@ -314,10 +364,10 @@ def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
     with file:
         wanted = {line.strip() for line in file if line.strip()}
     kept, known = [], set[str]()
-    for photo in photos:
+    for row, photo in enumerate(photos):
         names = {photo.path, PurePosixPath(photo.path).name, photo.image_id}
         if not names.isdisjoint(wanted):
-            kept.append(photo)
+            kept.append(row)
             known |= names
     unknown = sorted(wanted - known)
     if unknown:
@@ -325,4 +375,4 @@ def keep_listed(photos: Sequence[Photo], only: Path) -> list[Photo]:
             f"{only}: {len(unknown):,} of {len(wanted):,} names are not among the photos "
             f"(first: {unknown[0]})"
         )
-    return kept
+    return np.array(kept, np.int64)

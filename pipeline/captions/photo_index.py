@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -41,6 +43,7 @@ def without_number(name: str) -> str:
     return _NUMBERED.sub("", name) if "#" in name else name
 
 
+@lru_cache(maxsize=1024)  # captions of one photo mostly follow one another
 def looks_like_photo(text: str) -> bool:
     """Whether a text looks like the name or the address of a photo."""
     text = text.strip()
@@ -60,12 +63,17 @@ class Match:
 
 @dataclass
 class Matches:
-    """The files of the names of one source, and the names without one."""
+    """The files of the N names of one source, and the names without one."""
 
-    paths: dict[str, str] = field(default_factory=dict)  # name → path below the folder
+    paths: list[str | None]  # N paths below the folder; None for a name without a file
     how: Counter[str] = field(default_factory=Counter)
     missing: list[str] = field(default_factory=list)
     ambiguous: list[str] = field(default_factory=list)  # names that fit several files, or share one
+
+    @property
+    def found(self) -> int:
+        """How many names have a file."""
+        return len(self.paths) - self.paths.count(None)
 
 
 class PhotoIndex:
@@ -86,45 +94,68 @@ class PhotoIndex:
         self._parents = tuple(_key(part) for part in self.images.resolve().parts[1:])
         self._roots = {str(self.images), os.path.abspath(self.images)}
         self._roots.add(os.path.realpath(self.images))
-        self._by_name: dict[str, list[str]] = {}
-        self._by_stem: dict[str, list[str]] | None = None
+        # Nearly all names are those of one file, and a list of one takes more than the rest.
+        self._by_name: dict[str, str | list[str]] = {}
+        self._keys: list[str] | None = None  # the same names, sorted, when they are first needed
         self.files = 0
         for path in paths:
-            self._by_name.setdefault(_key(path.rpartition("/")[2]), []).append(path)
+            first = self._by_name.setdefault(_key(path.rpartition("/")[2]), path)
+            if isinstance(first, list):
+                first.append(path)
+            elif first is not path:
+                self._by_name[_key(path.rpartition("/")[2])] = [first, path]
             self.files += 1
 
     def __contains__(self, path: str) -> bool:
-        return path in self._by_name.get(_key(path.rpartition("/")[2]), ())
+        return path in self._named(_key(path.rpartition("/")[2]))
+
+    def _named(self, key: str) -> Sequence[str]:
+        """The paths of all files of this name."""
+        return _listed(self._by_name.get(key, ()))
 
     def some_files(self) -> Iterator[str]:
-        return (path for paths in self._by_name.values() for path in paths)
+        return (path for paths in self._by_name.values() for path in _listed(paths))
 
-    def match(self, names: Iterable[str]) -> Matches:
+    def match(self, names: Sequence[str] | Mapping[str, int]) -> Matches:
         """Match all names of one source. Several names may stand for one file only if they differ
         in case, in how letters are composed, and the like.
         """
-        found, by_path = Matches(), dict[str, list[tuple[Match, str]]]()
-        for name in names:
+        found = Matches([])
+        first = dict[str, int]()  # by path, the number of the first name that claims it
+        claimed = dict[str, list[int]]()  # by path, if several names do
+        for number, name in enumerate(names):
             match = self.find(name)
             if match is None:
                 found.missing.append(name)
             elif match == _AMBIGUOUS:
                 found.ambiguous.append(name)
             else:
-                by_path.setdefault(match.path, []).append((match, name))
-        for path, claims in by_path.items():
-            most = max(match.agreeing for match, _ in claims)
-            best = [(match, name) for match, name in claims if match.agreeing == most]
-            # `train/1.jpg` and `val/1.jpg` cannot both be the `1.jpg` that is there.
-            rivals = {_key(name.replace("\\", "/")) for _, name in best}
-            if best[0][0].how != BY_PATH and len(rivals) > 1:
-                found.ambiguous.extend(name for _, name in claims)
-                continue
-            found.ambiguous.extend(name for match, name in claims if match.agreeing < most)
-            for match, name in best:
-                found.paths[name] = path
+                found.paths.append(match.path)
                 found.how[match.how] += 1
+                before = first.setdefault(match.path, number)
+                if before != number:
+                    claimed.setdefault(match.path, [before]).append(number)
+                continue
+            found.paths.append(None)
+        listed = list(names) if claimed else []
+        for numbers in claimed.values():
+            self._settle([(number, listed[number]) for number in numbers], found)
         return found
+
+    def _settle(self, claims: Sequence[tuple[int, str]], found: Matches) -> None:
+        """Take a file from those of several names, with their numbers, that fit it less."""
+        matches = [(number, name, self.find(name)) for number, name in claims]
+        most = max(match.agreeing for _, _, match in matches if match is not None)
+        best = [(name, match) for _, name, match in matches if match and match.agreeing == most]
+        # `train/1.jpg` and `val/1.jpg` cannot both be the `1.jpg` that is there.
+        rivals = {_key(name.replace("\\", "/")) for name, _ in best}
+        if best[0][1].how != BY_PATH and len(rivals) > 1:
+            most += 1  # none of them
+        for number, name, match in matches:
+            if match is not None and match.agreeing < most:
+                found.ambiguous.append(name)
+                found.paths[number] = None
+                found.how[match.how] -= 1
 
     def has(self, name: str) -> bool:
         """Whether a name stands for a file of the folder."""
@@ -149,10 +180,8 @@ class PhotoIndex:
         if not parts or len(name) > 4096 or "\0" in name:
             return None
         keys = [_key(part) for part in parts]
-        paths = self._by_name.get(keys[-1])
-        if paths is None:
-            paths = self._stems().get(keys[-1])
-        if paths is None:
+        paths = self._named(keys[-1]) or self._of_stem(keys[-1])
+        if not paths:
             return None
         plain = "/".join(parts)
         if plain in paths:
@@ -185,30 +214,36 @@ class PhotoIndex:
         best = [match for match, rank in zip(matches, ranks, strict=True) if rank == top]
         return best[0] if len(best) == 1 else _AMBIGUOUS
 
-    def _stems(self) -> Mapping[str, list[str]]:
-        """Paths by name without suffix. Other files than photos count where no photo has the stem,
-        because a photo's text lies beside it under the same name.
+    def _of_stem(self, stem: str) -> Sequence[str]:
+        """The paths of the files of this name without suffix. Other files than photos count where
+        no photo has the stem, because a photo's text lies beside it under the same name.
         """
-        if self._by_stem is None:
-            photos: dict[str, list[str]] = {}
-            others: dict[str, list[str]] = {}
-            for name, paths in self._by_name.items():
-                stem, dot, _ = name.rpartition(".")
-                if dot:
-                    kind = photos if _PHOTO_NAME.search(name) else others
-                    kind.setdefault(stem, []).extend(paths)
-            self._by_stem = others | photos
-        return self._by_stem
+        if self._keys is None:
+            self._keys = sorted(self._by_name)
+        photos, others = list[str](), list[str]()
+        begin = f"{stem}."
+        for place in range(bisect_left(self._keys, begin), len(self._keys)):
+            name = self._keys[place]
+            if not name.startswith(begin):
+                break
+            if "." not in name[len(begin) :]:
+                kind = photos if _PHOTO_NAME.search(name) else others
+                kind.extend(_listed(self._by_name[name]))
+        return photos or others
 
     def alike(self, name: str) -> str | None:
         """A file whose name looks like a name that was not found."""
         last = _key(name.replace("\\", "/").rpartition("/")[2])
         names = list(self._by_name)[:_COMPARED_NAMES]
         close = get_close_matches(last, names, n=1, cutoff=0.75)
-        return self._by_name[close[0]][0] if close else None
+        return self._named(close[0])[0] if close else None
 
 
 _AMBIGUOUS = Match("", "", 0)
+
+
+def _listed(paths: str | Sequence[str]) -> Sequence[str]:
+    return (paths,) if isinstance(paths, str) else paths
 
 
 def _key(name: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache.errors import CapError
+from cache.record import Strings
 
 # More of the rows than this share cannot be read: the file was probably misunderstood.
 _MOST_FAULTS = 0.1
@@ -43,7 +48,7 @@ class Reading:
     source: str
     format: str  # in words, as `CSV, ISO-8859-1`
     columns: str = ""  # in words, which column or field holds what
-    photos: dict[str, list[str]] = field(default_factory=dict)  # captions by name
+    names: dict[str, int] = field(default_factory=dict)  # of the photos, with their numbers
     ids: dict[str, str] = field(default_factory=dict)  # by name; the others have their name as id
     ids_differ: bool = False  # one photo has several
     rows: int = 0
@@ -52,20 +57,51 @@ class Reading:
     left_out: Counter[str] = field(default_factory=Counter)  # captions, by reason
     notes: list[str] = field(default_factory=list)  # what else the user should know
     encoding_guessed: bool = False
+    # Captions as they come: their bytes in UTF-8, where each one ends, and whose it is.
+    _texts: bytearray = field(default_factory=bytearray)
+    _ends: array[int] = field(default_factory=lambda: array("q", [0]))
+    _owners: array[int] = field(default_factory=lambda: array("i"))
+    _halves: dict[int, str] = field(default_factory=dict)  # captions that are no text, by photo
 
     def add(self, name: str, texts: Iterable[object], image_id: str | None = None) -> None:
         """Add captions of a photo, without the empty ones, which are counted."""
-        captions = self.photos.setdefault(name, [])
+        number = self.names.setdefault(name, len(self.names))
         if image_id is not None and self.ids.setdefault(name, image_id) != image_id:
             self.ids_differ = True
         for text in texts:
-            if type(text) is str:
-                caption = " ".join(text.split())
-                if _LONGEST_NOTHING < len(caption) <= _LONGEST_CAPTION:  # nearly all
-                    captions.append(caption)
-                    continue
-            if (kept := self._caption(text)) is not None:
-                captions.append(kept)
+            caption = " ".join(text.split()) if type(text) is str else None
+            if caption is None or not _LONGEST_NOTHING < len(caption) <= _LONGEST_CAPTION:
+                caption = self._caption(text)  # hardly any
+            if caption is None:
+                continue
+            try:
+                self._texts += caption.encode()
+            except UnicodeEncodeError:
+                self._halves.setdefault(number, caption)
+                self._texts += caption.encode(errors="replace")
+            self._ends.append(len(self._texts))
+            self._owners.append(number)
+
+    def captions(self, photo_of: NDArray[np.int32]) -> tuple[Strings, NDArray[np.int32]]:
+        """(M captions, photo after photo, and the photo (M,) of each).
+
+        photo_of: the photo of each name, by the name's number; -1 to leave its captions out. Of
+        several names of a photo, all captions of one follow those of another.
+        """
+        texts = Strings(np.frombuffer(self._texts, np.uint8), np.frombuffer(self._ends, np.int64))
+        owners = np.frombuffer(self._owners, np.int32)
+        photos = photo_of[owners]
+        kept = photos >= 0
+        if not kept.all():
+            texts, owners, photos = texts.where(kept), owners[kept], photos[kept]
+        if (photos[:-1] > photos[1:]).any() or (owners[:-1] > owners[1:]).any():
+            order = np.lexsort((owners, photos))
+            texts, photos = texts.take(order), photos[order]
+        return texts, photos
+
+    def half_of_a_character(self, number: int) -> str | None:
+        """A caption of the photo of this name's number that holds one; None if none does."""
+        return self._halves.get(number)
 
     def _caption(self, text: object) -> str | None:
         if text is None:
@@ -109,7 +145,7 @@ class Reading:
             raise DatasetError(
                 f"{self.source}: {self.faults_in_words()}, more than a tenth; {understood}; {help}"
             )
-        if not self.photos:
+        if not self.names:
             raise DatasetError(f"{self.source}: names no photo")
 
 
@@ -119,19 +155,20 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + "…")
 
 
-def check_text(photo: Photo, source: str) -> None:
-    r"""Raise DatasetError if half of a surrogate pair, as JSON can hold (`"\ud83d"`), is among the
-    strings. It is no text, and no file in UTF-8 can hold it.
+def check_text(name: str, caption: str | None, source: str) -> None:
+    r"""Raise DatasetError if half of a surrogate pair, as JSON can hold (`"\ud83d"`), is in a name
+    or a caption of a photo. It is no text, and no file in UTF-8 can hold it.
     """
     # Python gives such halves to the bytes of a file's name that are not UTF-8.
-    names = [(text, "surrogateescape") for text in (photo.image_id, photo.path)]
-    for text, errors in names + [(text, "strict") for text in photo.captions]:
+    for text, errors in ((name, "surrogateescape"), (caption, "strict")):
+        if text is None:
+            continue
         try:
             text.encode(errors=errors)
         except UnicodeEncodeError as error:
             raise DatasetError(
                 f"{source}: half of a character ({text[error.start]!r}) in {text!r} of photo "
-                f"{photo.path!r}, instead of text; correct it in the file"
+                f"{name!r}, instead of text; correct it in the file"
             ) from None
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.record import Strings
 from pipeline.captions.photo_index import BY_PATH, Matches, PhotoIndex
-from pipeline.captions.records import Photo, Reading
+from pipeline.captions.photos import Photos
+from pipeline.captions.records import Reading
 from train.captions.script import script_of
 
 # Fewer found photos than this, of those named and of those there, are probably a mistake.
@@ -67,31 +72,39 @@ class Understood:
 
 def understood(reading: Reading, matches: Matches | None, index: PhotoIndex | None) -> Understood:
     """matches, index: of the image folder; None without one."""
-    names = list(reading.photos) if matches is None else list(matches.paths)
-    captions = [reading.photos[name] for name in names]
-    counts = [len(texts) for texts in captions] or [0]
-    texts = [text for each in captions for text in each]
+    found = np.ones(len(reading.names), bool)
+    if matches is not None:
+        found = np.array([path is not None for path in matches.paths], bool)
+    numbers = np.where(found, np.cumsum(found) - 1, -1).astype(np.int32)
+    texts, owners = reading.captions(numbers)
+    counts = np.bincount(owners, minlength=int(found.sum()))
     return Understood(
         source=reading.source,
         format=reading.format,
         columns=reading.columns,
-        named=len(reading.photos),
-        found=len(matches.paths) if matches is not None else None,
+        named=len(reading.names),
+        found=matches.found if matches is not None else None,
         captions=len(texts),
-        per_photo=(min(counts), max(counts)),
+        per_photo=(int(counts.min(initial=len(texts))), int(counts.max(initial=0))),
         script=script_of(texts),
-        example=_example(reading, names),
+        example=_example(reading, texts, np.flatnonzero(found)[owners]),
         notes=tuple(_notes(reading, matches, index)),
     )
 
 
-def _example(reading: Reading, names: Sequence[str]) -> tuple[str, str] | None:
-    """The first caption; where the encoding was guessed, the first that shows whether rightly."""
-    captions = ((name, text) for name in names for text in reading.photos[name])
-    first = next(captions, None)
-    if reading.encoding_guessed and first is not None and first[1].isascii():
-        return next((each for each in captions if not each[1].isascii()), first)
-    return first
+def _example(
+    reading: Reading, texts: Strings, numbers: NDArray[np.int64]
+) -> tuple[str, str] | None:
+    """The first caption; where the encoding was guessed, the first that shows whether rightly.
+
+    texts, numbers: M captions, and for each the number of its photo's name.
+    """
+    if not len(texts):
+        return None
+    place = 0
+    if reading.encoding_guessed:
+        place = next((n for n, text in enumerate(texts) if not text.isascii()), 0)
+    return next(islice(reading.names, int(numbers[place]), None)), texts[place]
 
 
 def _notes(reading: Reading, matches: Matches | None, index: PhotoIndex | None) -> list[str]:
@@ -114,7 +127,7 @@ def _notes(reading: Reading, matches: Matches | None, index: PhotoIndex | None) 
                 f"or several of them fit one (first: {_one_line(matches.ambiguous[0])})"
             )
         if matches.missing:
-            few = len(matches.paths) < _HARDLY_ANY * min(len(reading.photos), index.files)
+            few = matches.found < _HARDLY_ANY * min(len(reading.names), index.files)
             more = f"; {what_is_there(matches, index)}" if few else ""
             notes.append(
                 f"{len(matches.missing):,} photos are not in {index.label} and are left out "
@@ -135,14 +148,13 @@ def what_is_there(matches: Matches, index: PhotoIndex) -> str:
     return f"{said}; {alike} looks alike" if alike is not None else said
 
 
-def joined_notes(photos: Sequence[Photo], ids_differ: bool, sources: int) -> list[str]:
+def joined_notes(photos: Photos, ids_differ: bool, sources: int) -> list[str]:
     """Lines on all sources together."""
     lines = []
     if ids_differ:
         lines.append("some image ids stand for several photos, so names of files are the ids")
     if sources > 1:
-        count = sum(len(photo.captions) for photo in photos)
-        lines.append(f"together: {len(photos):,} photos, {count:,} captions")
+        lines.append(f"together: {len(photos):,} photos, {len(photos.texts):,} captions")
     return lines
 
 

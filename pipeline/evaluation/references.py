@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cache.errors import CapError
 from cache.record import CacheError
 from cache.store import DONE, FeatureCache, open_cache
-from pipeline.captions.dataset import keep_listed, read_captions
+from pipeline.captions.dataset import listed_rows, read_captions
 from pipeline.captions.records import DatasetError, Photo
 from train.captions.script import TREEBANK
 
@@ -46,12 +46,11 @@ def rows_of(cache: FeatureCache, only: Path | None = None) -> NDArray[np.int64]:
     rows = cache.rows_with(DONE)
     if only is None:
         return rows
-    photos = [Photo(cache.image_ids[row], cache.paths[row]) for row in range(len(cache))]
-    listed = {photo.image_id for photo in keep_listed(photos, only)}
-    kept = [row for row in rows.tolist() if photos[row].image_id in listed]
-    if not kept:
+    names = zip(cache.image_ids, cache.paths, strict=True)
+    kept = np.intersect1d(rows, listed_rows((Photo(*each) for each in names), only))
+    if not len(kept):
         raise DatasetError(f"{only}: names no photo that was extracted into {cache.path}")
-    return np.array(kept, np.int64)
+    return kept
 
 
 def cache_references(cache: FeatureCache, only: Path | None = None) -> dict[str, list[str]]:
@@ -86,7 +85,7 @@ def read_references(
         source, split=split, image_column=image_column, caption_column=caption_column, say=say
     )
     if only is not None:
-        photos = keep_listed(photos, only)
+        photos = photos.take(listed_rows(photos, only))
     references = {photo.image_id: list(photo.captions) for photo in photos}
     if not any(references.values()):
         names = source if isinstance(source, Path) else ", ".join(map(str, source))

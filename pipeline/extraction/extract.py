@@ -7,14 +7,13 @@ come.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 
-import numpy as np
 import torch
 
 from cache.record import (
@@ -23,7 +22,6 @@ from cache.record import (
     EncoderRecord,
     Shard,
     Skeleton,
-    Strings,
     photos_sha256,
     texts_sha256,
 )
@@ -31,8 +29,8 @@ from cache.seal import attributes_of
 from cache.store import DONE, PENDING, FeatureCache
 from cache.writer import CacheWriter, check_place, open_writer
 from pipeline.captions.dataset import open_photos, read_photos
-from pipeline.captions.image_ids import NumberId
-from pipeline.captions.records import Choice, Photo
+from pipeline.captions.photos import Photos
+from pipeline.captions.records import Choice
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import check_device, choose_precision, fast_precisions
@@ -55,7 +53,7 @@ from pipeline.photos.readers.start import MOST_THREADS, reader_count
 from pipeline.photos.sources.ahead import DaemonThreads
 from pipeline.photos.sources.source import Report, Source
 from train.allocator import without_collections
-from train.captions.numbering import build_caption_table
+from train.captions.numbering import number_captions
 from train.captions.script import misfit
 from train.device import resolve_devices
 
@@ -103,7 +101,7 @@ def extract(config: ExtractConfig) -> Generator[Notice | Progress, None, None]:
     photos, understood = read_asked(config, source)
     yield from map(Notice, understood)  # before the weights are read, which may be downloaded
     job = prepare(config, photos, source)
-    del photos  # the job's skeleton holds the same in a third of the memory
+    del photos  # the job's skeleton holds the same
     yield from map(Notice, job.notices)
     yield from (Notice(text, detail=True) for text in job.details)
     yield from fill_cache(job)
@@ -174,9 +172,7 @@ def open_asked(config: ExtractConfig, report: Report | None = None) -> Source:
 
 
 @without_collections()
-def read_asked(
-    config: ExtractConfig, source: Source | None = None
-) -> tuple[list[Photo], list[str]]:
+def read_asked(config: ExtractConfig, source: Source | None = None) -> tuple[Photos, list[str]]:
     """(the photos asked for, lines about what was understood). Raises as `extract` does.
 
     source: what `open_asked` returned, where it is wanted later, too.
@@ -193,11 +189,11 @@ def read_asked(
         caption_column=config.caption_column,
         say=understood.append,
     )
-    unfit = misfit([text for photo in photos for text in photo.captions], config.tokenizer)
+    unfit = misfit(photos.texts, config.tokenizer)
     return photos, understood if unfit is None else [*understood, unfit]
 
 
-def prepare(config: ExtractConfig, photos: Sequence[Photo], source: Source | None = None) -> Job:
+def prepare(config: ExtractConfig, photos: Photos, source: Source | None = None) -> Job:
     """Check what is asked for. Writes nothing. Raises as `extract` does.
 
     source: of the photos, where it is open already.
@@ -337,7 +333,7 @@ def is_unfinished(config: ExtractConfig, skeleton: Skeleton) -> bool:
 
 
 def _skeleton(
-    config: ExtractConfig, photos: Sequence[Photo], record: EncoderRecord, device: torch.device
+    config: ExtractConfig, photos: Photos, record: EncoderRecord, device: torch.device
 ) -> Skeleton:
     """All that a cache of these photos, or of the shard asked for, holds besides its rows."""
     batch_rows = min(config.batch_size or BATCH_PHOTOS[device.type], len(photos))
@@ -356,19 +352,15 @@ def _skeleton(
 
 
 @without_collections()
-def digests_of(photos: Sequence[Photo]) -> tuple[str, str]:
+def digests_of(photos: Photos) -> tuple[str, str]:
     """(`photos_sha256`, `texts_sha256`) of all photos, as every shard records them."""
-    names = (photo.image_id for photo in photos), (photo.path for photo in photos)
-    counts = [len(photo.captions) for photo in photos]
-    return photos_sha256(*map(Strings.pack, names)), texts_sha256(
-        Strings.pack(text for photo in photos for text in photo.captions),
-        np.repeat(np.arange(len(photos), dtype=np.int32), counts),
-    )
+    names = photos_sha256(photos.image_ids, photos.paths)
+    return names, texts_sha256(photos.texts, photos.caption_rows)
 
 
 @without_collections()
 def skeleton_of(
-    photos: Sequence[Photo],
+    photos: Photos,
     tokenizer: str,
     record: EncoderRecord,
     batch_rows: int,
@@ -380,15 +372,15 @@ def skeleton_of(
     captions: those of the photos, if they are tokenized already.
     """
     if captions is None:
-        captions = build_caption_table([photo.captions for photo in photos], tokenizer)
+        captions = number_captions(photos.texts, photos.caption_rows, tokenizer)
     return Skeleton(
-        image_ids=Strings.pack(photo.image_id for photo in photos),
-        paths=Strings.pack(photo.path for photo in photos),
+        image_ids=photos.image_ids,
+        paths=photos.paths,
         captions=captions,
         encoder=record,
         batch_rows=batch_rows,
         shard=shard,
-        numbered=np.array([isinstance(photo.image_id, NumberId) for photo in photos]),
+        numbered=photos.numbered,
     )
 
 
@@ -396,7 +388,7 @@ def _choose_precision(
     config: ExtractConfig,
     source: Source,
     backbone: Backbone,
-    photos: Sequence[Photo],
+    photos: Photos,
     device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
     """(precision, notices, details). Shards test the first photos of the whole set, so that they
@@ -424,7 +416,7 @@ def fastest_precision(
     config: ExtractConfig,
     source: Source,
     backbone: Backbone,
-    photos: Sequence[Photo],
+    photos: Photos,
     device: torch.device,
 ) -> tuple[str, list[str], list[str]]:
     """(precision, notices, details: why the faster ones do not do), by the first photos.

@@ -12,7 +12,7 @@ from cache.seal import is_cache
 from cache.store import open_cache
 from pipeline.captions.dataset import read_captions
 from pipeline.captions.records import DatasetError
-from train.captions.numbering import build_caption_table
+from train.captions.numbering import number_captions
 from train.captions.script import TREEBANK, misfit
 from train.captions.vocabulary import SPECIALS, Vocabulary, build_vocabulary
 
@@ -87,7 +87,7 @@ def vocabulary_report(
         photos = read_captions(
             source, image_column=image_column, caption_column=caption_column, say=say
         )
-        table = build_caption_table([photo.captions for photo in photos], tokenizer or TREEBANK)
+        table = number_captions(photos.texts, photos.caption_rows, tokenizer or TREEBANK)
     if not len(table):
         raise DatasetError(f"{source}: holds no captions")
     return VocabularyReport(

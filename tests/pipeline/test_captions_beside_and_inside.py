@@ -11,6 +11,7 @@ from pipeline.captions.dataset import read_photos
 from pipeline.captions.formats.beside import SIDECAR
 from pipeline.captions.formats.inside import METADATA
 from pipeline.captions.mark import MARK
+from pipeline.captions.photos import Photos
 from pipeline.captions.records import DatasetError, Photo
 
 XMP = (
@@ -45,7 +46,7 @@ def save(path: Path, *, exif: str = "", xmp: str = "", iptc: bytes = b"") -> Non
         )
 
 
-def read(folder: Path, word: str) -> tuple[list[Photo], str]:
+def read(folder: Path, word: str) -> tuple[Photos, str]:
     said: list[str] = []
     photos = read_photos(folder, Path(word), say=said.append)
     return photos, "\n".join(said)

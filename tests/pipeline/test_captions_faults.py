@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.captions.dataset import keep_listed, read_captions, read_dataset
+from pipeline.captions.dataset import listed_rows, read_captions, read_dataset
 from pipeline.captions.mark import MARK
 from pipeline.captions.records import Choice, DatasetError, Photo
 
@@ -169,9 +169,8 @@ def test_an_id_that_stands_for_two_photos_is_the_id_of_neither(tmp_path: Path) -
 
 def test_a_byte_order_mark_is_no_part_of_a_list_or_of_json(tmp_path: Path) -> None:
     (tmp_path / "only").write_text("a.jpg\n", encoding="utf-8-sig")
-    assert keep_listed([Photo("7", "a.jpg"), Photo("8", "b.jpg")], tmp_path / "only") == [
-        Photo("7", "a.jpg")
-    ]
+    photos = Photo("7", "a.jpg"), Photo("8", "b.jpg")
+    assert listed_rows(photos, tmp_path / "only").tolist() == [0]
     (tmp_path / "c").write_text(coco({"image_id": 1, "caption": "A dog."}), encoding="utf-8-sig")
     assert read_captions(tmp_path / "c")[0] == Photo("1", "a.jpg", ("A dog.",))
 

@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from pipeline.captions.dataset import read_captions, read_dataset, read_photos
+from pipeline.captions.photos import Photos
 from pipeline.captions.records import Choice, DatasetError, Photo
 from pipeline.cli.options import options
 from pipeline.extraction.config import ExtractConfig
@@ -28,7 +29,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def read(images: Path, content: object, encoding: str = "utf-8", **choice: str) -> list[Photo]:
+def read(images: Path, content: object, encoding: str = "utf-8", **choice: str) -> Photos:
     file = images.parent / "captions"
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     file.write_bytes(text.encode(encoding))

@@ -74,7 +74,7 @@ def test_a_bare_name_that_several_folders_have_is_ambiguous(tmp_path: Path) -> N
     matches = folder(tmp_path, "dogs/1.jpg", "cats/1.jpg", "cats/2.jpg").match(
         ["1.jpg", "2.jpg", "cats/1.jpg"]
     )
-    assert matches.paths == {"2.jpg": "cats/2.jpg", "cats/1.jpg": "cats/1.jpg"}
+    assert matches.paths == [None, "cats/2.jpg", "cats/1.jpg"]
     assert matches.ambiguous == ["1.jpg"]
 
 
@@ -82,7 +82,7 @@ def test_two_names_do_not_share_a_photo(tmp_path: Path) -> None:
     matches = folder(tmp_path, "1.jpg", "2.jpg").match(
         ["train/1.jpg", "val/1.jpg", "img/2.jpg", "val/2.jpg"]
     )
-    assert matches.paths == {"img/2.jpg": "2.jpg"}  # the folder is called img
+    assert matches.paths == [None, None, "2.jpg", None]  # the folder is called img
     assert sorted(matches.ambiguous) == ["train/1.jpg", "val/1.jpg", "val/2.jpg"]
 
 
@@ -93,12 +93,12 @@ def test_names_that_differ_in_case_only_keep_apart(tmp_path: Path) -> None:
         assert match is not None
         assert match.path == name
     assert index.match(["a.JPG"]).ambiguous == ["a.JPG"]
-    assert index.match(["x/A.jpg"]).paths == {"x/A.jpg": "A.jpg"}
+    assert index.match(["x/A.jpg"]).paths == ["A.jpg"]
 
 
 def test_spellings_of_one_name_share_their_photo(tmp_path: Path) -> None:
     names = ["p1.jpg", "P1.JPG", "p1", "./p1.jpg"]
-    assert folder(tmp_path, "p1.jpg").match(names).paths == dict.fromkeys(names, "p1.jpg")
+    assert folder(tmp_path, "p1.jpg").match(names).paths == ["p1.jpg"] * len(names)
 
 
 def test_folders_that_are_links_are_followed_once(tmp_path: Path) -> None:

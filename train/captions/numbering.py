@@ -21,7 +21,7 @@ from cache.share import cores
 from train.captions.script import TREEBANK
 from train.captions.tokenizer import tokenize
 
-_COUNTED_TOKENS = 1 << 20  # tokens counted at a time; bincount needs 8 bytes for each
+_COUNTED_TOKENS = 1 << 20  # tokens at a time, because NumPy makes 8 bytes of each for a while
 # A process takes as long to start as it takes to split this many captions.
 _SHARE = 20_000
 
@@ -42,13 +42,25 @@ class Numbered:
 def build_caption_table(
     captions: Sequence[Sequence[str]], tokenizer: str = TREEBANK, *, processes: int | None = None
 ) -> CaptionTable:
-    """Tokenize and number the captions of N photos; `captions[n]` are the texts of photo n.
-
-    processes: at most so many share them if they are many; None for the cores that may be used. The
-    table is the same. Raises TokenizerError.
-    """
-    texts = [text for group in captions for text in group]
+    """`number_captions` of N photos; `captions[n]` are the texts of photo n."""
+    texts = Strings.pack(text for group in captions for text in group)
     rows = np.repeat(np.arange(len(captions), dtype=np.int32), [len(group) for group in captions])
+    return number_captions(texts, rows, tokenizer, processes=processes)
+
+
+def number_captions(
+    texts: Strings,
+    rows: NDArray[np.int32],
+    tokenizer: str = TREEBANK,
+    *,
+    processes: int | None = None,
+) -> CaptionTable:
+    """Tokenize and number captions.
+
+    rows: (M,) the photo of each of the M texts, ascending. processes: at most so many share the
+    work if there is much; None for the cores that may be used. The table is the same. Raises
+    TokenizerError.
+    """
     tokens, lengths, words = _joined(_in_shares(texts, tokenizer, processes or cores()))
     parts = np.split(tokens, range(_COUNTED_TOKENS, len(tokens), _COUNTED_TOKENS))
     counts = np.zeros(len(words), np.int64)
@@ -60,7 +72,7 @@ def build_caption_table(
     for part in parts:
         part[:] = final_numbers[part]
     return CaptionTable(
-        texts=Strings.pack(texts),
+        texts=texts,
         rows=rows,
         tokens=tokens,
         token_offsets=offsets_of(lengths),
@@ -82,18 +94,18 @@ def number(texts: Sequence[str], tokenizer: str) -> Numbered:
     return Numbered(np.frombuffer(flat, np.int32), lengths, list(numbers))
 
 
-def _in_shares(texts: list[str], tokenizer: str, most: int) -> list[Numbered]:
+def _in_shares(texts: Strings, tokenizer: str, most: int) -> list[Numbered]:
     """`number` of consecutive shares of the texts, the first one here and the others elsewhere."""
     count = max(1, min(most, len(texts) // _SHARE))
     bounds = [len(texts) * share // count for share in range(count + 1)]
-    shares = [texts[start:stop] for start, stop in pairwise(bounds)]
+    shares = [texts.part(start, stop) for start, stop in pairwise(bounds)]
     with ThreadPoolExecutor(count) as threads:
         others = [threads.submit(_elsewhere, share, tokenizer) for share in shares[1:]]
         first = number(shares[0], tokenizer)
         return [first, *(other.result() for other in others)]
 
 
-def _elsewhere(texts: list[str], tokenizer: str) -> Numbered:
+def _elsewhere(texts: Strings, tokenizer: str) -> Numbered:
     """`number` in another process; here if that fails, for want of memory for one.
 
     It is a fresh interpreter, which imports the same modules as this one: forks do not go together
@@ -125,10 +137,19 @@ def answer() -> None:
 def _joined(
     shares: list[Numbered],
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], list[str]]:
-    """(tokens, lengths, words) of all shares, with words numbered as they first appear."""
+    """(tokens, lengths, words) of all shares, with words numbered as they first appear. Empties
+    the list.
+    """
     numbers: defaultdict[str, int] = defaultdict(lambda: len(numbers))
-    tokens = [
-        np.array([numbers[word] for word in share.words], np.int32)[share.tokens]
-        for share in shares
-    ]
-    return np.concatenate(tokens), np.concatenate([s.lengths for s in shares]), list(numbers)
+    lengths = np.concatenate([share.lengths for share in shares])
+    alone = len(shares) == 1
+    tokens = shares[0].tokens if alone else np.empty(lengths.sum(), np.int32)
+    start = 0
+    while shares:
+        share = shares.pop(0)  # nobody needs it afterwards
+        final = np.array([numbers[word] for word in share.words], np.int32)
+        for first in range(0, len(share.tokens), _COUNTED_TOKENS):
+            part = share.tokens[first : first + _COUNTED_TOKENS]
+            tokens[start : start + len(part)] = final[part]
+            start += len(part)
+    return tokens, lengths, list(numbers)

@@ -45,7 +45,7 @@ def read_sidecars(photos: Iterable[str], index: PhotoIndex) -> Reading:
             reading.encoding_guessed = True
         reading.add(photo, [line for line in lines if line.strip()] or [""])
     reading.notes += left_out_notes(without, "no text beside them", written)
-    if not reading.photos and not reading.faults:
+    if not reading.names and not reading.faults:
         raise DatasetError(
             f"{index.images}: no captions beside the photos ({'; '.join(reading.notes)}); "
             "p1.txt beside p1.jpg is looked for"

@@ -64,7 +64,7 @@ def read_metadata(photos: Iterable[str], index: PhotoIndex) -> Reading:
         else:
             without += 1
     reading.notes += left_out_notes(without, "no caption inside them", written)
-    if not reading.photos:
+    if not reading.names:
         raise DatasetError(
             f"{index.images}: no captions inside the photos ({'; '.join(reading.notes)})"
         )

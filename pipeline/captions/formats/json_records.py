@@ -282,7 +282,7 @@ def _id(record: object, photo: str) -> str | None:
 
 def _keep_unique_ids(reading: Reading) -> None:
     """Forget the ids if they number captions instead of photos, or some photos have none."""
-    if reading.ids_differ or len(set(reading.ids.values())) < len(reading.photos):
+    if reading.ids_differ or len(set(reading.ids.values())) < len(reading.names):
         reading.ids, reading.ids_differ = {}, False
 
 

@@ -145,7 +145,7 @@ def read_with_photos(source: Collection, choice: Choice) -> Reading | None:
     wanted = choice.wanted_splits
     if wanted is not None and known and not wanted <= known:
         raise unknown_splits(source.label, wanted, known)
-    if not reading.photos and not reading.faults:
+    if not reading.names and not reading.faults:
         if choice.caption_column is not None:
             raise DatasetError(f"{source.label}: no captions in it")
         return None

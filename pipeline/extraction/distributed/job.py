@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,7 @@ from cache.atomic import remove_leftovers, write_text
 from cache.record import CacheError, EncoderRecord, made_by, texts_sha256
 from cache.seal import attributes_of
 from cache.store import PENDING, open_cache
-from pipeline.captions.records import Photo
+from pipeline.captions.photos import Photos
 from pipeline.encoder.networks.sources import recorded_name
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.distributed.messages import ShardTask
@@ -101,7 +100,7 @@ class Shards:
 
     folder: Path
     record: JobRecord
-    photos: Sequence[Photo]
+    photos: Photos
     source: Source
 
     def task(self, number: int, *, with_photos: bool = True) -> ShardTask:
@@ -115,7 +114,7 @@ class Shards:
             all_photos_sha256=job.all_photos_sha256,
             all_captions_sha256=job.all_captions_sha256,
         )
-        photos = self.photos[share] if with_photos else ()
+        photos = self.photos[share if with_photos else slice(0)]
         return ShardTask(
             shard=shard,
             photos=photos,
@@ -153,13 +152,13 @@ class Shards:
         return self.folder / f"{number:0{len(str(count))}d}-of-{count}{suffix}"
 
 
-def places_of(photos: Sequence[Photo], source: Source) -> list[Place] | None:
+def places_of(photos: Photos, source: Source) -> list[Place] | None:
     """Where photos lie, for workers, which do not look into tars themselves; None for those of a
     folder.
     """
     if isinstance(source, Folder):
         return None
-    return [source.place(photo.path) for photo in photos]
+    return [source.place(path) for path in photos.paths]
 
 
 def shard_count(photos: int, batch_rows: int, workers: int, device: str, asked: int | None) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cache.record import EncoderRecord, Shard
 
 if TYPE_CHECKING:
-    from pipeline.captions.records import Photo
+    from pipeline.captions.photos import Photos
     from pipeline.extraction.config import ExtractConfig
     from pipeline.photos.sources.places import Place
 
@@ -48,7 +48,7 @@ class ShardTask:
     """A shard to be made: all that a worker has to know beside the job's settings."""
 
     shard: Shard
-    photos: Sequence[Photo]  # of this shard
+    photos: Photos  # of this shard
     places: Sequence[Place] | None  # where they lie; None if they are files of the job's folder
     batch_rows: int
     draft: Path

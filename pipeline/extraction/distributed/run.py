@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from cache.merge import merge
 from cache.record import CacheError, EncoderRecord
 from cache.store import DONE, UNREADABLE, open_cache
 from cache.writer import check_place
-from pipeline.captions.records import Photo
+from pipeline.captions.photos import Photos
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.distributed.config import RayOptions
 from pipeline.extraction.distributed.job import (
@@ -184,7 +184,7 @@ class ClusterJob:
         config: ExtractConfig,
         options: RayOptions,
         source: Source,
-        photos: Sequence[Photo],
+        photos: Photos,
         digests: tuple[str, str],
         pool: Pool,
         lock: JobLock,

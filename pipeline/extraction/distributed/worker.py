@@ -24,7 +24,7 @@ from cache.record import CacheError, EncoderRecord
 from cache.store import DONE, UNREADABLE, FeatureCache, open_cache
 from cache.verify import damaged_rows
 from cache.writer import check_place
-from pipeline.captions.records import Photo
+from pipeline.captions.photos import Photos
 from pipeline.encoder.backbone import Backbone
 from pipeline.encoder.encoder import Encoder, encoder_record
 from pipeline.encoder.precision import check_device
@@ -56,7 +56,7 @@ from pipeline.photos.readers.start import reader_count
 from pipeline.photos.sources.patterns import is_pattern
 from pipeline.photos.sources.places import Place, address_of
 from pipeline.photos.sources.source import Folder, Source
-from train.captions.numbering import build_caption_table
+from train.captions.numbering import number_captions
 from train.device import resolve_devices
 
 _PROGRESS_S = 1.0
@@ -107,7 +107,7 @@ class ShardWorker:
             tuple(self._backbone.details),
         )
 
-    def choose(self, photos: Sequence[Photo], places: Sequence[Place] | None) -> Iterator[Message]:
+    def choose(self, photos: Photos, places: Sequence[Place] | None) -> Iterator[Message]:
         """Choose the precision by these photos, the first of the job."""
         assert self._backbone is not None
         precision, notices, details = fastest_precision(
@@ -119,10 +119,10 @@ class ShardWorker:
         )
         yield Chosen(precision, tuple(notices), tuple(details))
 
-    def _source(self, photos: Sequence[Photo], places: Sequence[Place] | None) -> Source:
+    def _source(self, photos: Photos, places: Sequence[Place] | None) -> Source:
         if places is None:
             return Folder(Path(self._config.images))
-        return ListedSource(self._settings.label, [photo.path for photo in photos], places)
+        return ListedSource(self._settings.label, list(photos.paths), places)
 
     def check(self, task: ShardTask, record: EncoderRecord) -> Iterator[Message]:
         """Verify a shard that was finished earlier: `Finished` or `Damaged`. With --overwrite, its
@@ -170,8 +170,9 @@ class ShardWorker:
                 record,
                 task.batch_rows,
                 task.shard,
-                build_caption_table(
-                    [photo.captions for photo in task.photos],
+                number_captions(
+                    task.photos.texts,
+                    task.photos.caption_rows,
                     config.tokenizer,
                     processes=max(1, round(self._settings.cpus)),
                 ),
