@@ -8,8 +8,8 @@ caches are written through the writer of an extraction, listed in a catalogue, m
 process of its own; its peak of memory is sampled every 50 ms, without mapped files ("own") and with
 them. The photos are not encoded. With --read, a captions file is read as well, the photos it names
 are found in a folder of empty files, and a cache of them is laid out: what an extraction does
-before its first photo. A million photos take 4.2 GB of disk, with --read and --merge 7 GB more each;
-the folder is removed at the end, unless --keep is given.
+before its first photo. A million photos take 4.2 GB of disk, and with --read or --merge 7 GB more
+for each; the folder is removed at the end, unless --keep is given.
 """
 
 from __future__ import annotations

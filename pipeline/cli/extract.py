@@ -272,5 +272,6 @@ def backbones(
     else:
         print(backbones_table())
         mention(
-            "timm:NAME takes a network of timm, FILE.py:FUNCTION your own; see docs/encoders.md"
+            "timm:NAME takes a network of timm, FILE.py:FUNCTION your own, NAME+stages more of a "
+            "network than its vector; see docs/encoders.md"
         )

@@ -21,6 +21,7 @@ from pipeline.encoder.networks.headless import Headless
 from pipeline.encoder.networks.own_network import own_network
 from pipeline.encoder.networks.random_weights import random_network
 from pipeline.encoder.networks.sources import PRETRAINED, RANDOM, TIMM, CodeFile, code_file
+from pipeline.encoder.networks.stages import STAGES, with_stages
 from pipeline.encoder.networks.timm_networks import (
     as_timm_names,
     measure_batchnorm,
@@ -37,7 +38,8 @@ def load_backbone(name: str, weights: str, image_size: int | None = None) -> Bac
     """Build a network without its head, load and freeze its weights.
 
     name: of a torchvision classifier, of one of timm's networks (`timm:NAME`), or of a function
-    that makes a network (`FILE.py:FUNCTION`), which is then run. image_size: of the photos, where a
+    that makes a network (`FILE.py:FUNCTION`), which is then run; the first two may end in
+    `+stages`, see `networks.stages`. image_size: of the photos, where a
     network has to be made for it; None for the network's own.
 
     weights: a torchvision name (`IMAGENET1K_V1`, downloaded once), or `pretrained` of timm's
@@ -47,11 +49,15 @@ def load_backbone(name: str, weights: str, image_size: int | None = None) -> Bac
     relative one would lead nowhere from another folder. Raises EncoderError, also for weights that
     are not finite.
     """
-    if (code := code_file(name)) is not None:
+    plain = name.removesuffix(STAGES)
+    if (code := code_file(plain)) is not None:
+        if plain != name:
+            raise EncoderError(f"{plain}: makes its own vector; leave out {STAGES}")
         return _own_backbone(code, weights)
-    if name.startswith(TIMM):
-        return _timm_backbone(name, weights, image_size)
-    return _torchvision_backbone(name, weights, image_size)
+    of_timm = plain.startswith(TIMM)
+    make = _timm_backbone if of_timm else _torchvision_backbone
+    backbone = make(plain, weights, image_size)
+    return backbone if plain == name else with_stages(backbone)
 
 
 def _torchvision_backbone(name: str, weights: str, image_size: int | None) -> Backbone:

@@ -34,7 +34,7 @@ CAPTION_COLUMN_HELP = "The same for the captions."
 BACKBONES = BACKBONE_NAMES  # the usual ones
 BACKBONE_HELP = (
     "Any torchvision classifier (`cap backbones` lists them), any network of timm (timm:NAME), or "
-    "your own (FILE.py:FUNCTION)."
+    "your own (FILE.py:FUNCTION). NAME+stages also takes averages of the stages before the vector."
 )
 
 

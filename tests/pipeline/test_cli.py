@@ -577,11 +577,11 @@ def test_a_second_ctrl_c_says_what_there_is(
 import os, signal
 from train.fit.trainer import Trainer
 step = Trainer._step
-def interrupted(self, chosen, views, epoch, *rest):
-    if epoch == {epoch}:
+def interrupted(self, chosen, views, position, steps):
+    if position == {epoch} * steps // 3:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-    return step(self, chosen, views, epoch, *rest)
+    return step(self, chosen, views, position, steps)
 Trainer._step = interrupted
 from pipeline.cli.main import main
 main()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,7 +46,10 @@ def fuse_convolutions(
     memory layout when the network first runs: for photos of that size and `typical_batch` of them.
     Other sizes and batches work, too.
     """
-    network = network.to(device, dtype).to(memory_format=torch.channels_last)
+    network = network.to(device, dtype)
+    for tensor in chain(network.parameters(), network.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     if device.type == "cpu":
         _replace_max_pools(network)
     if not isinstance(network, fx.GraphModule) or not _has_kernels(device, dtype):
