@@ -121,9 +121,8 @@ class PhotoIndex:
         in case, in how letters are composed, and the like.
         """
         found = Matches([])
-        first = dict[str, int]()  # by path, the number of the first name that claims it
-        claimed = dict[str, list[int]]()  # by path, if several names do
-        for number, name in enumerate(names):
+        once, often = set[str](), set[str]()  # paths that one name, or several, stand for
+        for name in names:
             match = self.find(name)
             if match is None:
                 found.missing.append(name)
@@ -132,14 +131,16 @@ class PhotoIndex:
             else:
                 found.paths.append(match.path)
                 found.how[match.how] += 1
-                before = first.setdefault(match.path, number)
-                if before != number:
-                    claimed.setdefault(match.path, [before]).append(number)
+                (often if match.path in once else once).add(match.path)
                 continue
             found.paths.append(None)
-        listed = list(names) if claimed else []
-        for numbers in claimed.values():
-            self._settle([(number, listed[number]) for number in numbers], found)
+        claims = dict[str, list[tuple[int, str]]]()
+        for number, name in enumerate(names) if often else ():
+            path = found.paths[number]
+            if path in often:
+                claims.setdefault(path, []).append((number, name))
+        for each in claims.values():
+            self._settle(each, found)
         return found
 
     def _settle(self, claims: Sequence[tuple[int, str]], found: Matches) -> None:
@@ -184,8 +185,9 @@ class PhotoIndex:
         if not paths:
             return None
         plain = "/".join(parts)
-        if plain in paths:
-            return Match(plain, BY_PATH, len(parts) + len(self._parents))
+        for path in paths:
+            if path == plain:  # and no second copy of it
+                return Match(path, BY_PATH, len(parts) + len(self._parents))
         return self._best(parts, [self._compare(keys, path) for path in paths])
 
     def _compare(self, keys: list[str], path: str) -> Match:
