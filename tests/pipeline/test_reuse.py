@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.derived.catalogue import write_catalogue
 from cache.record import CacheError
 from cache.store import DONE, open_cache
 from cache.verify import verify
@@ -42,6 +43,23 @@ def folder(tmp_path: Path) -> Path:
     for seed in range(1, 20, 2):
         write_photo(folder / f"{seed:02d}.jpg", seed)
     return folder
+
+
+def test_rows_come_from_a_catalogue_of_several_caches(
+    folder: Path, tmp_path: Path, encodings: list[int]
+) -> None:
+    only = tmp_path / "only.txt"
+    only.write_text("".join(f"{seed:02d}.jpg\n" for seed in range(1, 9, 2)))
+    run(folder, tmp_path / "more.h5", captions=None, only=only)
+    listed = tmp_path / "known.catalogue"
+    write_catalogue([tmp_path / "old.h5", tmp_path / "more.h5"], listed)
+    encodings.clear()
+    last, _ = run(folder, tmp_path / "x.h5", captions=None, reuse=listed)
+    assert (last.done, last.new, last.copied) == (20, 6, 14)
+    assert encodings == [4, 2]
+    known, new = open_cache(listed), open_cache(tmp_path / "x.h5")
+    rows = [new.paths[:].index(path) for path in known.paths]
+    assert np.array_equal(new.features[:][rows], known.features[:])
 
 
 def test_only_new_photos_are_encoded_in_full_batches(
