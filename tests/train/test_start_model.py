@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import torch
 from cache.errors import CapError
 from cache.store import FeatureCache
 from tests.conftest import MakeCache
-from train.captions.vocabulary import SPECIALS, Vocabulary
-from train.config import Recipe, TrainConfig
+from train.captions.vocabulary import SPECIALS, Vocabulary, build_vocabulary
+from train.config import BEST, Recipe, TrainConfig
+from train.fit.data_recipe import data_recipe
 from train.fit.reports import EpochLog, Started, StartScores
 from train.fit.run import train
 from train.model.bundle import Bundle, load_bundle
-from train.model.start_model import StartModel
+from train.model.start_model import StartModel, new_decoder
 
 RECIPE = Recipe(
     embedding_size=8, hidden_size=16, tie_embeddings=True, photo_every_step=True, epochs=30,
@@ -138,3 +140,22 @@ def test_a_run_goes_on_only_with_the_model_it_started_from(
     run(cache, tmp_path / "own", one)
     with pytest.raises(CapError, match="did not start from a model, asked for "):
         run(cache, tmp_path / "own", RECIPE, resume=True, from_model=tmp_path / "dogs")
+
+
+@pytest.mark.parametrize(
+    ("captions", "changes", "expected"),
+    [
+        (699, {}, 0.2),
+        (700, {}, 1.0),
+        (10, {"tie_embeddings": False}, 1.0),
+        (10, {"photo_every_step": False}, 1.0),
+    ],
+)
+def test_the_photo_begins_faint_where_there_are_few_captions(
+    captions: int, changes: dict[str, Any], expected: float, make_cache: MakeCache
+) -> None:
+    cache = make_cache([["a dog runs"]])
+    recipe = data_recipe(dataclasses.replace(BEST, **changes), captions)
+    vocabulary = build_vocabulary(cache.captions, 1)
+    decoder = new_decoder(recipe, cache, vocabulary, None, captions)
+    assert decoder.normalize.weight.tolist() == pytest.approx([expected] * 512)

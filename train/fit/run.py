@@ -202,7 +202,9 @@ class _Run:
         self._steps = self._steps_of_epochs()
         self._check_save_every()
         with out_of_memory_as(lambda: too_large_decoder(self.device, recipe, len(self.vocabulary))):
-            decoder = new_decoder(recipe, cache, self.vocabulary, start)
+            decoder = new_decoder(
+                recipe, cache, self.vocabulary, start, len(self.training_captions)
+            )
             self.decoder = decoder.to(self.device)
             self.trainer = Trainer(
                 self.decoder,

@@ -16,6 +16,11 @@ from train.config import FixedRecipe
 from train.model.bundle import Bundle, BundleError, find_bundle, load_bundle
 from train.model.decoder import CaptionDecoder, DecoderConfig
 
+# A photo that is added to tied word vectors begins fainter than the usual 1 if captions are fewer
+# than this. CIDEr on 1,000 other photos, faint and usual: 50 photos of five captions 13.0 and 10.4,
+# 100 photos 17.1 and 17.0, the latter in three times the steps, 250 photos (two seeds) 23.4 and
+# 24.9, 6,000 photos 46.2 after 20 epochs and 45.7 after 6.
+_FEW_CAPTIONS, _FAINT_PHOTO = 700, 0.2
 # The parameters with a row for each word.
 _WORD_ROWS = ("embed.weight", "head.weight", "head.bias")
 
@@ -102,12 +107,19 @@ def new_decoder(
     cache: FeatureCache,
     vocabulary: Vocabulary,
     start: StartModel | None,
+    captions: int,
 ) -> CaptionDecoder:
-    """The decoder that a run begins with. Random weights are drawn from PyTorch's generator."""
+    """The decoder that a run begins with. Random weights are drawn from PyTorch's generator.
+
+    captions: number of training captions.
+    """
     if start is not None:
         return start.decoder(recipe, vocabulary)
-    return CaptionDecoder(
+    decoder = CaptionDecoder(
         DecoderConfig.of_recipe(
             recipe, feature_dim=cache.encoder.feature_dim, vocab_size=len(vocabulary)
         )
     )
+    if recipe.tie_embeddings and recipe.photo_every_step and captions < _FEW_CAPTIONS:
+        torch.nn.init.constant_(decoder.normalize.weight, _FAINT_PHOTO)
+    return decoder

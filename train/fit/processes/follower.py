@@ -75,9 +75,10 @@ def _set_up(config: TrainConfig, processes: Processes, told: dict[str, Any]) -> 
     _check_alike(config, told, data_identity(cache) | {"from_model": start.sha256 if start else ""})
     data = load_run_data(config, recipe, cache, device, told[RULES], start, heard_layout(told))
     torch.manual_seed(config.seed)
-    decoder = new_decoder(recipe, cache, data.vocabulary, start).to(device)
+    captions = len(data.training_captions)
+    decoder = new_decoder(recipe, cache, data.vocabulary, start, captions)
     return Trainer(
-        decoder,
+        decoder.to(device),
         data.training_captions,
         recipe,
         seed=config.seed,
