@@ -301,7 +301,9 @@ def test_steps_fed_as_on_a_gpu_train_as_on_a_cpu(
     for name, value in runs[0][1].items():
         if name == "project.bias":
             continue  # BatchNorm cancels this bias, so only rounding moves it
-        torch.testing.assert_close(runs[1][1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+        # Adam makes steps of equal size of small gradients, and so of their rounding. A tenth of a
+        # step is no other training.
+        torch.testing.assert_close(runs[1][1][name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_validation_does_not_move_the_buffers_of_training() -> None:
